@@ -56,14 +56,16 @@ MOTION_READOUT = "motion_readout"
 FRAME_MODELS = (CNN_LSTM, MOTION_READOUT)  # what reads frames with an image network
 # what flags of training are for a model whose weights are solved in one step, without epochs
 SOLVED = {
-    "epochs": 1, "freeze_backbone": True, "select": "last", "augment": "none", "balance": "none",
-    "boost_to": 0.0, "mixup": 0.0, "label_smoothing": 0.0, "jitter_sec": 0.0, "focal_alpha": None, "sample_weight": [],
-    "augment_for": [], "target_weights": None, "bounded": False, "init_from": None, "consistency_weight": 0.1,
+    "epochs": 1, "freeze_backbone": True, "select": "last",
+    "augment": "none", "balance": "none", "consistency_weight": 0.1,
 }
+# flags of training that must be off for such a model
+OFF_IN_SOLVED = ("augment_for boost_to bounded focal_alpha init_from jitter_sec label_smoothing mixup sample_weight "
+                 "target_weights").split()
 # flags of training that such a model does not read, whatever their value
 UNUSED_BY_SOLVED = set("loss focal_gamma lr hidden dropout freeze_stages weight_decay optimizer".split())
 BALANCING = ("balance", "boost_to", "focal_alpha")
-# flags that a task does not read: refused at another value than that in SOLVED, else None
+# flags that a task does not read: refused unless they are off, or as in SOLVED
 UNUSED_BY = {
     "classify": "bounded consistency_weight target_columns target_weights".split(),
     "regress": [
@@ -229,8 +231,9 @@ def refuse(parser, why, names):
 
 
 def changed(args, names):
-    """Those of these flags that are not at the value of a flag that is not used: that in SOLVED, else None."""
-    return {name for name in names if getattr(args, name) != SOLVED.get(name)}
+    """Those of these flags that are neither off (0, empty) nor as in SOLVED."""
+    values = {name: getattr(args, name) for name in names}
+    return {name for name, value in values.items() if value and value != SOLVED.get(name)}
 
 
 def check_learning_flags(parser, args):
@@ -245,7 +248,7 @@ def check_learning_flags(parser, args):
         parser.error("--task regress reads sequences of any length: --model "
                      f"{' or '.join(FRAME_MODELS)}, found {args.model}")
     if args.model == MOTION_READOUT:
-        idle = changed(args, SOLVED) | (UNUSED_BY_SOLVED & args.given)
+        idle = changed(args, [*SOLVED, *OFF_IN_SOLVED]) | (UNUSED_BY_SOLVED & args.given)
         refuse(parser, f"--model {MOTION_READOUT} is solved, not trained", idle)
 
 
@@ -256,11 +259,11 @@ class Features:
     """Features from untuned networks, computed once for all folds.
 
     of_rows: of each row the mean over its predicted clips, NaN in rows that nobody asked for. of_clips, with
-    --freeze_backbone, which trains on them instead of pixels: (row, start) of a predicted clip -> a list of its
-    features, (F,) or (T, F); (row, None) -> a list of V, those of random clips of the row.
+    --freeze_backbone, which trains on them instead of pixels: (row, start) of a predicted clip -> a tuple of
+    its features, (F,) or (T, F); (row, None) -> a tuple of V, those of random clips of the row.
     """
     of_rows: dict  # name of the linear model on them -> (N, F)
-    of_clips: dict | None = None
+    of_clips: dict | None
 
 
 @dataclasses.dataclass
@@ -318,8 +321,8 @@ class Study:
     def data_record(self, split):
         """What args.json says of the data and their split; resuming refuses other data."""
         table = self.table
-        shas = [audit.pixel_sha for audit in self.audits]
-        contents = [*table.names, *table.clip_ids, table.truth, table.repeats, table.groups, *shas]
+        contents = [*table.names, *table.clip_ids, table.truth, table.repeats, table.groups,
+                    *(audit.pixel_sha for audit in self.audits)]
         return common.data_record(contents, split, rows=len(table), names=table.names)
 
 
@@ -347,8 +350,8 @@ def read_table(args, names=None, need_labels=True):
     return event_times.seconds_of(table, args.fps, args.min_event_sec)
 
 
-def load_study(args, table, say, skipped_file=None):
-    """Table and frames, checked; what cannot be used is counted, said and listed in the file."""
+def load_study(args, table, say):
+    """Table and frames, checked; what cannot be used is counted and said."""
     for note in table.notes:
         say(f"note: {note}")
     say(f"decoding {len(table)} rows of {len(set(table.sources))} videos with {video_files.decoder_name()}")
@@ -361,8 +364,6 @@ def load_study(args, table, say, skipped_file=None):
         say(f"note: {note}")
     reasons = [found.error or found.fault for found in store.audit]
     usable = table.without(reasons)
-    if usable.skipped and skipped_file:
-        common.write_table(skipped_file, usable.skipped)
     for reason, count in collections.Counter(row["reason"] for row in usable.skipped).items():
         say(f"skipped: {count} rows, {reason}")
     if not len(usable):
@@ -419,7 +420,7 @@ class Clips(common.Samples):
         """Grid frame at which a train clip of the row starts."""
         reach = round(self.args.jitter_sec * self.args.fps)
         first, last = self.study.audits[row].start_range(self.args.n_frames, reach)
-        return first + int(torch.randint(last - first + 1, (), generator=generator))
+        return int(torch.randint(first, last + 1, (), generator=generator))
 
     def pixels(self, row, start, generator):
         """Clip at `start`, uint8 (T, S, S, 3); black after the last frame of a sequence that is shorter."""
@@ -677,9 +678,8 @@ class Behaviours(Objective):
 
         Focal loss: Lin et al. 2017, with the probability of the target mixture.
         """
-        smoothing = self.args.label_smoothing
-        smooth = target * (1 - smoothing) + smoothing / target.shape[1]
-        error = -(smooth * torch.log_softmax(logits, 1)).sum(1)  # (B,)
+        error = nn.functional.cross_entropy(
+            logits, target, reduction="none", label_smoothing=self.args.label_smoothing)  # (B,)
         if self.args.loss == "focal":
             probability = (target * torch.softmax(logits, 1)).sum(1)
             error = error * (1 - probability) ** self.args.focal_gamma
@@ -734,9 +734,7 @@ class Scores(Objective):
         labelled = ~torch.isnan(target)  # (B, R), True = a score is there
         # a missing score is its own target: its error is 0, without a NaN in the gradient
         filled = torch.where(labelled, target, predicted.detach())
-        pointwise = nn.functional.mse_loss
-        if self.args.loss == "smooth_l1":
-            pointwise = nn.functional.smooth_l1_loss
+        pointwise = getattr(nn.functional, f"{self.args.loss}_loss")  # mse_loss or smooth_l1_loss
         error = pointwise(predicted / sd, filled / sd, reduction="none")
         cell_weight = labelled * common.on_device(self.target_weight, predicted.device)
         row_error = (error * cell_weight).sum(1) / cell_weight.sum(1).clamp(min=1e-9)
@@ -829,29 +827,24 @@ def predict_batch(model, batch, args, compute):
 
 
 @torch.no_grad()
-def evaluate(model, loader, args, compute):
+def evaluate(model, loader, compute):
     """Predict a whole split -> outputs (M, K) float64 and features (M, F).
 
     The outputs (logits, or scores) for the clips of a row are combined by --aggregation, its features by their mean.
     """
     model.eval()
-    found = [predict_batch(model, batch, args, compute) for batch in loader]
+    clips = loader.dataset
+    found = [predict_batch(model, batch, clips.args, compute) for batch in loader]
     outputs, features = map(torch.cat, zip(*compute.processes.gather(found)))  # (clips, K), (clips, F)
-    row_starts = loader.dataset.row_starts
-    return (class_scores.combine_clips(outputs.double().numpy(), row_starts, args.aggregation),
-            class_scores.combine_clips(features.numpy(), row_starts, "mean"))
+    return (class_scores.combine_clips(outputs.double().numpy(), clips.row_starts, clips.args.aggregation),
+            class_scores.combine_clips(features.numpy(), clips.row_starts, "mean"))
 
 
-def start_model(args, objective, compute):
-    """The network before its first step, on the device, with the frozen parts out of training."""
-    model = build_model(args, len(objective.names))
-    if args.model != MOTION_READOUT:  # which is solved from each row once, at the natural class shares
-        model.head.start_at(*objective.scale)
-        model.head.prior_shift.copy_(torch.as_tensor(objective.prior_shift))
+def start_model(args, names):
+    """The network for these classes or scores before its first step, with the weights of --init_from, if any."""
+    model = build_model(args, len(names))
     if args.init_from:
-        backbones.start_from(model, args.init_from, args.freeze_backbone, names=objective.names)
-    model = compute.place(model)
-    model.freeze_backbone(args.freeze_backbone)
+        backbones.start_from(model, args.init_from, args.freeze_backbone, names=names)
     return model
 
 
@@ -868,7 +861,13 @@ def fit(run, args, study, split, features):
     train_loader, loaders = make_loaders(study, split, objective, args, compute, features.of_clips)
     if not args.freeze_backbone:  # else it trains on features, which are no pictures
         plotting.plot_batch(run, train_loader.dataset, study.labels(objective.epoch_rows))
-    model = start_model(args, objective, compute)
+    model = start_model(args, objective.names)
+    if args.model != MOTION_READOUT:  # which is solved from each row once, at the natural class shares
+        if not args.init_from:
+            model.head.start_at(*objective.scale)
+        model.head.prior_shift.copy_(torch.as_tensor(objective.prior_shift))
+    model = compute.place(model)
+    model.freeze_backbone(args.freeze_backbone)
     mean, sd = pixel_statistics(args)
     run.say(f"{args.model}: colours are normalised with mean {mean} and SD {sd}, as its published weights expect")
     optimizer = common.build_optimizer(model, args, model.backbone)
@@ -881,11 +880,11 @@ def fit(run, args, study, split, features):
     for _ in training.epochs():
         if args.model == MOTION_READOUT:
             solve_head(model, study, train, features, run.say)
-            outputs, _ = evaluate(model, loaders["train"], args, compute)
+            outputs, _ = evaluate(model, loaders["train"], compute)
             row = {"train_loss": objective.history(outputs, train)["loss"]}
         else:
             row = train_one_epoch(model, train_loader, objective, training, compute)
-        outputs, _ = evaluate(model, loaders["val"], args, compute)
+        outputs, _ = evaluate(model, loaders["val"], compute)
         found = objective.history(outputs, split["val"])
         row |= {f"val_{name}": value for name, value in found.items()}
         training.end_epoch(row)
@@ -904,7 +903,7 @@ def finish_best_model(training, study, split, loaders, objective):
     outputs = {}
     features = {}
     for part, loader in loaders.items():
-        outputs[part], features[part] = evaluate(training.model, loader, training.args, run.compute)
+        outputs[part], features[part] = evaluate(training.model, loader, run.compute)
     scores = study.table.target
     known_scores = None if scores is None else scores[split["train"]]
     best["known_data"] = row_warnings.known_data(features["train"], features["val"], known_scores)
@@ -953,7 +952,7 @@ def extract_features(network, clips, n_views, compute):
     """Features.of_clips: what an untuned backbone makes of every clip, of random ones n_views times."""
     network.eval()
     loader = make_loader(clips, compute, batch_size=16)
-    features = {key: [] for key in clips.row_starts}
+    views = []
     for view in range(n_views):
         loader.batch_sampler.epoch = view
         found = []
@@ -961,17 +960,15 @@ def extract_features(network, clips, n_views, compute):
             inputs, mask = to_device(batch, clips.args, compute)
             with compute.autocast():
                 found.append(network.extract(inputs, mask).float().cpu())
-        found = torch.cat(compute.processes.gather(found)).numpy()  # (clips, F) or (clips, T, F)
-        for key, values in zip(clips.row_starts, found):
-            features[key].append(values)
-    return features
+        views.append(torch.cat(compute.processes.gather(found)).numpy())  # (clips, F) or (clips, T, F)
+    return dict(zip(clips.row_starts, zip(*views)))  # of each clip all its views
 
 
-def features_of_rows(network, clips, rows, compute):
-    """(N, F) of Features.of_rows, as evaluate gives it for the clips of these rows."""
-    loader = make_loader(clips, compute, batch_size=16)
-    _, found = evaluate(network, loader, clips.args, compute)  # (M, F)
-    features = np.full((len(clips.study.table), found.shape[1]), np.nan, found.dtype)
+def features_of_rows(network, study, rows, compute, of_clips=None):
+    """(N, F) of Features.of_rows: what evaluate makes of the clips of these rows, or of of_clips, their features."""
+    loader = make_loader(Clips(study, rows, features=of_clips), compute, batch_size=16)
+    _, found = evaluate(network, loader, compute)  # (M, F)
+    features = np.full((len(study.table), found.shape[1]), np.nan, found.dtype)
     features[rows] = found
     return features
 
@@ -980,25 +977,22 @@ def untuned_features(args, study, run, rows):
     """Features of these rows from networks before any tuning: for the baselines, and where the backbone is frozen."""
     compute = run.compute
     network = compute.place(build_model(args, len(study.table.names)))
-    clips = Clips(study, rows)
-    features = Features({})
+    of_clips = None
     if args.freeze_backbone:
-        features.of_clips = extract_features(network, clips, 1, compute)
-        clips = Clips(study, rows, features=features.of_clips)
-    own = features_of_rows(network, clips, rows, compute)
+        of_clips = extract_features(network, Clips(study, rows), 1, compute)
+    own = features_of_rows(network, study, rows, compute, of_clips)
     linear_model = "ridge" if study.table.label is None else "logistic"
     if args.model == MOTION_READOUT:
-        features.of_rows = {linear_model: own[:, network.backbone.last_resolution()], MOTION_READOUT: own}
-        return features
-    features.of_rows[linear_model] = own
+        return Features({linear_model: own[:, network.backbone.last_resolution()], MOTION_READOUT: own}, of_clips)
+    of_rows = {linear_model: own}
     try:
-        features.of_rows[MOTION_READOUT] = motion_features(args, study, compute, rows)
+        of_rows[MOTION_READOUT] = motion_features(args, study, compute, rows)
     except common.UserError as error:  # its image network, or the weights of that, cannot be had
         run.say(f"note: no motion readout to compare with: {error}")
     if args.freeze_backbone:
         presets = event_tables.augment_presets(study.table, args.augment_for, args.augment)
-        features.of_clips |= extract_features(network, Clips(study, rows, presets), args.feature_views, compute)
-    return features
+        of_clips |= extract_features(network, Clips(study, rows, presets), args.feature_views, compute)
+    return Features(of_rows, of_clips)
 
 
 def motion_features(args, study, compute, rows):
@@ -1006,8 +1000,7 @@ def motion_features(args, study, compute, rows):
     weights = args.weights if args.model == CNN_LSTM else None  # of other models they fit another backbone
     args = common.with_flags(args, model=MOTION_READOUT, weights=weights)
     network = compute.place(build_model(args, len(study.table.names)))
-    clips = Clips(dataclasses.replace(study, args=args), rows)
-    return features_of_rows(network, clips, rows, compute)
+    return features_of_rows(network, dataclasses.replace(study, args=args), rows, compute)
 
 
 # --- results: predictions table -> judged run folder -------------------------------------------
@@ -1029,16 +1022,15 @@ def predict_baselines(study, features, train, rows):
             outputs = fit_readout(study, train, features, name).predict(values[rows])
             predicted[name] = class_scores.softmax(outputs) if is_classes else outputs
     moments = moment_levels(study.args, table)
-    if moments is not None and not is_classes:
-        codes = np.unique(moments, return_inverse=True)[1]
-        predicted["moment_mean"] = confounding.smoothed_means(codes, table.target, train, rows)
+    if len(moments) and not is_classes:
+        predicted["moment_mean"] = confounding.smoothed_means(moments, table.target, train, rows)
     return predicted
 
 
 def moment_levels(args, table, rows=slice(None)):
-    """(M,) levels of --moment_column in these rows, or None where the table has no such column."""
+    """(M,) levels of --moment_column in these rows; () where the table has no such column."""
     key = csv_tables.column_key(args.moment_column)
-    return table.extra[key].to_numpy(str)[rows] if key in table.extra else None
+    return table.extra[key].to_numpy(str)[rows] if key in table.extra else ()
 
 
 def predictions_table(study, rows, outputs, baselines, seen, warning=None):
@@ -1048,12 +1040,13 @@ def predictions_table(study, rows, outputs, baselines, seen, warning=None):
     (M,) of row_warnings.texts.
     """
     table = study.table
-    keys = {"clip_id": table.clip_ids[rows]}
-    if table.target is None:
-        keys["event"] = table.events[rows]
+    own = table.take(rows)
+    keys = {"clip_id": own.clip_ids}
+    if own.target is None:
+        keys["event"] = own.events
         keys["n_clips"] = np.array([len(study.starts(row)) for row in rows])
-    keys["video"] = np.array(table.sources, dtype=str)[rows]
-    keys["start_sec"], keys["end_sec"] = table.windows[rows].T
+    keys["video"] = own.sources.astype(str)
+    keys["start_sec"], keys["end_sec"] = own.windows.T
     shared = {
         "keys": keys,
         "names": table.names,
@@ -1062,12 +1055,11 @@ def predictions_table(study, rows, outputs, baselines, seen, warning=None):
         "seen": seen,
         "warning": warning,
     }
-    if table.target is not None:
-        return prediction_tables.ScoreTable(
-            target=table.target[rows], predicted=outputs, **shared)
+    if own.target is not None:
+        return prediction_tables.ScoreTable(target=own.target, predicted=outputs, **shared)
     return prediction_tables.ClassTable(
         positive=prediction_tables.choose_positive(study.args.positive_class, table.names, table.label),
-        label=table.label[rows],
+        label=own.label,
         probability=class_scores.softmax(outputs),
         logits=outputs,
         **shared)
@@ -1110,10 +1102,9 @@ def judge(run, args, study, split, table, part, trained_on, similar=(), **known)
 
 def data_blocks(study, split, rows, table):
     """HTML of the section Data and split."""
-    sizes = []
-    for part, part_rows in split.items():
-        classes = event_audit.describe_part(study.table.take(part_rows))["classes"]
-        sizes.append({"part": part, "rows": len(part_rows), **classes})
+    sizes = [
+        {"part": part, "rows": len(held), **event_audit.count_classes(study.table.take(held))}
+        for part, held in split.items()]
     return [
         judging.rows_text(table),
         reporting.html_text(f"{len(set(study.table.events[rows]))} events; {len(study.table.skipped)} rows skipped."),
@@ -1126,10 +1117,10 @@ def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
     alarms = event_audit.record_split(run, study.table, study.audits, split)
     split = splitting.rows_to_try(split, args, study.table.truth)
+    run.write_args(**study.data_record(split))
     if features is None:
         features = untuned_features(args, study, run, np.sort(np.concatenate(list(split.values()))))
     similar = find_similar(run, study, split, features)
-    run.write_args(**study.data_record(split))
     outputs, answers, objective, training = fit(run, args, study, split, features)
     seen = training.seen.words(study.hashes)  # (N,)
     tables = {}
@@ -1170,18 +1161,17 @@ def run_folds(run, args, study):
     if len(test):
         parts["test"] = test
     alarms = event_audit.record_split(run, study.table, study.audits, parts)
+    run.write_args(**study.data_record(parts))
     features = untuned_features(args, study, run, np.arange(len(study.table)))
     similar = find_similar(run, study, parts, features)
-    run.write_args(**study.data_record(parts))
     chosen = run.each_fold(
         folds, lambda child, split: run_split(child, args, study, split, features))
     tables = prediction_tables.read_folds(run, chosen, "val")
     if args.task == "regress":
         rows = []
         for k, table in zip(chosen, tables):
-            own = prediction_tables.rows_of(table, study.table.clip_ids)
-            found = score_judging.rows_of_scores(table, moment_levels(args, study.table, own))
-            rows += [{"fold": k, **row} for row in found]
+            moments = moment_levels(args, study.table, prediction_tables.rows_of(table, study.table.clip_ids))
+            rows += [{"fold": k, **row} for row in score_judging.rows_of_scores(table, moments)]
         common.write_table(run.path("fold_scores.csv"), rows)
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
     if args.task == "classify" and len(tables) > 1:
@@ -1210,9 +1200,11 @@ def train(args):
     has_fixed_shapes = args.model != CNN_LSTM
     with common.start_run(args, fp32_on_cpu=has_fixed_shapes, fixed_shapes=has_fixed_shapes) as run:
         table = read_table(args)
-        build_model(args, len(table.names))  # wrong weights stop here, before videos are decoded
+        start_model(args, table.names)  # wrong weights stop here, before videos are decoded
         check_flags_of_table(args, table)
-        study = load_study(args, table, run.say, run.path("skipped.csv"))
+        study = load_study(args, table, run.say)
+        if study.table.skipped:
+            common.write_table(run.path("skipped.csv"), study.table.skipped)
         check_flags_of_table(args, study.table)  # of which rows may have been left out
         if args.folds or args.cv_file:
             run_folds(run, args, study)
@@ -1222,17 +1214,13 @@ def train(args):
 
 def check_flags_of_table(args, table):
     """UserError for flags that name what these rows do not have, and for splits that lack a class they need."""
-    names = table.names
-    meanings = class_judging.criteria_names(names)
+    meanings = class_judging.criteria_names(table.names)
     if args.task == "regress":
-        moments = moment_levels(args, table)
-        meanings = score_judging.criteria_names(names, [] if moments is None else set(moments))
+        meanings = score_judging.criteria_names(table.names, moment_levels(args, table))
     verdicts.parse_criteria(args.criteria, meanings)
     for split in event_splits.asked_splits(args, table):
         TASKS[args.task](args, table, split["train"]).check_val(split["val"])
     event_tables.augment_presets(table, args.augment_for, args.augment)
-    if args.init_from:
-        backbones.starting_weights(args.init_from, names=names)
 
 
 # --- the other modes -------------------------------------------------------------------------
@@ -1329,7 +1317,7 @@ def predict_rows(member, study, compute):
     study = dataclasses.replace(study, args=member.args)
     rows = np.arange(len(study.table))
     model = compute.place(member.model)
-    outputs, features = evaluate(model, make_loader(Clips(study, rows), compute), member.args, compute)
+    outputs, features = evaluate(model, make_loader(Clips(study, rows), compute), compute)
     seen = seen_rows.of_checkpoint(member.content).words(study.hashes)
     table = predictions_table(study, rows, outputs, {}, seen)
     if member.calibration:
@@ -1418,11 +1406,10 @@ def read_windows(recording, members, run, label):
         run.say(f"note: --every {own.every:g} is {step / own.fps:g} s, on the grid of {own.fps:g} frames a second")
     grid = common.with_progress(
         label, recording.grid(own.n_frames), math.ceil(recording.expected_sec * own.fps))
-    batches = sliding_windows.slide(
-        grid, own.n_frames, step, own.val_batch_size, own.image_size, frame_features)
     starts = []
     found = []
-    for places, frames in batches:
+    for places, frames in sliding_windows.slide(
+            grid, own.n_frames, step, own.val_batch_size, own.image_size, frame_features):
         starts += places
         found.append(np.mean([predict_windows(member, frames, compute) for member in members], axis=0))
     probability = np.concatenate(found)  # (W, C)

@@ -4,7 +4,6 @@ Letters: M rows, R scores.
 """
 import dataclasses
 import functools
-import itertools
 
 import numpy as np
 
@@ -14,18 +13,17 @@ from evidence import (
     subject_intervals, verdicts)
 
 
-def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), moments=None, table_file="scores.csv",
+def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), moments=(), table_file="scores.csv",
                  plot_file="scores.png"):
     """Judge a prediction_tables.ScoreTable, write tables, plots, report.html and metrics.json; returns the metrics.
 
     ceiling: rater_agreement.Ceiling, or None; confounds: of confounding.level_priors; levels: {name of a confound:
-    (M,) its values}; moments: (M,) levels whose rows are also judged apart, or None; table_file, plot_file: names of the
-    table and of the plot of the scores.
+    (M,) its values}; moments: (M,) levels whose rows are also judged apart, () for none; table_file, plot_file: names of
+    the table and of the plot of the scores.
     """
     result = table.compare()
     rows = score_rows(result, table, ceiling)
     moment_rows = rows_of_moments(table, moments)
-    moment_names = {row["moment"] for row in moment_rows}
     within = functools.partial(confounding.within_level_r2, table.predicted, table.target)
     confounds = confounding.flag_confounds(confounds, result.overall.model["r2"], within, levels)
     common.write_table(run.path(table_file), rows)
@@ -47,8 +45,8 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
         metric="r2",
         doubts=doubts,
         alarms=alarms,
-        meanings=criteria_names(table.names, moment_names),
-        further_estimates=estimates_of_moments(table, moments, moment_names) if run.args.criteria else {},
+        meanings=criteria_names(table.names, moments),
+        further_estimates=estimates_of_moments(table, moments) if run.args.criteria else {},
         figures=key_figures(result, table.target, best_r2),
         blocks=[*metric_blocks(run, setting, result, rows, moment_rows, plot_file),
                 *judging.subject_blocks(table, result)],
@@ -96,33 +94,30 @@ def slope_alarms(rows):
 
 def rows_of_scores(table, moments):
     """Dicts of moment, target, n and the model's metrics: of all rows, and of those of each moment."""
-    everything = rows_of_moments(table, np.full(len(table.target), "all"))
-    return everything + rows_of_moments(table, moments)
+    return rows_of_moments(table, np.full(len(table.target), "all")) + rows_of_moments(table, moments)
 
 
 def rows_of_moments(table, moments):
-    """Dicts of moment, target, n and the model's metrics for each level of (M,) moments and score."""
+    """Dicts of moment, target, n and the model's metrics for each level of (M,) moments, if any, and score."""
     import pandas as pd
     rows = []
-    for level in [] if moments is None else sorted(set(moments)):
+    for level in sorted(set(moments)):
         here = moments == level
         metrics = common.regression_metrics(table.predicted[here], table.target[here])
         rows += pd.DataFrame({"moment": level, "target": table.names, **metrics}).to_dict("records")
     return rows
 
 
-def criteria_names(names, levels=()):
+def criteria_names(names, moments=()):
     """What --criteria may name: a metric, METRIC_SCORE of one score, METRIC_LEVEL of the rows of one moment."""
     metrics = common.REGRESSION_METRICS
-    meanings = {f"{metric}_{level}": verdicts.MetricOf(metric, f"moment {level}")
-                for metric, level in itertools.product(metrics, levels)}
-    return meanings | verdicts.spell_metrics(metrics, metrics, names)
+    return verdicts.spell_metrics(metrics, metrics, [*moments, *names])
 
 
-def estimates_of_moments(table, moments, levels):
-    """{METRIC_LEVEL: Estimate} on the rows of each of these levels of (M,) moments."""
+def estimates_of_moments(table, moments):
+    """{METRIC_LEVEL: Estimate} on the rows of each level of (M,) moments."""
     estimates = {}
-    for level in levels:
+    for level in set(moments):
         of_level = prediction_tables.take(table, moments == level).compare()
         estimates |= {f"{metric}_{level}": each for metric, each in of_level.overall.model.items()}
     return estimates

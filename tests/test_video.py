@@ -258,6 +258,17 @@ def test_a_solved_model_continues_fold_by_fold(made, solved):
     assert (solved / "predictions_folds.csv").read_bytes() == before
 
 
+@pytest.mark.parametrize("folds", [[], ["--folds", 2]])
+def test_a_run_stopped_before_its_features_are_computed_is_continued(made, tmp_path, monkeypatch, folds):
+    def stop(*_):
+        raise KeyboardInterrupt
+    flags = [*made.everything, *made.solved, *folds, "--dry_run", "--output_dir", tmp_path]
+    with monkeypatch.context() as patched:
+        patched.setattr(train_video, "untuned_features", stop)
+        video(*flags, code=130)
+    assert "(continued)" in video(*flags, "--resume").stdout and (only_run(tmp_path) / "metrics.json").exists()
+
+
 def test_the_motion_readout_of_scores_is_its_baseline_in_another_run(made, scores, tmp_path):
     """As a model and as the second baseline of another one it predicts the same, fold by fold."""
     video("--task", "regress", "--manifest", made.sequences, *made.solved, "--folds", 3, "--test_groups", "4",
@@ -812,7 +823,7 @@ FLAG_MISTAKES = {
     "one fold": (["--manifest", "a.csv", "--folds", 1], ["at least 2"]),
     "share above 1": (["--manifest", "a.csv", "--max_missing", 5], ["max_missing"]),
     "bounded classes": (["--manifest", "a.csv", "--bounded"], ["--task classify; without meaning", "--bounded"]),
-    "sums and columns of classes": (["--manifest", "a.csv", "--consistency_weight", 0, "--target_columns",
+    "sums and columns of classes": (["--manifest", "a.csv", "--consistency_weight", 0.5, "--target_columns",
                                      "a"], ["--task classify; without", "--consistency_weight, --target_columns"]),
     "labels of scores": (["--manifest", "a.csv", "--task", "regress", "--label_smoothing", 0.1, "--jitter_sec", 1,
                           "--positive_class", "a", "--label_column", "b", "--time_unit", "ms"],
@@ -837,6 +848,10 @@ FLAG_MISTAKES = {
     "another rate than the checkpoint's": (["--mode", "predict", "--checkpoint", "m", "--manifest", "a.csv", "--fps", 5,
                                             "--n_frames", 8], ["--fps, --n_frames"]),
 }
+
+
+def test_what_is_off_is_no_mistake_of_any_task():
+    assert train_video.parse_args("--manifest a.csv --consistency_weight 0 --boost_to 0".split())
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("video*.yaml")) + ["pain_scores.yaml"])
@@ -996,9 +1011,18 @@ def test_checkpoints_that_do_not_fit(made, behaviours, scores, tmp_path):
     rows = read_csv(tmp_path / "p.csv")
     assert "threshold" not in rows[0] and all(
         (row["pred_label"] == "tail") == (float(row["prob_tail"]) > 0.5) for row in rows)
+
+
+@pytest.mark.parametrize("flags, code, words", [
+    (["--freeze_backbone"], 2, "its backbone was trained"), (["--hidden", 8], 3, "does not fit this model")])
+def test_weights_that_cannot_be_started_from_are_refused_before_videos_are_decoded(
+        made, behaviours, scores, tmp_path, monkeypatch, flags, code, words):
+    monkeypatch.setattr(train_video, "load_study", lambda *_: pytest.fail("the videos were decoded first"))
     text = video(*made.parts(), *made.small, "--init_from", scores / "fold_0" / "best_model.pth", "--output_dir",
                  tmp_path / "out", code=2).stderr
     assert "--init_from" in text and "Head_low" in text and not list((tmp_path / "out").glob("run_*"))
+    text = video(*made.parts(), *made.small, *flags, "--init_from", behaviours, "--output_dir", tmp_path / "out", code=code)
+    assert words in text.stderr and not list((tmp_path / "out").glob("run_*"))
 
 
 def test_predictions_that_cannot_be_evaluated(tmp_path):

@@ -188,11 +188,11 @@ def test_outputs_of_several_clips_are_joined_by_row():
             return features
     loader = [{"input": outputs[start:start + 4], "mask": torch.ones(1)} for start in (0, 4)]
     row_starts = [(row, None) for row in row_of]
-    loader = type("Loader", (list,), {"dataset": SimpleNamespace(row_starts=row_starts)})(loader)
+    loader = type("Loader", (list,), {})(loader)
     compute = common.choose_compute("cpu", "off")
     for aggregation, join in (("mean", np.mean), ("max", np.max)):
-        args = arguments("--aggregation", aggregation)
-        found, features = train_video.evaluate(Model(), loader, args, compute)
+        loader.dataset = SimpleNamespace(row_starts=row_starts, args=arguments("--aggregation", aggregation))
+        found, features = train_video.evaluate(Model(), loader, compute)
         assert found == pytest.approx(np.stack([join(outputs.numpy()[row_of == row], axis=0) for row in (4, 1, 2)]))
         assert features[1] == pytest.approx(outputs[2].numpy())
 
@@ -880,7 +880,7 @@ def held_out_auc(moving, kind, n_frames, epochs=20, batch_size=16):
             optimizer.step()
             schedule.step()
     scoring = common.make_loader(train_video.Clips(study, test), args, compute, False, batch_size=48)
-    logits, _ = train_video.evaluate(model, scoring, args, compute)
+    logits, _ = train_video.evaluate(model, scoring, compute)
     assert objective.names[objective.positive] == "tail" and len(test) == 60
     probability = class_scores.softmax(logits)[:, objective.positive]
     return roc_auc_score(objective.label[test] == objective.positive, probability)
