@@ -43,7 +43,7 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
+from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign
 
 import common
@@ -472,6 +472,12 @@ def collate(samples):
     return {"pixels": pixels, "sizes": sizes, **others}
 
 
+def collate_alike(samples):
+    """Samples -> batches of neighbours padded to the same size, so that none changes what is found in another one."""
+    runs = itertools.groupby(samples, lambda sample: padded_size([sample["pixels"].shape[:2]]))
+    return [collate(list(run)) for _, run in runs]
+
+
 # --- model and loss ----------------------------------------------------------------------
 
 class PaddedRoIAlign(MultiScaleRoIAlign):
@@ -487,95 +493,17 @@ class PaddedRoIAlign(MultiScaleRoIAlign):
         return super().forward(x, boxes, [padded_size(image_shapes)])
 
 
-class StateRoIHeads(RoIHeads):
-    """torchvision's RoIHeads with predictors for P parts and a third head for S states (0: none).
+class PartDetector(nn.Module):
+    """torchvision's Faster R-CNN for P parts, with a third head for their S states (0: none); `settings`: model_settings.
+
+    forward: inputs (B, 3, H, W) normalised and padded with 0, sizes: B of (height, width) -> B
+    dicts of detections, boxes (D, 4) in input pixels, scores (D,), labels (D,) from 1, states
+    (D, S); with targets, B dicts of boxes (K, 4), labels and states (K,): dict of losses.
 
     Training: the sampled proposals keep the index of the ground-truth box that they matched, so the
     state loss is the cross-entropy over the foreground ones whose box has a known state. Inference:
     after class scores and suppression the final boxes are pooled once more, as Mask R-CNN (He et
     al. 2017) does, and each gets its S probabilities.
-    """
-
-    def __init__(self, heads, n_parts, n_states, class_weights=None):
-        n_features = heads.box_predictor.cls_score.in_features
-        pool = heads.box_roi_pool
-        super().__init__(
-            box_roi_pool=PaddedRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio),
-            box_head=heads.box_head,
-            box_predictor=FastRCNNPredictor(n_features, n_parts + 1),
-            fg_iou_thresh=heads.proposal_matcher.high_threshold,
-            bg_iou_thresh=heads.proposal_matcher.low_threshold,
-            batch_size_per_image=heads.fg_bg_sampler.batch_size_per_image,
-            positive_fraction=heads.fg_bg_sampler.positive_fraction,
-            bbox_reg_weights=heads.box_coder.weights,
-            score_thresh=detection_scores.LOWEST_SCORE,
-            nms_thresh=heads.nms_thresh,
-            detections_per_img=heads.detections_per_img)
-        self.n_states = n_states
-        self.temperature = 1.0  # of the states' probabilities, see fit_temperature
-        self.state_head = None
-        if n_states:
-            self.state_head = nn.Sequential(
-                nn.Linear(n_features, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, n_states))
-        weights = torch.tensor(class_weights or [1.0] * n_states)
-        self.register_buffer("class_weights", weights, persistent=False)
-
-    def forward(self, features, proposals, image_shapes, targets=None):
-        # features: maps (B, C, H, W); proposals: B of (Q, 4)
-        # targets: B dicts of boxes (K, 4), labels and states (K,)
-        if self.training:
-            proposals, matched, labels, regression = self.select_training_samples(
-                proposals, targets)
-        pooled = self.pool(features, proposals, image_shapes)  # (Q, F)
-        # (Q, F) -> (Q, P + 1), (Q, 4 (P + 1)), in float32 as those of the RPN, see in_float32
-        class_logits, box_regression = [each.float() for each in self.box_predictor(pooled)]
-        if self.training:
-            classifier, box_reg = fastrcnn_loss(class_logits, box_regression, labels, regression)
-            losses = {"loss_classifier": classifier, "loss_box_reg": box_reg}
-            if self.state_head is not None:
-                losses["loss_state"] = self.state_loss(pooled, matched, labels, targets)
-            return [], losses
-        boxes, scores, labels = self.postprocess_detections(
-            class_logits, box_regression, proposals, image_shapes)
-        states = self.state_probabilities(features, boxes, image_shapes)
-        names = ("boxes", "scores", "labels", "states")
-        return [dict(zip(names, found)) for found in zip(boxes, scores, labels, states)], {}
-
-    def pool(self, features, boxes, image_shapes):
-        """Features of B of (Q, 4) boxes -> (Q of all pictures, F)."""
-        return self.box_head(self.box_roi_pool(features, boxes, image_shapes))
-
-    def state_loss(self, pooled, matched, labels, targets):
-        """Mean cross-entropy over the foreground proposals with a known state, 0 without any."""
-        states = torch.cat([target_states(target["states"], index)
-                            for target, index in zip(targets, matched)])
-        known = (torch.cat(labels) > 0) & (states >= 0)  # (Q,), True = it teaches a state
-        logits = self.state_head(pooled[known]).float()  # (n, F) -> (n, S)
-        if not len(logits):
-            return logits.sum()
-        return nn.functional.cross_entropy(logits, states[known], self.class_weights)
-
-    def state_probabilities(self, features, boxes, image_shapes):
-        """B of (D, S) for the final boxes, B of (D, 4)."""
-        counts = [len(each) for each in boxes]
-        if self.state_head is None or not sum(counts):
-            return [each.new_zeros(len(each), self.n_states) for each in boxes]
-        pooled = self.pool(features, boxes, image_shapes)  # (D of all pictures, F)
-        logits = self.state_head(pooled).float() / self.temperature  # (D, F) -> (D, S)
-        return logits.softmax(1).split(counts)  # B of (D, S)
-
-
-def target_states(states, matched):
-    """(Q,) state of the true box that each proposal matched; UNKNOWN in a picture without any."""
-    return states[matched] if len(states) else torch.full_like(matched, part_boxes.UNKNOWN)
-
-
-class PartDetector(nn.Module):
-    """torchvision's Faster R-CNN for P parts, with their states; `settings`: see model_settings.
-
-    forward: inputs (B, 3, H, W) normalised and padded with 0, sizes: B of (height, width) -> B
-    dicts of detections, boxes (D, 4) in input pixels, scores (D,), labels (D,) from 1, states
-    (D, S); with targets: dict of losses.
     """
 
     def __init__(self, settings, class_weights=None):
@@ -584,10 +512,21 @@ class PartDetector(nn.Module):
         self.settings = settings
         self.backbone = rcnn.backbone
         self.rpn = rcnn.rpn
-        self.roi_heads = StateRoIHeads(
-            rcnn.roi_heads, len(settings["parts"]), len(settings["states"]), class_weights)
-        self.roi_heads.nms_thresh = settings.get("nms_iou", 0.5)  # older files lack it
         self.rpn.head.register_forward_hook(in_float32)
+        heads = rcnn.roi_heads
+        pool = heads.box_roi_pool
+        n_features = heads.box_predictor.cls_score.in_features
+        heads.box_roi_pool = PaddedRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio)
+        heads.box_predictor = FastRCNNPredictor(n_features, len(settings["parts"]) + 1)
+        heads.nms_thresh = settings.get("nms_iou", 0.5)  # older files lack it
+        self.roi_heads = heads  # list up to 100 detections of a picture, from a score of .05 on
+        self.temperature = 1.0  # of the states' probabilities, see finish_best_model
+        self.n_states = len(settings["states"])
+        if self.n_states:
+            heads.state_head = nn.Sequential(
+                nn.Linear(n_features, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, self.n_states))
+        weights = torch.tensor(class_weights or [1.0] * self.n_states)
+        self.register_buffer("class_weights", weights, persistent=False)
 
     def forward(self, inputs, sizes, targets=None):
         # (B, 3, H, W) -> maps (B, 256, H / 4, W / 4) and smaller -> B detections, or losses
@@ -604,12 +543,56 @@ class PartDetector(nn.Module):
 
     def heads(self, features, inputs, sizes, targets=None):
         """Losses where there are targets, else detections; eval() is for dropout and BatchNorm."""
-        is_training = targets is not None
-        self.rpn.training = is_training
-        self.roi_heads.training = is_training
-        proposals, rpn_losses = self.rpn(ImageList(inputs, sizes), features, targets)
-        detections, losses = self.roi_heads(features, proposals, sizes, targets)
-        return losses | rpn_losses if is_training else detections
+        self.rpn.training = targets is not None
+        proposals, losses = self.rpn(ImageList(inputs, sizes), features, targets)
+        if targets is None:
+            return self.detections(features, proposals, sizes)
+        return self.box_losses(features, proposals, sizes, targets) | losses
+
+    def box_losses(self, features, proposals, sizes, targets):
+        """{name: loss} of boxes, parts and states; proposals: B of (Q, 4)."""
+        proposals, matched, labels, regression = self.roi_heads.select_training_samples(proposals, targets)
+        pooled = self.pool(features, proposals, sizes)  # (Q, F)
+        classifier, box_reg = fastrcnn_loss(*self.box_logits(pooled), labels, regression)
+        losses = {"loss_classifier": classifier, "loss_box_reg": box_reg}
+        if self.n_states:
+            losses["loss_state"] = self.state_loss(pooled, matched, labels, targets)
+        return losses
+
+    def detections(self, features, proposals, sizes):
+        """B dicts of what is found in proposals, B of (Q, 4)."""
+        logits = self.box_logits(self.pool(features, proposals, sizes))
+        boxes, scores, labels = self.roi_heads.postprocess_detections(*logits, proposals, sizes)
+        states = self.state_probabilities(features, boxes, sizes)
+        names = ("boxes", "scores", "labels", "states")
+        return [dict(zip(names, found)) for found in zip(boxes, scores, labels, states)]
+
+    def pool(self, features, boxes, sizes):
+        """Features of B of (Q, 4) boxes -> (Q of all pictures, F)."""
+        return self.roi_heads.box_head(self.roi_heads.box_roi_pool(features, boxes, sizes))
+
+    def box_logits(self, pooled):
+        """(Q, F) -> (Q, P + 1), (Q, 4 (P + 1)), in float32 as those of the RPN, see in_float32."""
+        return [each.float() for each in self.roi_heads.box_predictor(pooled)]
+
+    def state_loss(self, pooled, matched, labels, targets):
+        """Mean cross-entropy over the foreground proposals with a known state, 0 without any."""
+        states = torch.cat([target_states(target["states"], index)
+                            for target, index in zip(targets, matched)])
+        known = (torch.cat(labels) > 0) & (states >= 0)  # (Q,), True = it teaches a state
+        logits = self.roi_heads.state_head(pooled[known]).float()  # (n, F) -> (n, S)
+        if not len(logits):
+            return logits.sum()
+        return nn.functional.cross_entropy(logits, states[known], self.class_weights)
+
+    def state_probabilities(self, features, boxes, sizes):
+        """B of (D, S) for the final boxes, B of (D, 4)."""
+        counts = [len(each) for each in boxes]
+        if not self.n_states or not sum(counts):
+            return [each.new_zeros(len(each), self.n_states) for each in boxes]
+        pooled = self.pool(features, boxes, sizes)  # (D of all pictures, F)
+        logits = self.roi_heads.state_head(pooled).float() / self.temperature  # (D, F) -> (D, S)
+        return logits.softmax(1).split(counts)  # B of (D, S)
 
     def train(self, mode=True):
         super().train(mode)
@@ -618,6 +601,11 @@ class PartDetector(nn.Module):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):  # also the one of several GPUs
                     module.eval()
         return self
+
+
+def target_states(states, matched):
+    """(Q,) state of the true box that each proposal matched; UNKNOWN in a picture without any."""
+    return states[matched] if len(states) else torch.full_like(matched, part_boxes.UNKNOWN)
 
 
 def in_float32(module, inputs, output):
@@ -799,7 +787,7 @@ def make_loader(study, rows, settings, args, compute, train=False):
     """Loader of these rows, augmented and shuffled for training."""
     dataset = PartImages(study, rows, settings, args.augment if train else "none", args.seed)
     is_cached = study.store.cache == "ram"
-    return common.make_loader(dataset, args, compute, train, is_cached, collate=collate)
+    return common.make_loader(dataset, args, compute, train, is_cached, collate=collate if train else collate_alike)
 
 
 def to_inputs(batch, compute, settings):
@@ -840,7 +828,7 @@ def evaluate(model, loader, args, compute):
     """
     model.eval()
     parts = []
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(itertools.chain.from_iterable(loader)):
         inputs, sizes, targets = to_device(batch, compute, model.settings)
         torch.manual_seed(common.hash_seed(args.seed, 1, number))
         with compute.autocast():
@@ -860,7 +848,7 @@ def mean_features(model, loader, compute):
     """Whole split -> (M, 256) of model.look, without detecting anything."""
     model.eval()
     looks = []
-    for batch in loader:
+    for batch in itertools.chain.from_iterable(loader):
         inputs = to_inputs(batch, compute, model.settings)
         with compute.autocast():
             maps = model.features(inputs)  # (B, 3, H, W) -> maps
@@ -873,7 +861,7 @@ def detect(model, loader, compute):
     """Whole split at once -> lists of M: {detections, features (256,) of model.look, of Pictures also hashes, errors}."""
     model.eval()
     parts = []
-    for batch in loader:
+    for batch in itertools.chain.from_iterable(loader):
         inputs = to_inputs(batch, compute, model.settings)
         with compute.autocast():
             maps = model.features(inputs)  # (B, 3, H, W) -> maps
@@ -955,7 +943,7 @@ def finish_best_model(training, truth, train_loader, val_loader):
         temperature = calibrating.fit_temperature(np.log(states.probabilities), states.true)
         run.say(f"temperature of the states: {temperature:.3g}, from {len(states.true)} boxes found in the val "
                 "pictures")
-        model.roi_heads.temperature = temperature
+        model.temperature = temperature
         best["temperature"] = temperature
     training.save_model(best)
     return best
@@ -988,24 +976,23 @@ def limit_detections(detections, args):
     return [detection_tables.best_of_each_part(each, args.score_threshold) for each in detections]
 
 
-def write_detections(path, folder, args, names, ids, detections, parts, category_ids, seen, picture, errors,
-                     warnings=None):
+def write_detections(path, folder, args, pictures, image_ids, detections, category_ids, picture):
     """`path` (COCO results), the same as CSV beside it, and in `folder` the first pictures with what was detected.
 
-    names, ids: of M pictures; category_ids: see detection_tables.coco_results; seen: (M,); picture: function of its
-    number -> (uint8 (H, W, 3), (width, height) on disk); errors, warnings: see detection_tables.detection_rows.
+    pictures: see detection_tables.detection_rows; image_ids, category_ids: see coco_results there, the parts in the order
+    of the labels; picture: function of its number -> (uint8 (H, W, 3), (width, height) on disk).
     """
-    common.write_json(path, detection_tables.coco_results(
-        names, ids, detections, parts, category_ids, seen))
-    common.write_table(path.with_suffix(".csv"), detection_tables.detection_rows(
-        names, detections, parts, seen, errors, args.one_per_part, warnings))
-    good = [k for k, error in enumerate(errors) if not error]
+    parts = list(category_ids)
+    rows = detection_tables.detection_rows(pictures, detections, parts, args.one_per_part)
+    common.write_table(path.with_suffix(".csv"), rows)
+    common.write_json(path, detection_tables.coco_results(rows, image_ids, category_ids))
+    good = [k for k, known in enumerate(pictures) if "error" not in known]
     for k in good[:args.visualize]:
         folder.mkdir(exist_ok=True)
         pixels, size = picture(k)
         drawn = box_pictures.draw_detections(
             pixels, size, detections[k], parts, args.score_threshold)
-        box_pictures.write_picture(folder / f"{k:03d}_{Path(names[k]).stem}.jpg", drawn)
+        box_pictures.write_picture(folder / f"{k:03d}_{Path(pictures[k]['image']).stem}.jpg", drawn)
 
 
 @common.first_process_only
@@ -1020,12 +1007,11 @@ def judge(run, args, study, split, part, scored, **known):
     own = found.pop("model")
     seen = np.concatenate([each.seen for each in scored])
     truth = study.truth.take(rows)
+    pictures = [{"image": name, "seen": word} for name, word in zip(truth.images, seen)]
     write_detections(
         run.path(f"detections_{part}.json"), run.path("pictures"), args,
-        truth.images, truth.ids, own, truth.parts,
-        study.category_ids[study.origin[rows[0]]], seen,
-        lambda k: (study.picture(rows[k]), truth.sizes[k]),
-        errors=[""] * len(rows))
+        pictures, dict(zip(truth.images, truth.ids)), own, study.category_ids[study.origin[rows[0]]],
+        lambda k: (study.picture(rows[k]), truth.sizes[k]))
     setting = judging.Setting(
         title="Parts and their states",
         part=part,
@@ -1275,7 +1261,7 @@ def load_detector(path, compute, nms_iou=None):
         model = PartDetector(content["settings"])
         common.load_state(model, content["model"], path)
         content["absent"], content["baseline"]["states"]  # an older file without them stops here
-        model.roi_heads.temperature = content.get("temperature", 1.0)
+        model.temperature = content.get("temperature", 1.0)
         if nms_iou is not None:
             model.roi_heads.nms_thresh = nms_iou
     return compute.place(model).eval(), content
@@ -1316,17 +1302,20 @@ def predict(args):
 
     def prepare(pixels, size):
         return picture_files.resize(pixels, fit_size(*size, settings["min_size"], settings["max_size"]))
-    pictures = picture_files.Pictures(paths, settings["min_size"], prepare, pixel_range)
-    loader = common.make_loader(pictures, args, compute, False, collate=collate)
+    dataset = picture_files.Pictures(paths, settings["min_size"], prepare, pixel_range)
+    loader = common.make_loader(dataset, args, compute, False, collate=collate_alike)
     found = detect(model, loader, compute)
     detections = limit_detections(found["detections"], args)
     features = np.stack(found["features"])
     bad = np.flatnonzero(found["errors"])
     features[bad] = np.nan
-    for k in bad:
-        detections[k] = detections[k].take(slice(0))
     words = seen_rows.of_checkpoint(content).words(np.stack(found["hashes"]))
     warnings = row_warnings.texts([(content, features)], words, "pictures", print)
+    pictures = [{"image": name, "seen": word, "warning": warning}
+                for name, word, warning in zip(names, words, warnings)]
+    for k in bad:
+        detections[k] = detections[k].take(slice(0))
+        pictures[k] = {"image": names[k], "error": found["errors"][k]}
 
     def picture(k):
         pixels = picture_files.load_image(paths[k], pixel_range=pixel_range)
@@ -1336,8 +1325,8 @@ def predict(args):
         output = output.with_suffix(".json")
     folder = output.with_name(f"{output.stem}_pictures")
     write_detections(
-        output, folder, args, names, range(1, len(names) + 1), detections,
-        settings["parts"], {}, words, picture, found["errors"], warnings)
+        output, folder, args, pictures, dict(zip(names, itertools.count(1))), detections,
+        part_boxes.number_parts(settings["parts"], {}), picture)
     seen_rows.say_notes(words, print)
     n_sure = sum((each.scores >= args.score_threshold).sum() for each in detections)
     print(f"{len(paths)} pictures, {len(bad)} could not be read (see the error column); {n_sure} "

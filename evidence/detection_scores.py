@@ -15,7 +15,6 @@ import common
 from evidence import class_scores, subject_intervals
 from readers import part_boxes
 
-LOWEST_SCORE = 0.05  # detections below this score are never listed
 FOUND_IOU = 0.5  # a part is found from this overlap
 N_STATES = len(part_boxes.STATES)
 

@@ -23,47 +23,16 @@ def best_of_each_part(detected, threshold):
     return detected.take(np.sort(order[first]))
 
 
-def coco_results(names, ids, detections, parts, category_ids, seen):
-    """COCO results: image_id and category_id as the annotation file writes them.
-
-    category_ids: {part: id} of that file, see part_boxes.number_parts; seen: (M,) of seen_rows.WORDS.
-    """
-    own_ids = part_boxes.number_parts(parts, category_ids)
-    results = []
-    for name, own, detected, word in zip(names, ids, detections, seen):
-        states = detected.called()
-        for d, label in enumerate(detected.labels):
-            left, top, right, bottom = detected.boxes[d]
-            entry = {
-                "image_id": own,
-                "category_id": own_ids[parts[label]],
-                "bbox": [left, top, right - left, bottom - top],
-                "score": detected.scores[d],
-                "file_name": name,
-                "seen": word,
-                "part": parts[label]}
-            if detected.states is not None:
-                entry["state"] = part_boxes.STATES[states[d]]
-                entry["state_probabilities"] = detected.states[d]
-            results.append(entry)
-    return results
-
-
-def detection_rows(names, detections, parts, seen, errors=None, lists_absent=False, warnings=None):
+def detection_rows(pictures, detections, parts, lists_absent=False):
     """[dict] for the CSV: image, part, score, state, its probabilities, x1 y1 x2 y2, seen, warning, error.
 
-    seen: (M,) of seen_rows.WORDS; errors: text of each picture that could not be read, else "";
-    lists_absent: a row for each part not detected; warnings: (M,) of row_warnings.texts. A picture without any
-    detection has a row without a part. Left out: states that a model does not tell, warning or error of no row.
+    pictures: M dicts of what each row of a picture says: image, seen (of seen_rows.WORDS) and maybe warning; or, where it
+    could not be read and has no detections, image and error. lists_absent: a row for each part not detected. A picture
+    without any detection has a row without a part. Left out: states that a model does not tell, warning or error of no
+    row.
     """
-    errors = errors or [""] * len(names)
-    warnings = [None] * len(names) if warnings is None else warnings
     rows = []
-    for name, detected, word, error, warning in zip(names, detections, seen, errors, warnings):
-        if error:
-            rows.append({"image": name, "error": error})
-            continue
-        known = {"image": name, "seen": word, "warning": warning}
+    for known, detected in zip(pictures, detections):
         own = []
         states = detected.called()
         for d, label in enumerate(detected.labels):
@@ -72,7 +41,7 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
                 row["state"] = part_boxes.STATES[states[d]]
                 row |= zip(PROBABILITY_COLUMNS, detected.states[d])
             own.append(row | dict(zip(BOX_COLUMNS, detected.boxes[d])))
-        if lists_absent:
+        if lists_absent and "error" not in known:
             missing = [part for label, part in enumerate(parts) if label not in detected.labels]
             own += [{"part": part, "state": part_boxes.STATES[part_boxes.ABSENT]} for part in missing]
         rows += [known | row for row in own or [{}]]
@@ -81,6 +50,31 @@ def detection_rows(names, detections, parts, seen, errors=None, lists_absent=Fal
         always |= {"state", *PROBABILITY_COLUMNS}
     used = [column for column in COLUMNS if column in always or any(row.get(column) is not None for row in rows)]
     return [{column: row.get(column) for column in used} for row in rows]
+
+
+def coco_results(rows, image_ids, category_ids):
+    """COCO results of detection_rows.
+
+    image_ids: {image: id}, category_ids: {part: id}, as the annotation file writes them.
+    """
+    results = []
+    for row in rows:
+        if row["score"] is None:  # a picture without a detection, or an absent part
+            continue
+        left, top, right, bottom = (row[side] for side in BOX_COLUMNS)
+        entry = {
+            "image_id": image_ids[row["image"]],
+            "category_id": category_ids[row["part"]],
+            "bbox": [left, top, right - left, bottom - top],
+            "score": row["score"],
+            "file_name": row["image"],
+            "seen": row["seen"],
+            "part": row["part"]}
+        if row.get("state"):
+            entry["state"] = row["state"]
+            entry["state_probabilities"] = [row[column] for column in PROBABILITY_COLUMNS]
+        results.append(entry)
+    return results
 
 
 def read_results(path, annotated, box_format):

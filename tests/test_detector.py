@@ -29,6 +29,7 @@ import common
 import train_detector
 from conftest import ROOT, only_run, run_fresh, run_script
 from evidence import box_pictures, detection_judging, detection_scores, detection_tables, judging, verdicts
+from readers import part_boxes
 from readers.part_boxes import ABSENT, UNKNOWN, PartTruth
 
 BOX, OTHER, FAR = [10, 10, 30, 30], [50, 10, 90, 40], [5, 60, 25, 95]
@@ -442,25 +443,28 @@ def test_best_of_each_part_and_absent_where_none_is_over_the_threshold():
     best = detection_tables.best_of_each_part(detected, 0.35)
     assert best.labels.tolist() == [0, 1] and best.scores.tolist() == [0.95, 0.4]
     best = detection_tables.best_of_each_part(detected, 0.5)
-    rows = detection_tables.detection_rows(["x.jpg"], [best], ["bell", "saddle"], ["new"], lists_absent=True)
+    rows = detection_tables.detection_rows([{"image": "x.jpg"}], [best], ["bell", "saddle"], lists_absent=True)
     assert [(row["part"], row["state"], row["score"]) for row in rows] == [
         ("bell", "occluded", 0.95), ("saddle", "absent", None)]
 
 
 def test_a_picture_without_any_detection_keeps_its_row_and_its_warning():
     rows = detection_tables.detection_rows(
-        ["x.jpg", "y.jpg"], [detections(), detections((0, 0.9, 0, BOX))], ["bell"], ["new", "new"],
-        warnings=["unlike the training pictures", ""])
+        [{"image": "x.jpg", "warning": "unlike the training pictures"}, {"image": "y.jpg", "warning": ""}],
+        [detections(), detections((0, 0.9, 0, BOX))], ["bell"])
     assert [(row["image"], row["part"], row["warning"]) for row in rows] == [
         ("x.jpg", None, "unlike the training pictures"), ("y.jpg", "bell", "")]
     for states, told in ((False, []), (True, ["state", "p_intact", "p_damaged", "p_absent", "p_occluded"])):
-        [row] = detection_tables.detection_rows(["x.jpg"], [detections(states=states)], ["bell"], ["new"])
+        [row] = detection_tables.detection_rows(
+            [{"image": "x.jpg", "seen": "new"}], [detections(states=states)], ["bell"])
         assert list(row) == ["image", "part", "score", *told, "x1", "y1", "x2", "y2", "seen"], "whatever was found"
 
 
 def test_a_part_that_the_annotation_file_lacks_gets_an_id_of_its_own():
     detected = detections((0, 0.9, 1, OTHER), (1, 0.3, 0, BOX), (2, 0.4, 0, FAR))
-    results = detection_tables.coco_results(["x.jpg"], [7], [detected], ["bell", "saddle", "lamp"], {"saddle": 1}, ["new"])
+    parts = ["bell", "saddle", "lamp"]
+    rows = detection_tables.detection_rows([{"image": "x.jpg", "seen": "new"}], [detected], parts)
+    results = detection_tables.coco_results(rows, {"x.jpg": 7}, part_boxes.number_parts(parts, {"saddle": 1}))
     assert [(row["part"], row["category_id"]) for row in results] == [("bell", 2), ("saddle", 1), ("lamp", 3)]
 
 

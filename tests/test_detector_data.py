@@ -160,8 +160,9 @@ def test_the_written_annotations_are_what_was_judged(tmp_path, flags, more):
     found[0].labels[:] = truth.parts.index("chain")  # absent in that picture
     run = SimpleNamespace(path=lambda name: tmp_path / name)
     train_detector.write_annotations(run, flags(*more), study, {"val": np.arange(6)})
+    rows = detection_tables.detection_rows([{"image": name, "seen": "new"} for name in truth.images], found, truth.parts)
     common.write_json(tmp_path / "found.json", detection_tables.coco_results(
-        truth.images, truth.ids, found, truth.parts, study.category_ids["train"], ["new"] * 6))
+        rows, dict(zip(truth.images, truth.ids)), study.category_ids["train"]))
     again, results, _ = detection_judging.read_coco_results(tmp_path / "val_coco.json", tmp_path / "found.json")
     ours, theirs = (detection_scores.Judged(*each, 0.5).values(np.arange(6))[0]
                     for each in ((truth, found), (again, results)))

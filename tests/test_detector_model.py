@@ -113,6 +113,25 @@ def test_detections_do_not_depend_on_the_other_pictures_of_a_batch():
             torch.testing.assert_close(together[name], alone[name], rtol=1e-4, atol=1e-3)
 
 
+def test_portraits_and_landscapes_are_detected_as_if_alone():
+    """Those of one loader batch, in their order; padded to a common size they would not be."""
+    model = small_detector().eval()
+    draws = torch.Generator().manual_seed(0)
+    samples = [{**sample(name=str(sides)), "pixels": torch.randint(0, 256, (*sides, 3), generator=draws, dtype=torch.uint8)}
+               for sides in ((64, 128), (60, 120), (128, 64), (64, 128))]
+
+    def found_in(*loader):
+        return train_detector.detect(model, loader, FP32)["detections"]
+    together = found_in(train_detector.collate_alike(samples))
+    alone = found_in(*([train_detector.collate([each])] for each in samples))
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_allclose(one.boxes, other.boxes, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)
+    padded = found_in([train_detector.collate(samples)])
+    assert any(one.boxes.shape != other.boxes.shape or not np.allclose(one.boxes, other.boxes, atol=1e-2)
+               for one, other in zip(padded, alone))
+
+
 @pytest.mark.parametrize("name", train_detector.MODELS)
 def test_inputs_are_multiples_of_every_stride_of_a_model(name):
     anchors = [12, 20, 32, 48] if name == train_detector.RESNET18 else train_detector.COCO_ANCHORS
@@ -176,14 +195,15 @@ class NoPrediction(nn.Module):
         return torch.zeros(len(places), 4), torch.zeros(len(places), 16)
 
 
-def heads_that_know(order):
-    """RoI heads whose state head is right for boxes in the four quadrants, and targets with the boxes in `order`."""
-    heads = small_detector().roi_heads
+def detector_that_knows(order):
+    """A detector whose state head is right for boxes in the four quadrants, and targets with the boxes in `order`."""
+    model = small_detector()
+    heads = model.roi_heads
     heads.box_roi_pool, heads.box_head, heads.box_predictor = PlacesAsFeatures(), nn.Identity(), NoPrediction()
     heads.state_head = StateFromPlace()
     targets = [{"boxes": BOXES[list(each)], "labels": torch.ones(len(each), dtype=torch.int64),
                 "states": torch.tensor(each)} for each in order]
-    return heads, targets
+    return model, targets
 
 
 def proposals_near(targets):
@@ -198,16 +218,15 @@ ORDERS = [(2, 0, 3, 1), (1, 3), (3, 2, 1)]
 
 
 def test_each_proposal_learns_the_state_of_the_box_that_it_matched():
-    heads, targets = heads_that_know(ORDERS)
-    heads.train()
-    _, losses = heads({}, proposals_near(targets), [(64, 64)] * 3, targets)
+    model, targets = detector_that_knows(ORDERS)
+    losses = model.box_losses({}, proposals_near(targets), [(64, 64)] * 3, targets)
     assert losses["loss_state"].item() < 1e-6
 
 
 @pytest.mark.parametrize("shift", ["next box", "next picture"])
 def test_a_matching_that_is_off_by_one_is_seen(monkeypatch, shift):
     """The test above has teeth: states taken one box or one picture further give a large loss."""
-    heads, targets = heads_that_know(ORDERS)
+    model, targets = detector_that_knows(ORDERS)
     if shift == "next box":
         right = train_detector.target_states
         monkeypatch.setattr(train_detector, "target_states",
@@ -216,34 +235,32 @@ def test_a_matching_that_is_off_by_one_is_seen(monkeypatch, shift):
         states = [t["states"] for t in targets]
         for target, other in zip(targets, states[1:] + states[:1]):
             target["states"] = other.repeat(4)[:len(target["boxes"])]
-    heads.train()
-    assert heads({}, proposals_near(targets), [(64, 64)] * 3, targets)[1]["loss_state"].item() > 5
+    assert model.box_losses({}, proposals_near(targets), [(64, 64)] * 3, targets)["loss_state"].item() > 5
 
 
 def test_unknown_states_and_background_teach_nothing():
-    heads, targets = heads_that_know([(2, 0, 3, 1), (1, 3), ()])
+    model, targets = detector_that_knows([(2, 0, 3, 1), (1, 3), ()])
     targets[0]["states"] = torch.tensor([2, UNKNOWN, UNKNOWN, 1])
-    heads.train()
-    _, losses = heads({}, proposals_near(targets), [(64, 64)] * 3, targets)
+    losses = model.box_losses({}, proposals_near(targets), [(64, 64)] * 3, targets)
     assert losses["loss_state"].item() < 1e-6
     for target in targets:
         target["states"] = torch.full_like(target["states"], UNKNOWN)
-    _, losses = heads({}, proposals_near(targets), [(64, 64)] * 3, targets)
+    losses = model.box_losses({}, proposals_near(targets), [(64, 64)] * 3, targets)
     assert losses["loss_state"].item() == 0 and torch.isfinite(losses["loss_classifier"])
 
 
 def test_each_final_detection_carries_its_own_state():
-    heads, _ = heads_that_know(ORDERS)
+    model, _ = detector_that_knows(ORDERS)
     boxes = [BOXES[[2, 0, 3]], BOXES[:0], BOXES[[1]]]
-    states = heads.state_probabilities({}, boxes, [(64, 64)] * 3)
+    states = model.state_probabilities({}, boxes, [(64, 64)] * 3)
     assert [each.argmax(1).tolist() for each in states] == [[2, 0, 3], [], [1]]
     torch.testing.assert_close(states[0].sum(1), torch.ones(3))
 
 
 def test_the_temperature_softens_the_states():
-    heads, _ = heads_that_know(ORDERS)
-    heads.temperature = 50.0
-    states, = heads.state_probabilities({}, [BOXES[[1]]], [(64, 64)])
+    model, _ = detector_that_knows(ORDERS)
+    model.temperature = 50.0
+    states, = model.state_probabilities({}, [BOXES[[1]]], [(64, 64)])
     torch.testing.assert_close(states, torch.eye(4)[[1]].softmax(1))
 
 
@@ -277,22 +294,22 @@ def test_states_that_no_train_box_has_still_have_a_loss():
     truth = SimpleNamespace(judged_states=lambda: np.array([0, 0, 0, 1, UNKNOWN]))
     weights = train_detector.state_weights(SimpleNamespace(state_class_weights="balanced"), truth)
     assert weights == pytest.approx([4 / 3 / 2, 4 / 2, 1, 1])
-    heads = train_detector.StateRoIHeads(train_detector.build_rcnn(small_settings()).roi_heads, 3, 4, weights)
-    heads.state_head = nn.Identity()
+    model = train_detector.PartDetector(small_settings(), weights)
+    model.roi_heads.state_head = nn.Identity()
     logits = torch.tensor([[2.0, 0, 0, 0], [0, 0, 1.0, 0]])
     targets, matched = [{"states": torch.tensor([2, 3])}], [torch.tensor([0, 1])]
     expected = nn.functional.cross_entropy(logits, torch.tensor([2, 3])).item()
-    assert heads.state_loss(logits, matched, [torch.tensor([1, 2])], targets).item() == pytest.approx(expected)
+    assert model.state_loss(logits, matched, [torch.tensor([1, 2])], targets).item() == pytest.approx(expected)
 
 
 def test_class_weights_scale_the_state_loss():
     loss = {}
     for weights in (None, [1.0, 0.0, 1.0, 1.0]):
-        heads = train_detector.StateRoIHeads(train_detector.build_rcnn(small_settings()).roi_heads, 3, 4, weights)
-        heads.state_head = nn.Identity()
+        model = train_detector.PartDetector(small_settings(), weights)
+        model.roi_heads.state_head = nn.Identity()
         logits = torch.tensor([[2.0, 0, 0, 0], [0, 0, 1.0, 0]])
         targets, matched = [{"states": torch.tensor([0, 1])}], [torch.tensor([0, 1])]
-        loss[weights is None] = heads.state_loss(logits, matched, [torch.tensor([1, 2])], targets).item()
+        loss[weights is None] = model.state_loss(logits, matched, [torch.tensor([1, 2])], targets).item()
     first, second = (nn.functional.cross_entropy(logits[k:k + 1], torch.tensor([k])).item() for k in (0, 1))
     assert loss[True] == pytest.approx((first + second) / 2) and loss[False] == pytest.approx(first)
 
@@ -345,7 +362,7 @@ def test_one_picture_can_be_learnt_by_heart():
 def test_validation_changes_nothing_and_repeats():
     """BatchNorm in training before: every buffer and weight is the same afterwards, no gradient, no dropout."""
     model = small_detector().train()
-    loader = [train_detector.collate([sample(), sample((2, 2, 3, 3))]), train_detector.collate([sample()])]
+    loader = [train_detector.collate_alike(samples) for samples in ([sample(), sample((2, 2, 3, 3))], [sample()])]
     before = copy.deepcopy(model.state_dict())
     results = [train_detector.evaluate(model, loader, VALIDATION, FP32)[1] for _ in range(2)]
     for name, value in model.state_dict().items():
@@ -364,7 +381,7 @@ def test_mean_features_are_those_of_predict_and_need_no_detection(monkeypatch):
     model = small_detector().train()
     batches = [train_detector.collate([sample(), sample((2, 2, 3, 3))]), train_detector.collate([sample()])]
     monkeypatch.setattr(model, "heads", lambda *_: pytest.fail("detected"))
-    found = train_detector.mean_features(model, batches, FP32)
+    found = train_detector.mean_features(model, [batches], FP32)
     assert found.shape == (3, 256)
     for features, (batch, k) in zip(found, [(batches[0], 0), (batches[0], 1), (batches[1], 0)]):
         with torch.no_grad():
@@ -376,7 +393,7 @@ def test_mean_features_are_those_of_predict_and_need_no_detection(monkeypatch):
 def test_the_validation_loss_is_the_training_loss_without_dropout():
     model = small_detector().eval()
     batch = train_detector.collate([sample()])
-    loss = train_detector.evaluate(model, [batch], VALIDATION, FP32)[1]["val_loss"]
+    loss = train_detector.evaluate(model, [[batch]], VALIDATION, FP32)[1]["val_loss"]
     torch.manual_seed(common.hash_seed(5, 1, 0))
     assert loss == pytest.approx(train_detector.total_loss(model(*device_batch(sample())), 0.5).item(), rel=1e-5)
 
@@ -388,7 +405,7 @@ BF16 = common.Compute(torch.device("cpu"), "bf16", True, "", common.Processes())
 def test_bf16_gives_the_same_losses_within_its_precision():
     model = small_detector().eval()
     batch = train_detector.collate([sample()])
-    exact, rounded = (train_detector.evaluate(model, [batch], VALIDATION, compute)[1] for compute in (FP32, BF16))
+    exact, rounded = (train_detector.evaluate(model, [[batch]], VALIDATION, compute)[1] for compute in (FP32, BF16))
     for name, value in exact.items():
         assert rounded[name] == pytest.approx(value, rel=0.05, abs=0.02), name
 
@@ -480,10 +497,11 @@ def test_published_weights_that_cannot_be_had(tmp_path, monkeypatch, name, publi
 @pytest.mark.parametrize("name", train_detector.MODELS)
 def test_every_model_can_be_built(name):
     sizes = range(8, 72, 8) if name == train_detector.RESNET18 else train_detector.COCO_ANCHORS
-    made = train_detector.build_rcnn({"model": name, "anchor_sizes": list(sizes)})
+    parts = list(map(str, range(22)))
+    made = train_detector.PartDetector(small_settings(model=name, anchor_sizes=list(sizes), parts=parts))
     per_place = {"fasterrcnn_resnet18_fpn": 6, "fasterrcnn_mobilenet_v3_large_320_fpn": 15}.get(name, 3)
     assert set(made.rpn.anchor_generator.num_anchors_per_location()) == {per_place}
-    heads = train_detector.StateRoIHeads(made.roi_heads, 22, 4)
+    heads = made.roi_heads
     width = 512 if name == "fasterrcnn_resnet18_fpn" else 1024
     shapes = [tuple(module.weight.shape) for module in heads.state_head if isinstance(module, nn.Linear)]
     assert heads.box_predictor.cls_score.out_features == 23 and shapes == [(256, width), (4, 256)]
