@@ -233,13 +233,12 @@ def settle_split(parser, args):
     if not asked:
         return args
     way = min(asked, key=lambda name: name not in args.given)  # the first typed one, else the first
-    others = [name for other, flags in SPLIT_WAYS.items() if other != way for name in flags]
-    idle = sorted(name for name in others if getattr(args, name))
+    idle = {name for other, flags in SPLIT_WAYS.items() if other != way for name in flags if getattr(args, name)}
     # --train_ratio may stand as 1 - val_ratio, as in all scripts
-    refused = [f"--{name}" for name in idle if name in args.given and name != "train_ratio"]
+    refused = sorted(idle & args.given - {"train_ratio"})
     if refused:
-        parser.error(f"--{way} {getattr(args, way)} makes the split; leave out {' and '.join(refused)}")
-    given_up = [name for name in idle if name not in args.given]
+        parser.error(f"--{way} {getattr(args, way)} makes the split; leave out --{' and --'.join(refused)}")
+    given_up = sorted(idle - args.given)
     if given_up:
         print(f"note: --{way} makes the split, so {' and '.join(given_up)} of the configuration or the environment "
               "not used", flush=True)
@@ -345,17 +344,18 @@ def load_study(args, files, say, known_parts=None):
         min_trust=args.min_trust,
         groups=part_boxes.read_groups(used, args.group_column),
         keeps_absent=args.absent == "keep")
+    kept = rows_with_boxes(truth) if args.drop_empty else np.arange(len(used))
+    empty = [{"image": used[row].name, "reason": "no box (--drop_empty)"}
+             for row in np.setdiff1d(np.arange(len(used)), kept)]
     study = Study(
-        truth=truth,
-        images=used,
+        truth=truth.take(kept),
+        images=[used[row] for row in kept],
         category_ids={origin: part_boxes.number_parts(parts, found.category_ids)
                       for origin, found in read.items()},
         store=store,
-        stored=np.array(stored, int),
-        skipped=without_area + skipped + bad + part_boxes.without_entry(surplus, images),
+        stored=np.array(stored)[kept],
+        skipped=without_area + skipped + bad + part_boxes.without_entry(surplus, images) + empty,
         notes=notes + part_notes + box_notes)
-    if args.drop_empty:
-        study = without_empty(study)
     say_study(study, say)
     return study
 
@@ -367,20 +367,12 @@ def input_limits(args):
     return min_size, max(args.max_size or max_size, min_size)
 
 
-def without_empty(study):
-    """The study without the pictures that have no box to learn."""
-    has_box = np.array([study.truth.judged(row).any() for row in range(len(study.stored))])
-    kept = np.flatnonzero(has_box)
-    if not len(kept):
+def rows_with_boxes(truth):
+    """Rows of the pictures that have a box to learn."""
+    rows = [row for row in range(len(truth.images)) if truth.judged(row).any()]
+    if not rows:
         raise common.UserError("no picture has a box that is trusted (--min_trust, --absent): --drop_empty leaves none")
-    empty = [{"image": name, "reason": "no box (--drop_empty)"}
-             for name in study.truth.images[~has_box]]
-    return dataclasses.replace(
-        study,
-        truth=study.truth.take(kept),
-        images=[study.images[row] for row in kept],
-        stored=study.stored[kept],
-        skipped=study.skipped + empty)
+    return rows
 
 
 def say_study(study, say):
@@ -897,9 +889,7 @@ def fit(run, args, study, split):
     settings = model_settings(args, train_truth) | {"pixel_range": study.store.pixel_range}
     if args.augment == "light" and part_boxes.mirrored_labels(train_truth.parts) is None:
         run.say("note: a part is called left or right and its counterpart is missing, so pictures are not mirrored")
-    if args.model == RESNET18 and not (args.anchor_sizes or args.init_from):
-        sides = " ".join(map(str, settings["anchor_sizes"]))
-        run.say(f"note: anchors of {sides} pixels, chosen to fit the train boxes (--anchor_sizes)")
+    run.say(f"anchors of {' '.join(map(str, settings['anchor_sizes']))} input pixels (--anchor_sizes)")
     if args.state_class_weights != "none" and not settings["states"]:
         run.say(f"note: no box has a state, so --state_class_weights {args.state_class_weights} does nothing")
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
@@ -1278,7 +1268,7 @@ def evaluate_checkpoint(args):
                 f"{settings['min_size']} to {settings['max_size']} px, {len(parts)} parts, "
                 f"states: {settings['states'] or 'none'}")
         args = common.with_flags(args, absent=content["absent"], min_size=settings["min_size"],
-                                 pixel_range=settings.get("pixel_range"))
+                                 pixel_range=settings["pixel_range"])
         study = load_study(args, {"test": (args.json, args.images_dir)}, run.say, parts)
         detection_judging.refuse_without_boxes(study.truth, args.json)
         worst = seen_rows.worst(seen_rows.of_checkpoint(content).words(study.hashes))
@@ -1298,7 +1288,7 @@ def predict(args):
     if not paths:
         raise common.UserError(f"--images_dir {args.images_dir}: expected pictures, found none")
     names = [path.relative_to(args.images_dir).as_posix() for path in paths]
-    pixel_range = settings.get("pixel_range")
+    pixel_range = settings["pixel_range"]
 
     def prepare(pixels, size):
         return picture_files.resize(pixels, fit_size(*size, settings["min_size"], settings["max_size"]))
@@ -1352,7 +1342,7 @@ def convert(args):
         print(f"skipped: {', '.join(each.values())}")
     n_absent = sum(len(image["absent_parts"]) for image in coco["images"])
     print(f"{args.output}: {len(found.images)} images, {len(coco['annotations'])} boxes of "
-          f"{len(found.parts)} parts, {n_absent} absent parts without a box (absent_parts of their "
+          f"{len(found.category_ids)} parts, {n_absent} absent parts without a box (absent_parts of their "
           f"image), {len(dropped)} boxes dropped")
 
 

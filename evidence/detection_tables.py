@@ -89,6 +89,7 @@ def read_results(path, annotated, box_format):
         raise common.UserError(f"{path}: expected a list of COCO results, found a {type(entries).__name__}")
     reading = part_boxes.Reading(box_format or "xywh", "state")
     found = part_boxes.read_coco(path, results_as_coco(entries, annotated, reading.faults), reading)
+    parts = list(found.category_ids)
     listed = [each for image in found.images for each in image.objects]
     scores = {each.key: read_score(each, reading.faults) for each in listed}
     states = {each.key: read_states(each, reading.faults) for each in listed}
@@ -106,12 +107,12 @@ def read_results(path, annotated, box_format):
         own = image.objects
         detections.append(detection_scores.Detections(
             boxes=np.array([each.box for each in own], float).reshape(-1, 4),
-            labels=np.array([found.parts.index(each.part) for each in own], int),
+            labels=np.array([parts.index(each.part) for each in own], int),
             scores=np.array([scores[each.key] for each in own], float),
             states=None if n_without else np.reshape([states[each.key] for each in own], (-1, N_STATES))))
         words = [each.fields.get("seen") for each in own]
         seen.append(seen_rows.worst([word for word in words if word in seen_rows.WORDS] or ["not known"]))
-    return found.parts, detections, np.array(seen)
+    return parts, detections, np.array(seen)
 
 
 def results_as_coco(entries, annotated, faults):

@@ -69,9 +69,8 @@ class PartObject:
 class Annotations:
     """What one file says, before any picture is opened."""
     path: Path
-    parts: list  # every part name of the file
     images: list  # of AnnotatedImage
-    category_ids: dict  # part -> id in the COCO file
+    category_ids: dict  # every part of the file -> its id there
     skipped: list  # dicts of image, annotation and reason
     notes: list
 
@@ -219,24 +218,24 @@ def coco_content(images, annotations, category_ids):
 
 def read_coco(path, content, reading):
     """images, annotations, categories -> Annotations; what cannot be read is appended to reading.faults."""
-    listed = read_records(content, "categories", reading)
-    categories = {own: clean(category.get("name", "")) for own, category in listed.items()}
-    if "" in categories.values():
-        reading.faults.append(f"categories: expected names, found {', '.join(categories.values())}")
-    category_ids = {part: listed[own]["id"] for own, part in categories.items()}
-    reading.counts["categories share a name and are one part"] = len(categories) - len(category_ids)
+    categories = read_records(content, "categories", reading)
+    parts = {own: clean(category.get("name", "")) for own, category in categories.items()}
+    if "" in parts.values():
+        reading.faults.append(f"categories: expected names, found {', '.join(parts.values())}")
+    category_ids = {part: categories[own]["id"] for own, part in parts.items()}
+    reading.counts["categories share a name and are one part"] = len(parts) - len(category_ids)
     images = {own: read_image(fields, reading) for own, fields in read_records(content, "images", reading).items()}
     unused = collections.defaultdict(collections.Counter)  # attribute -> how often each value
     for own, fields in read_records(content, "annotations", reading).items():
-        found = read_object(own, fields, images, categories, reading)
+        image = images.get(read_id(fields.get("image_id")))
+        category = read_id(fields.get("category_id"))
+        found = read_object(own, fields, image, parts.get(category), reading)
         if found is None:
             continue
-        # where categories share a name: an id that a box uses
-        category_ids[found.part] = listed[read_id(fields["category_id"])]["id"]
+        category_ids[found.part] = categories[category]["id"]  # where categories share a name: one that a box uses
         for name, value in found.attributes.items():
             if name.lower() != reading.state_attribute:
                 unused[name][str(value)] += 1
-        image = images[read_id(fields["image_id"])]
         if found.state == ABSENT and (found.box is None or cut_box(found.box, None) is None):
             image.absent[found.part] = found.trust
         else:
@@ -247,7 +246,6 @@ def read_coco(path, content, reading):
         notes.append(f"the attribute {name} of the boxes was not used: {values} (--state_attribute)")
     return Annotations(
         path=path,
-        parts=list(category_ids),
         images=list(images.values()),
         category_ids=category_ids,
         skipped=reading.skipped,
@@ -255,28 +253,28 @@ def read_coco(path, content, reading):
 
 
 def read_id(value):
-    """An id as number or text: 0, '0' and 0.0 are one; None where it is none."""
+    """An id, a number or text, as text: 0, '0' and 0.0 are one; None where it is none."""
     if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and value.isdecimal() and value == str(int(value)):
-        return int(value)
-    return value if type(value) in (int, str) else None  # true is none
+        value = int(value)
+    return str(value) if type(value) in (int, str) else None  # true is none
 
 
 def read_records(content, key, reading):
-    """{id: record} of one list of a COCO file; ids are numbers or text, from 0 or with gaps.
+    """{read_id of its id: record} of one list of a COCO file; ids are numbers or text, from 0 or with gaps.
 
-    A record that equals the first of its id counts once; other annotations whose ids repeat get new ones.
+    A record that equals the first of its id counts once, and so do equal annotations without one; other annotations
+    whose ids repeat get new ones.
     """
     listed = content.get(key)
     if not isinstance(listed, list):
         reading.faults.append(f"expected a list {key!r}, found {type(listed).__name__}")
         return {}
     records = {}
+    nameless = {}  # annotation without an id -> what stands for it
     for place, record in enumerate(listed):
         own = record.get("id") if isinstance(record, dict) else ()
         if own is None and key == "annotations":
-            own = f"number {place}"
+            own = nameless.setdefault(str(record), f"number {place}")
         own = read_id(own)
         if own is None:
             reading.faults.append(f"{key}[{place}]: expected an object with an id, found {str(record)[:60]}")
@@ -311,18 +309,16 @@ def read_image(fields, reading):
         fields=fields)
 
 
-def read_object(own, fields, images, categories, reading):
-    """One entry of annotations -> PartObject, None where it belongs to no image or category, or has no box.
+def read_object(own, fields, image, part, reading):
+    """One entry of annotations -> PartObject, None where image or part is None, for unknown, or it has no box.
 
     The state stands in state, state_id or an attribute, or nowhere.
     """
     is_coco = "entry" not in fields
     key = clean(fields.get("entry", f"annotation {own}"))
     ids = fields.get("image_id"), fields.get("category_id")
-    image = images.get(read_id(ids[0]))
-    part = categories.get(read_id(ids[1]))
     name = image.name if image else ""
-    reading.counts["ids are text or have a fraction"] += sum(read_id(value) is not value for value in ids)
+    reading.counts["ids are text or have a fraction"] += sum(type(value) in (str, float) for value in ids)
     if image is None or part is None:
         reason = f"image_id {ids[0]!r} or category_id {ids[1]!r} is unknown"
         if None in ids and is_coco:
@@ -408,8 +404,7 @@ def to_corners(x, y, third, fourth, box_format, size=None):
         y = y - fourth / 2
     corners = [x, y, x + third, y + fourth]
     if box_format == "fractions":
-        width, height = size
-        return [x * width, y * height, corners[2] * width, corners[3] * height]
+        return np.multiply(corners, [*size, *size]).tolist()
     return corners
 
 
@@ -621,18 +616,19 @@ def find_pictures(found, folder, exact_names=False):
 
     Returns {path: name} of the pictures without an entry, see without_entry. Links out of the folder are refused.
     """
-    paths, unnamed, notes = file_names.match_images([image.name for image in found.images], folder, exact_names)
-    root = folder.resolve()
+    names = [image.name for image in found.images]
+    paths, unnamed, notes = file_names.match_images(names, folder, exact_names)
     for image, path in zip(found.images, paths):
         image.path = path
-    leaving = [image.name for image in found.images if image.path and root not in image.path.resolve().parents]
-    refuse(leaving, f"{found.path}: these links lead out of {folder}:", "Copy the pictures into the folder.")
-    if not any(paths):
-        raise common.UserError(f"none of the {len(paths)} pictures named in {found.path} is in {folder} (first: "
-                               f"{found.images[0].name!r}); check the folder")
     found.notes += notes
     found.skipped += [{"image": image.name, "reason": "no such picture"} for image in found.images if not image.path]
     found.images = [image for image in found.images if image.path]
+    if not found.images:
+        raise common.UserError(f"none of the {len(names)} pictures named in {found.path} is in {folder} (first: "
+                               f"{names[0]!r}); check the folder")
+    root = folder.resolve()
+    leaving = [image.name for image in found.images if root not in image.path.resolve().parents]
+    refuse(leaving, f"{found.path}: these links lead out of {folder}:", "Copy the pictures into the folder.")
     files = file_names.images_by_name(folder)
     return {files[name].resolve(): name for name in unnamed}
 
@@ -678,9 +674,8 @@ def used_parts(found, images, known=None):
                f"It knows {', '.join(known)}.")
         return known, []
     if not used:
-        files = ", ".join(str(each.path) for each in found)
-        raise common.UserError(f"no box in {files}: nothing to learn")
-    named = dict.fromkeys(name for each in found for name in each.parts)
+        raise common.UserError("no box in the annotations: nothing to learn")
+    named = dict.fromkeys(name for each in found for name in each.category_ids)
     unused = [name for name in named if name not in used]
     notes = [f"parts without a box, left out: {', '.join(unused)}"] if unused else []
     return [name for name in named if name in used], notes

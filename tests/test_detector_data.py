@@ -381,6 +381,8 @@ WRITTEN = {
     "ids repeat": (each("annotations", lambda a: {"id": a["category_id"]}), "2 annotations have an id"),
     "the whole file twice": ({key: 2 * records for key, records in coco().items()},
                              "4 annotations are listed more than once"),
+    "the same without ids": (coco(annotations=2 * each("annotations", lambda a: {"id": None})["annotations"]),
+                             "4 annotations are listed more than once"),
     "polygons alone": (each("annotations", lambda a: {"bbox": [], "segmentation": [triangle(*a["bbox"])]}),
                        "4 boxes are drawn round"),
 }
