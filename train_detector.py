@@ -34,6 +34,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -192,9 +193,8 @@ def environment_defaults():
     """{flag: text} of ENVIRONMENT, from the environment or else lines NAME=VALUE of ./.env."""
     path = Path(".env")
     text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
-    pairs = [line.strip().removeprefix("export ").partition("=") for line in text.splitlines()]
-    values = {name.strip(): value.strip().strip("\"'") for name, _, value in pairs}
-    values |= os.environ
+    lines = re.findall(r"^\s*(?:export )?\s*(\w+)\s*=(.*)$", text, re.MULTILINE)
+    values = {name: value.strip().strip("\"'") for name, value in lines} | os.environ
     return {flag: values[name] for name, flag in ENVIRONMENT.items() if values.get(name)}
 
 
@@ -344,18 +344,17 @@ def load_study(args, files, say, known_parts=None):
         min_trust=args.min_trust,
         groups=part_boxes.read_groups(used, args.group_column),
         keeps_absent=args.absent == "keep")
-    kept = rows_with_boxes(truth) if args.drop_empty else np.arange(len(used))
-    empty = [{"image": used[row].name, "reason": "no box (--drop_empty)"}
-             for row in np.setdiff1d(np.arange(len(used)), kept)]
     study = Study(
-        truth=truth.take(kept),
-        images=[used[row] for row in kept],
+        truth=truth,
+        images=used,
         category_ids={origin: part_boxes.number_parts(parts, found.category_ids)
                       for origin, found in read.items()},
         store=store,
-        stored=np.array(stored)[kept],
-        skipped=without_area + skipped + bad + part_boxes.without_entry(surplus, images) + empty,
+        stored=np.array(stored),
+        skipped=without_area + skipped + bad + part_boxes.without_entry(surplus, images),
         notes=notes + part_notes + box_notes)
+    if args.drop_empty:
+        study = without_empty(study)
     say_study(study, say)
     return study
 
@@ -367,12 +366,19 @@ def input_limits(args):
     return min_size, max(args.max_size or max_size, min_size)
 
 
-def rows_with_boxes(truth):
-    """Rows of the pictures that have a box to learn."""
-    rows = [row for row in range(len(truth.images)) if truth.judged(row).any()]
+def without_empty(study):
+    """The study without the pictures that have no box to learn."""
+    truth = study.truth
+    rows = [row for row in range(len(study.images)) if truth.judged(row).any()]
     if not rows:
         raise common.UserError("no picture has a box that is trusted (--min_trust, --absent): --drop_empty leaves none")
-    return rows
+    empty = [{"image": name, "reason": "no box (--drop_empty)"} for name in np.delete(truth.images, rows)]
+    return dataclasses.replace(
+        study,
+        truth=truth.take(rows),
+        images=[study.images[row] for row in rows],
+        stored=study.stored[rows],
+        skipped=study.skipped + empty)
 
 
 def say_study(study, say):
@@ -609,11 +615,11 @@ def build_rcnn(settings):
     """torchvision's Faster R-CNN with random weights: `settings` model and anchor_sizes."""
     name = settings["model"]
     if "mobilenet" in name:
-        sizes = [tuple(settings["anchor_sizes"])] * 3  # its three levels share all sizes
+        sizes = [settings["anchor_sizes"]] * 3  # its three levels share all sizes
     else:
         n_levels = N_LEVELS if name == RESNET18 else len(COCO_ANCHORS)
-        sizes = [tuple(sides) for sides in np.reshape(settings["anchor_sizes"], (n_levels, -1)).tolist()]
-    anchors = detection.anchor_utils.AnchorGenerator(tuple(sizes), ((0.5, 1.0, 2.0),) * len(sizes))
+        sizes = np.reshape(settings["anchor_sizes"], (n_levels, -1)).tolist()
+    anchors = detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     if name != RESNET18:
         rcnn = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=2)
         rcnn.rpn.anchor_generator = anchors
@@ -636,7 +642,7 @@ def fit_anchors(truth, min_size, max_size):
     smaller ones too and the coarsest the larger ones: then some anchor lies close to any box. Its sides are the k-means
     of the log sides of its boxes; where it has few boxes, 3 s and 1.41 times that.
     """
-    logs = [np.zeros(0)]
+    logs = []
     for row, (width, height) in enumerate(truth.sizes):
         scale = fit_size(width, height, min_size, max_size)[0] / width
         boxes = truth.boxes[row][truth.judged(row)]
@@ -1006,7 +1012,7 @@ def judge(run, args, study, split, part, scored, **known):
         title="Parts and their states",
         part=part,
         seen=seen,
-        data=data_blocks(study, split, len(rows)),
+        data=data_blocks(args, study, split, len(rows)),
         **known)
     detection_judging.judge_detections(
         run, truth, own, setting,
@@ -1018,11 +1024,10 @@ def judge(run, args, study, split, part, scored, **known):
         seed=args.seed)
 
 
-def data_blocks(study, split, n_scored):
+def data_blocks(args, study, split, n_scored):
     """HTML of the section Data and split."""
-    absent = "keep" if study.truth.keeps_absent else "drop"
     scored = (f"{n_scored} pictures scored, {len(study.truth.parts)} parts; "
-              f"{len(study.skipped)} files or boxes skipped. Absent parts that have a box: {absent}.")
+              f"{len(study.skipped)} files or boxes skipped. Absent parts that have a box: {args.absent}.")
     return [
         reporting.html_text(scored),
         reporting.html_list(study.notes),
@@ -1052,9 +1057,8 @@ def count_states(states):
 
 def limits(args):
     """Sentences on what a reader must not conclude from this run."""
-    lines = []
-    if not args.group_column:
-        lines.append("No --group_column: pictures of one object or session may stand on both sides of the split.")
+    lines = [] if args.group_column else [
+        "No --group_column: pictures of one object or session may stand on both sides of the split."]
     return lines + judging.limits_of_start(args)
 
 
@@ -1279,20 +1283,23 @@ def evaluate_checkpoint(args):
         judge(run, args, study, split, part, [scored])
 
 
+def pictures_to_predict(folder, settings):
+    """picture_files.Pictures of all pictures in a folder, in the size that the detector takes."""
+    paths = file_names.find_images(folder)
+    if not paths:
+        raise common.UserError(f"--images_dir {folder}: expected pictures, found none")
+
+    def prepare(pixels, size):
+        return picture_files.resize(pixels, fit_size(*size, settings["min_size"], settings["max_size"]))
+    return picture_files.Pictures(paths, settings["min_size"], prepare, settings["pixel_range"])
+
+
 def predict(args):
     """--mode predict: detections of every picture; an unreadable one keeps a row with its error."""
     compute = common.announce_compute(args)
     model, content = load_detector(args.checkpoint, compute, args.nms_iou)
-    settings = model.settings
-    paths = file_names.find_images(args.images_dir)
-    if not paths:
-        raise common.UserError(f"--images_dir {args.images_dir}: expected pictures, found none")
-    names = [path.relative_to(args.images_dir).as_posix() for path in paths]
-    pixel_range = settings["pixel_range"]
-
-    def prepare(pixels, size):
-        return picture_files.resize(pixels, fit_size(*size, settings["min_size"], settings["max_size"]))
-    dataset = picture_files.Pictures(paths, settings["min_size"], prepare, pixel_range)
+    dataset = pictures_to_predict(args.images_dir, model.settings)
+    names = [path.relative_to(args.images_dir).as_posix() for path in dataset.rows]
     loader = common.make_loader(dataset, args, compute, False, collate=collate_alike)
     found = detect(model, loader, compute)
     detections = limit_detections(found["detections"], args)
@@ -1308,7 +1315,7 @@ def predict(args):
         pictures[k] = {"image": names[k], "error": found["errors"][k]}
 
     def picture(k):
-        pixels = picture_files.load_image(paths[k], pixel_range=pixel_range)
+        pixels = picture_files.load_image(dataset.rows[k], pixel_range=dataset.pixel_range)
         return pixels, pixels.shape[1::-1]
     output = args.output or Path("detections.json")
     if output.suffix.lower() == ".csv":  # that is written beside it
@@ -1316,10 +1323,10 @@ def predict(args):
     folder = output.with_name(f"{output.stem}_pictures")
     write_detections(
         output, folder, args, pictures, dict(zip(names, itertools.count(1))), detections,
-        part_boxes.number_parts(settings["parts"], {}), picture)
+        part_boxes.number_parts(model.settings["parts"], {}), picture)
     seen_rows.say_notes(words, print)
     n_sure = sum((each.scores >= args.score_threshold).sum() for each in detections)
-    print(f"{len(paths)} pictures, {len(bad)} could not be read (see the error column); {n_sure} "
+    print(f"{len(names)} pictures, {len(bad)} could not be read (see the error column); {n_sure} "
           f"detections from score {args.score_threshold:g}; written to {output}, "
           f"{output.with_suffix('.csv')} and, with --visualize, {folder}")
 

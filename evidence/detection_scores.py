@@ -86,13 +86,13 @@ def coco_entries(picture, boxes, labels, states, kind, **fields):
     A box without a state, kind joint_map: a crowd box in each state.
     """
     entries = []
-    for k, (left, top, right, bottom) in enumerate(boxes.tolist()):
+    for k, box in enumerate(boxes.tolist()):
         if kind == "map_present" and states[k] == part_boxes.ABSENT:
             continue
         entry = {
             "image_id": picture,
-            "bbox": [left, top, right - left, bottom - top],
-            "area": (right - left) * (bottom - top),
+            "bbox": part_boxes.to_xywh(*box),
+            "area": 0,  # all lie in the one range of areas
             "iscrowd": 0,
             "state": states[k],
             **{name: values[k] for name, values in fields.items()}}
@@ -191,8 +191,10 @@ def mean_ap(truth, detections):
 def state_scores(confusion):
     """(S, S) true x predicted -> accuracy, macro F1 of states that occur, mean recall of true ones."""
     found, _ = class_scores.confusion_metrics(confusion[None])
-    names = {"state_accuracy": "accuracy", "macro_f1": "macro_f1", "balanced_accuracy": "balanced_accuracy"}
-    return {name: found[metric][0] for name, metric in names.items()}
+    return {
+        "state_accuracy": found["accuracy"][0],
+        "macro_f1": found["macro_f1"][0],
+        "balanced_accuracy": found["balanced_accuracy"][0]}
 
 
 class Judged:

@@ -61,11 +61,10 @@ def coco_results(rows, image_ids, category_ids):
     for row in rows:
         if row["score"] is None:  # a picture without a detection, or an absent part
             continue
-        left, top, right, bottom = (row[side] for side in BOX_COLUMNS)
         entry = {
             "image_id": image_ids[row["image"]],
             "category_id": category_ids[row["part"]],
-            "bbox": [left, top, right - left, bottom - top],
+            "bbox": part_boxes.to_xywh(*(row[column] for column in BOX_COLUMNS)),
             "score": row["score"],
             "file_name": row["image"],
             "seen": row["seen"],

@@ -408,6 +408,11 @@ def to_corners(x, y, third, fourth, box_format, size=None):
     return corners
 
 
+def to_xywh(left, top, right, bottom):
+    """Corners of a box -> [left, top, width, height]."""
+    return [left, top, right - left, bottom - top]
+
+
 def read_box(values, where, reading, size):
     """[x1, y1, x2, y2] of the four numbers of a box; None, and a fault, where they are none."""
     numbers = list(map(read_number, values)) if isinstance(values, list) else []
@@ -544,15 +549,13 @@ def as_coco(found_images, category_ids, folder):
         if image.size:
             images[-1] |= zip(("width", "height"), image.size)
         for each in objects:
-            left, top, right, bottom = each.box.tolist()
-            width = right - left
-            height = bottom - top
+            box = to_xywh(*each.box.tolist())
             annotations.append({
                 "id": len(annotations) + 1,
                 "image_id": image.id,
                 "category_id": category_ids[each.part],
-                "bbox": [left, top, width, height],
-                "area": width * height,
+                "bbox": box,
+                "area": box[2] * box[3],
                 "iscrowd": int(each.crowd),
                 "trust": each.trust})
             if each.state != UNKNOWN:
