@@ -453,6 +453,7 @@ def _score_baselines(found, table, baseline, path):
 
 def _read_probabilities(table, path, label_column, baseline, positive_class, shared):
     names = [column.removeprefix("prob_") for column in table if column.startswith("prob_")]
+    csv_tables.refuse_blank_names(names, path)
     unknown = sorted(set(table[label_column]) - {*names, ""})
     if unknown:
         raise common.UserError(f"{path}: {label_column} {common.shorten_list(unknown)} has no column prob_CLASS")
@@ -486,9 +487,11 @@ def _stated_class(table, names, path):
 
 
 def _threshold(table, column, path):
-    """(M,) numbers of a column, None without it."""
-    block = _block(table, [column], path)
-    return None if block is None else block[:, 0]
+    """(M,) numbers of a column, None without it. Raises UserError for blank cells."""
+    if column not in table:
+        return None
+    csv_tables.refuse_blank(table, path, column)
+    return csv_tables.to_numbers(table[column], f"{path}, column {column}")
 
 
 def _read_binary(table, path, label_column, baseline, positive_class, shared):
@@ -516,12 +519,12 @@ def _from_score(table, column, path, notes):
     if ((score < 0) | (score > 1)).any():
         logistic = 1 / (1 + np.exp(-score.clip(-700)))
         kept = len(np.unique(logistic)) / len(np.unique(score))  # large ones are all 1 in float64
-        if (score < 0).any() and kept > 0.95:
+        if (score < 0).any() and (score > 0).any() and kept > 0.95:
             score = logistic
         else:
             score = pd.DataFrame(score).rank(method="dense", pct=True).to_numpy()
-            notes.append(f"{column} is neither a probability nor log odds (some below 0, few large), so its rank stands "
-                         "for it: AUC and average precision are those of the score; calibration, loss and what a "
+            notes.append(f"{column} is neither a probability nor log odds (on both sides of 0, few large), so its rank "
+                         "stands for it: AUC and average precision are those of the score; calibration, loss and what a "
                          "threshold decides (accuracy, precision, recall, F1) mean nothing")
     return np.concatenate([1 - score, score], axis=1)
 

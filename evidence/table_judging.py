@@ -40,7 +40,12 @@ def read_table(path, args, baseline=None):
         if args.positive_class:
             raise common.UserError("--positive_class is of classes; the table holds scores")
     verdicts.parse_criteria(args.criteria, kind.criteria_names(table.names))
-    return prediction_tables.labelled(table)
+    judged = prediction_tables.labelled(table)
+    n_rows = len(table.truth)
+    n_left_out = n_rows - len(judged.truth)
+    if n_left_out:
+        judged.notes.append(f"{n_left_out} of {n_rows} rows have no true value and are left out")
+    return judged
 
 
 def same_rows(tables, paths):

@@ -254,9 +254,10 @@ OUTCOMES = {
     "worse": ("The model does worse than", "poor", "Worse than the baseline"),
     "not resolvable": ("Not resolvable whether the model beats", "caution", "Not resolvable"),
 }
-# they look at no input; the first two are those of another program's table
-OF_THESE_ROWS = {"mean_of_these_rows", "shares_of_these_rows"}
-TRIVIAL_BASELINES = OF_THESE_ROWS | {"train_mean", "train_prior", "moment_mean", "zero", "mean box"}
+# they look at no input
+TRIVIAL_COLUMNS = {"mean_of_these_rows", "shares_of_these_rows", "train_mean", "train_prior", "moment_mean", "zero"}
+TRIVIAL_BASELINES = TRIVIAL_COLUMNS | {"mean box"}
+KNOWN_BASELINES = {*metric_names.BASELINES, "copy", "motion_ridge", "grid_readout"}  # they do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,11 +288,11 @@ def baseline_doubts(names, model="ridge or logistic regression on published feat
                                  "the table as a baseline's (judge_predictions.py --baseline)"):
     """Sentences on baselines, by name, that are too weak for a result to hold; else []. model: what would help.
 
-    What other columns of another program's table are is a guess, unless their name is known.
+    What other columns of a table are is a guess, unless their name is known.
     """
     telling = set(names) - TRIVIAL_BASELINES
-    if OF_THESE_ROWS & set(names):
-        telling &= metric_names.BASELINES.keys()
+    if TRIVIAL_COLUMNS & set(names):
+        telling &= KNOWN_BASELINES
     if telling:
         return []
     shown = ", ".join(sorted(names)).replace("_", " ")

@@ -59,6 +59,14 @@ def refuse_blank(table, source, column):
             "Fill or delete these rows.")
 
 
+def refuse_blank_names(names, source):
+    """UserError for names of classes that, as cells of a table, are blank."""
+    blank = [repr(name) for name in names if name.lower() in MISSING_CELLS]
+    if blank:
+        raise common.UserError(
+            f"{source}: no class can be called {', '.join(blank)}, which is a blank cell in a table. Rename it.")
+
+
 def looks_numeric(cells):
     """True where at least a quarter of the cells that are not blank are numbers: the others are then errors."""
     filled = [cell.replace(",", ".", 1).removesuffix("%") for cell in cells if cell]

@@ -159,6 +159,7 @@ def classes_of(spelled, label_map=None, names=None):
         names = [name for name in dict.fromkeys(known.values()) if name and name in chosen]
         if not is_mapped:
             names.sort()
+    csv_tables.refuse_blank_names(names, "labels")
     return names, chosen
 
 

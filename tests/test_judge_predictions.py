@@ -183,7 +183,10 @@ def test_a_run_judges_itself_and_is_judged_alike(sample, tmp_path):
      ["no column B_true beside B_predicted"]),
     (["true_label", "prob_a", "prob_b"], lambda i: ["a", 0.3, 0.7], ["the true label has no two different values"]),
     (["label", "score"], lambda i: ["yes" if i % 2 else "no", "" if i == 4 else i / 20], ["1 of 20 rows"]),
-    (["label", "prob_a", "prob_b"], lambda i: ["ab"[i % 2], *([0.3, 0.7] if i else ["", ""])], ["1 of 20 rows", "rows 1"])])
+    (["label", "prob_a", "prob_b"], lambda i: ["ab"[i % 2], *([0.3, 0.7] if i else ["", ""])], ["1 of 20 rows", "rows 1"]),
+    (["label", "prob_a", "prob_b", "threshold"], lambda i: ["ab"[i % 2], 0.3, 0.7, "" if i == 4 else 0.5],
+     ["column threshold is blank in line 6"]),
+    (["label", "prob_-", "prob_NA", "prob_+"], lambda i: ["-+"[i % 2], 0.3, 0.2, 0.5], ["no class can be called '-', 'NA'"])])
 def test_tables_that_nothing_can_be_said_of_are_one_sentence(tmp_path, head, cells, words):
     common.write_table(tmp_path / "p.csv", [dict(zip(head, cells(i))) for i in range(20)])
     text = run_here("judge_predictions.py", "--predictions", tmp_path / "p.csv", "--output_dir", tmp_path / "o", code=2)
@@ -352,6 +355,11 @@ def test_the_auc_of_a_sum_score_is_that_of_the_score(tmp_path, unit, offset):
     assert all("so its rank stands for it" in (run / name).read_text() for name in ("report.html", "log.txt"))
 
 
+def test_log_probabilities_are_no_log_odds(tmp_path):
+    found = table_of(tmp_path, [{"id": k, "label": k % 2, "score": math.log((1 + k + k % 2) / 50)} for k in range(40)])
+    assert found.probability[-1].tolist() == [0, 1] and "so its rank stands for it" in found.notes[0]
+
+
 def test_a_table_and_its_captions_are_called_what_they_are(tmp_path):
     """Of ungrouped rows of one model accuracy, recall and precision have the interval of Wilson."""
     common.write_table(tmp_path / "p.csv", classes())
@@ -428,7 +436,8 @@ def test_unlabelled_rows_are_not_counted(tmp_path):
     run = judge(tmp_path, "--predictions", tmp_path / "p.csv")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["sample"]["rows"] == 57 and "57 of 57 rows may have been seen" in metrics["doubts"][-1]
-    assert f"doubt: {metrics['doubts'][-1]}" in (run / "log.txt").read_text()
+    said = (run / "log.txt").read_text()
+    assert f"doubt: {metrics['doubts'][-1]}" in said and "note: 3 of 60 rows have no true value and are left out" in said
     run = judge(tmp_path / "classes", "--predictions", tmp_path / "t.csv")
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["sample"]["rows"] == np.sum(metrics["confusion"]) == 20

@@ -527,6 +527,9 @@ def test_class_folders_and_apple_files(tmp_path):
     table = event_tables.read_events({"": tmp_path})
     assert sorted(table.clip_ids) == ["ear/1.mp4", "tail/1.mp4", "tail/2"] and table.names == ["ear", "tail"]
     assert len(set(table.events)) == 3, "equal base names in two class folders are two clips"
+    put(tmp_path, "NA/1.mp4")
+    with pytest.raises(common.UserError, match="labels: no class can be called 'NA'"):
+        event_tables.read_events({"": tmp_path})
 
 
 def test_pictures_are_clips_of_one_frame(tmp_path):
