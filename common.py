@@ -102,7 +102,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Shows the default of each flag that has one and does not tell it itself."""
 
     def _get_help_string(self, action):
-        says_none = action.default in (None, False, "") or action.nargs == 0
+        says_none = action.default in (None, "") or action.nargs == 0
         return action.help if says_none or "default" in action.help else f"{action.help} (default: %(default)s)"
 
 
@@ -155,14 +155,10 @@ def new_file(text):
 
 def best_model_of(text):
     """argparse type: Path of a checkpoint; of a run folder, its best_model.pth."""
-    path = Path(text)
-    if not path.is_dir():
-        return path
-    best = path / "best_model.pth"
-    if not best.exists():
-        raise argparse.ArgumentTypeError(
-            f"{path} holds no best_model.pth; of a run with folds name one, as {path}/fold_0")
-    return best
+    path, *folds = checkpoint_files([Path(text)])
+    if folds:
+        raise argparse.ArgumentTypeError(f"{text} is a run of folds: give the folder of one, as {path.parent}")
+    return path
 
 
 WHOLE = bounded(int, 0)
@@ -1363,6 +1359,8 @@ def make_loader(dataset, args, compute, train, cached=False, weights=None, colla
     processes = compute.processes
     batches = EpochBatches(len(dataset), batch_size, args.seed, train, weights,
                            rank=processes.rank, size=processes.size)
+    if train and args.dry_run:
+        del batches.edges[3:]  # two batches are left
     kind = torch.utils.data.DataLoader if train else WatchedLoader  # the bar of training names the epoch
     return kind(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
@@ -1923,7 +1921,7 @@ def warp_clip(frames, drawn, size):
     matrix = np.linalg.inv(half) @ homography(drawn, window, size) @ half
     clip = np.empty((len(frames), size, size, 3), np.uint8)
     for frame, warped in zip(frames, clip):
-        cv2.warpPerspective(frame, matrix, (size, size), dst=warped, flags=cv2.INTER_LINEAR)
+        cv2.warpPerspective(frame, matrix, (size, size), dst=warped)  # bilinear
     return clip
 
 
@@ -2212,7 +2210,7 @@ def checkpoint_files(paths):
             of_folds = path.glob("fold_*/best_model.pth")
             found = own or sorted(of_folds, key=lambda file: int(file.parent.name.removeprefix("fold_")))
         if not found:
-            raise UserError(f"--checkpoint {path} holds no best_model.pth and no fold_K/best_model.pth")
+            raise UserError(f"{path} holds no best_model.pth and no fold_K/best_model.pth")
         files += found
     return files
 
@@ -2377,7 +2375,6 @@ class Progress:
 class EpochState:
     """What is known of the epoch under way and may be forgotten in a kill."""
     sampler: EpochBatches
-    n_batches: int
     exchange: GradientExchange
     started: float = dataclasses.field(default_factory=time.perf_counter)
     samples: int = 0  # of all processes, since it started
@@ -2423,7 +2420,7 @@ class Training:
         self.progress = Progress(
             stopping=EarlyStopping(0 if self.select == "last" else args.patience, args.min_epochs, args.min_delta),
             plateau=EarlyStopping(args.plateau_patience + 1))
-        self.current = EpochState(sampler=None, n_batches=0, exchange=None)
+        self.current = EpochState(sampler=None, exchange=None)
         self.stream = None  # batches of the loader, of this epoch and all after it
         self.queued = None  # OptimizerStep, the last one until it is looked at
         # Apple GPUs have no float64
@@ -2453,15 +2450,15 @@ class Training:
         """The batches that remain in this epoch. Model and sampler are made ready."""
         progress = self.progress
         sampler = loader.batch_sampler
-        n_batches = min(2, len(sampler)) if self.args.dry_run else len(sampler)
+        n_batches = len(sampler)
         if self.stream is None:
-            self.run.say(f"loader: {loader.num_workers or 'no'} workers, {len(sampler)} batches an epoch")
+            self.run.say(f"loader: {loader.num_workers or 'no'} workers, {n_batches} batches an epoch")
             sampler.epoch = progress.epoch
             sampler.start = progress.batch
             sampler.goes_on = True
             self.stream = iter(loader)
-        self.current = EpochState(sampler, n_batches, GradientExchange(self.processes, self.model))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.current = EpochState(sampler, GradientExchange(self.processes, self.model))
+        self.optimizer.zero_grad()
         self._set_learning_rate()  # also where the run was stopped after the last batch: the history needs it
         remaining = itertools.islice(self.stream, n_batches - progress.batch)
         label = f"epoch {progress.epoch + 1}/{self.args.epochs}"
@@ -2476,7 +2473,7 @@ class Training:
 
     def _set_learning_rate(self):
         sampler = self.current.sampler
-        batch = min(self.progress.batch, self.current.n_batches - 1)
+        batch = min(self.progress.batch, len(sampler) - 1)
         first = sampler.step_span(batch, self.args.accumulate).start
         # in samples: any cut into batches gives the same rate
         epochs = self.progress.epoch + first / sampler.n_samples
@@ -2505,7 +2502,7 @@ class Training:
         sampler = current.sampler
         step = current.step
         batch = self.progress.batch
-        is_full = (batch + 1) % self.args.accumulate == 0 or batch + 1 == current.n_batches
+        is_full = (batch + 1) % self.args.accumulate == 0 or batch + 1 == len(sampler)
         own = len(sampler.own_span(batch))  # 0 in a batch too small for all processes
         step.n_samples = len(sampler.step_span(batch, self.args.accumulate))
         current.exchange.is_open = is_full
@@ -2532,7 +2529,7 @@ class Training:
             self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # GradScaler's way to leave out a fused step
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         step.numbers = torch.cat([step.sums, norm.to(self.sum_type)[None]])
         if norm.is_cuda:
             step.numbers = step.numbers.to("cpu", non_blocking=True)

@@ -88,7 +88,8 @@ def test_help_shows_every_default():
     text = " ".join(parser.format_help().split())
     assert "without it, --batch_size (default: 8)" in text, "that of the script"
     assert "peak learning rate (default: 5e-05)" in text and "width (default: 768)" in text
-    assert "(default: None)" not in text and "start from random weights (default" not in text
+    assert "scored once at the end (default: 0.0)" in text, "0 is not False"
+    assert "(default: None)" not in text and "(default: False)" not in text and "start from random weights (default" not in text
 
 
 @pytest.mark.parametrize("given, expected", [

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_checkpoints.py
 """
+import argparse
 import errno
 import math
 import re
@@ -415,6 +416,18 @@ def test_other_scripts_and_other_shapes(tmp_path):
         common.load_state(model, common.read_checkpoint(path)["model"], path)
     with pytest.raises(common.CheckpointError, match="not finite"):
         common.load_state(model, {"weight": torch.full((3, 64), float("nan")), "bias": torch.zeros(3)}, path)
+
+
+def test_the_checkpoint_of_a_run_folder_is_its_best_model(tmp_path):
+    """Of a run of folds none is guessed."""
+    with pytest.raises(common.UserError, match="holds no best_model.pth"):
+        common.best_model_of(str(tmp_path))
+    for fold in ("fold_0", "fold_1"):
+        (tmp_path / fold).mkdir()
+        (tmp_path / fold / "best_model.pth").touch()
+    with pytest.raises(argparse.ArgumentTypeError, match="is a run of folds: .* as .*fold_0"):
+        common.best_model_of(str(tmp_path))
+    assert common.best_model_of(str(tmp_path / "fold_1")) == tmp_path / "fold_1" / "best_model.pth"
 
 
 def test_sizes_that_no_network_can_have_are_a_fault_of_the_checkpoint():
