@@ -214,11 +214,9 @@ def add_training_arguments(parser):
         help="samples per batch in evaluation; without it, --batch_size")
     add("--accumulate", "--accumulate_grad_batches", type=POSITIVE, default=1,
         help="batches per optimiser step")
-    add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw",
-        help="sgd has momentum 0.9")
+    add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw", help="sgd: momentum 0.9")
     add("--lr", "--learning_rate", type=bounded(float, 1e-12), default=1e-4, help="peak learning rate")
-    add("--weight_decay", type=AMOUNT, default=0.01,
-        help="not applied to biases and normalisation layers")
+    add("--weight_decay", type=AMOUNT, default=0.01, help="of all but biases and normalisation layers")
     add("--scheduler", default="cosine",
         choices=("cosine", "step", "plateau", "warm_restarts", "onecycle", "none"),
         help="cosine: to 0 over the run; step: x0.1 every epochs//3; plateau: x0.5 after epochs "
@@ -226,15 +224,13 @@ def add_training_arguments(parser):
              "10, 20, 40, ... epochs; onecycle: up over 30 %% of the run, then to 0")
     add("--plateau_patience", type=WHOLE, default=5,
         help="epochs without a gain that plateau bears; 0: the first one acts")
-    add("--min_lr", type=AMOUNT, default=0.0,
-        help="the schedule never goes below this learning rate")
+    add("--min_lr", type=AMOUNT, default=0.0, help="lowest learning rate of the schedule")
     add("--warmup_epochs", type=AMOUNT, default=0.0, help="epochs of linear warm-up from 0")
     add("--clip_grad", type=AMOUNT, default=1.0, help="largest gradient norm; 0 = no clipping")
     add("--patience", "--early_stopping", "--early_stop_patience", type=WHOLE, default=15,
         help="epochs without a better validation score before stopping; 0 = never stop early")
     add("--min_epochs", type=WHOLE, default=0, help="never stop early before this epoch")
-    add("--min_delta", type=AMOUNT, default=0.0,
-        help="smallest gain that counts as better, for patience")
+    add("--min_delta", type=AMOUNT, default=0.0, help="smallest gain that counts, for patience")
     add("--compile", action="store_true",
         help="compile the network first (torch.compile, minutes): for long runs on a GPU")
 
@@ -264,8 +260,7 @@ def add_data_arguments(parser, augments):
              "for all, from the data)")
     add("--cache", choices=("auto", "ram", "disk", "none"), default="auto", may_change=True,
         help="where decoded pictures are kept")
-    add("--augment", choices=augments, default="full",
-        help="random changes of training pictures")
+    add("--augment", choices=augments, default="full", help="random changes of training pictures")
 
 
 def add_model_arguments(parser):
@@ -273,8 +268,7 @@ def add_model_arguments(parser):
     add = parser.group("weights")
     add("--pretrained", action="store_true", default=True,
         help="start from torchvision's published weights (default)")
-    add("--no_pretrained", dest="pretrained", action="store_false",
-        help="start from random weights")
+    add("--no_pretrained", dest="pretrained", action="store_false", help="start from random weights")
     add("--weights", type=Path, metavar="FILE",
         help="state dict for the backbone instead of the published weights, or the name of another published "
              "set, such as IMAGENET1K_V1")
@@ -530,9 +524,9 @@ class Run:
     def __exit__(self, kind, error, trace):
         # A full disk must not hide the error that led here.
         with contextlib.suppress(OSError), self._lock, self._log:
-            if error is not None and not isinstance(error, SystemExit):
+            if error and not isinstance(error, SystemExit):
                 self._log.write(f"{kind.__name__}: {error}\n")
-        if error is None and self.is_writer and self.path("metrics.json").exists():
+        if not error and self.is_writer and self.path("metrics.json").exists():
             self._drop_checkpoints()
         was_stopped = isinstance(error, (UserError, SystemExit, KeyboardInterrupt))
         if was_stopped and self.is_writer and not self.resumed and not self.path("args.json").exists():
@@ -1212,7 +1206,8 @@ def fast_precision(device):
         major, _ = torch.cuda.get_device_capability(device)
         if major >= 8:
             return "bf16"
-        return "fp16" if major == 7 else "fp32"
+        if major == 7:
+            return "fp16"
     if device.type == "cpu" and {"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split()):
         return "bf16"
     return "fp32"
@@ -1538,8 +1533,7 @@ class Processes:
         result, error = self.from_first((result, error))
         if error is None:
             return result
-        if isinstance(error, UserError):
-            error.said_by_first = not self.is_first
+        error.said_by_first = not self.is_first
         raise error
 
     def from_first(self, value):
@@ -2702,7 +2696,7 @@ class Training:
         Raises NotFinite where no epoch has a score, CheckpointError where the file holds another epoch: one from before
         a resume that did not repeat it.
         """
-        if self.progress.best_epoch is None:
+        if not self.progress.best_epoch:
             raise NotFinite(f"{self.select} is a number after none of the {self.progress.epoch} epochs, so none is the "
                             "best. Look at the validation part (one class, equal ratings?), choose by another column "
                             "(--select) or by none (--select last)")
@@ -2731,7 +2725,7 @@ class Training:
             self.progress = Progress.from_dict(content["progress"])
         progress = self.progress
         progress.done = progress.stopping.is_over(progress.epoch) or progress.epoch >= self.args.epochs
-        if progress.best_epoch is not None:
+        if progress.best_epoch:
             try:
                 load_model_file(self.run.path("best_model.pth"))
             except CheckpointError as error:
