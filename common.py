@@ -516,7 +516,7 @@ class Run:
         with explained_write_errors(self.folder):
             self._lock = lock_folder(self.folder) if self.is_writer else contextlib.nullcontext()
             log = self.path("log.txt") if self.is_writer else os.devnull
-            self._log = open(log, "a", encoding="ascii", errors="backslashreplace")
+            self._log = open(log, "a", buffering=1, encoding="ascii", errors="backslashreplace")
 
     def __enter__(self):
         return self
@@ -556,7 +556,6 @@ class Run:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with explained_write_errors(self._log.name):
             self._log.write(text + "\n")
-            self._log.flush()
 
     def child(self, name, args=None):
         """The run of one fold, or of flags of its own: a run folder inside this one, opened again where it exists."""
