@@ -118,7 +118,7 @@ def load_members(files, compute):
         "{backbone}, head {head}, flip average {flip_average}".format(**member.settings) for member in members)
     epochs = ", ".join(str(member.settings["epoch"]) for member in members)
     print(f"model: {'; '.join(networks)}; {first['image_size']} px, {len(first['names'])} ratings, "
-          f"{len(members)} checkpoint(s) of epochs {epochs}", flush=True)
+          f"{len(members)} checkpoint(s) of epochs {epochs}")
     return members
 
 

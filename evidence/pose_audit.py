@@ -155,8 +155,8 @@ def check_frames(audit, frames, patients):
         for index in pair[pair >= 0]:
             owners[audit[index].pixel_sha].add(patient)
     n_shared = sum(len(names) > 1 for names in owners.values())
-    unreadable = f"{len(bad)} of {len(audit)} {common.shorten_list(bad, 5)}"
-    return [check(bad, "unreadable frames", unreadable, "replace or remove them", "FAIL"),
+    return [check(bad, "unreadable frames", f"{len(bad)} of {len(audit)} {common.shorten_list(bad, 5)}",
+                  "replace or remove them", "FAIL"),
             check(n_shared, "shared frames", f"{n_shared} pictures belong to two patients",
                   "one patient under two names? see --patient_map")]
 

@@ -194,7 +194,7 @@ def _state_dict(state, path):
         tensors[name] = tensors[name].nan_to_num(math.nan)  # infinite numbers become the largest
     if overflowed:
         print(f"note: {path}: numbers too large for half precision in {common.shorten_list(overflowed, 3)}; "
-              "65504 is used in their place", flush=True)
+              "65504 is used in their place")
     common.check_weights(tensors, path)
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
@@ -231,7 +231,7 @@ def load_backbone_state(model, state, last, source):
 @functools.cache
 def _say_once(text):
     """A backbone is built several times in a run."""
-    print(text, flush=True)
+    print(text)
 
 
 def feature_maps(output):

@@ -72,12 +72,11 @@ def _open_picture(path):
         with open(path, "rb") as handle:
             yield Image.open(handle, formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
-        limit = pixel_cache.MAX_PIXELS // 10**6
-        raise pixel_cache.BadImage(f"its header claims more than {limit} megapixels") from error
+        raise pixel_cache.BadImage(
+            f"its header claims more than {pixel_cache.MAX_PIXELS // 10**6} megapixels") from error
     except Image.UnidentifiedImageError as error:
-        formats = ", ".join(IMAGE_FORMATS)
-        reason = _unread_format(path) or f"no picture, or a damaged header (formats read: {formats})"
-        raise pixel_cache.BadImage(reason) from error
+        reason = f"no picture, or a damaged header (formats read: {', '.join(IMAGE_FORMATS)})"
+        raise pixel_cache.BadImage(_unread_format(path) or reason) from error
     except PILLOW_ERRORS as error:
         raise pixel_cache.BadImage(f"damaged: {common.one_line(error) or type(error).__name__}") from error
 
@@ -253,7 +252,7 @@ def check_bad_files(audit, on_bad_file):
         raise common.UserError(f"{len(bad)} of {len(audit)} pictures cannot be read. Repair or remove them, or pass "
                                f"--on_bad_file skip:\n  {listed}")
     for line in bad:
-        print(f"skipped {line}", flush=True)
+        print(f"skipped {line}")
     return [index for index, found in enumerate(audit) if not found.error]
 
 

@@ -298,8 +298,7 @@ def different_frames(transitions):
     for i, row in enumerate(transitions):
         for which, path in enumerate((row.path_t1, row.path_t2 or row.path_t1)):
             if path is not None:
-                content = path.read_bytes() or str(path)
-                key = row.sequence, common.data_fingerprint([content])
+                key = row.sequence, common.data_fingerprint([path.read_bytes() or str(path)])
                 index[i, which], _ = first.setdefault(key, (len(first), path))
     return [path for _, path in first.values()], index
 

@@ -383,8 +383,8 @@ def _single_ratings(columns):
         csv_tables.refuse_blank(columns.table, columns.source, columns.attribute)
         asked = columns.table[columns.attribute]
         if columns.wanted:
-            where = f"{columns.source} has no --target_columns"
-            chosen = csv_tables.pick_columns(columns.wanted, asked.unique(), where)
+            chosen = csv_tables.pick_columns(
+                columns.wanted, asked.unique(), f"{columns.source} has no --target_columns")
             columns.table = columns.table[asked.isin(chosen)]
         used = [columns.attribute, columns.rating]
         by_name = dict(iter(columns.numbers(columns.rating).groupby(asked, sort=False)))
