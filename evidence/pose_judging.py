@@ -110,7 +110,7 @@ def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
 def use_blocks(use):
     """HTML of the section on the use of the inputs."""
     rows = [{"measure": name, "value": value, "meaning": USE_MEANINGS[name]} for name, value in use.items()]
-    blocks = [reporting.html_table(rows)] if rows else []
+    blocks = [reporting.html_table(rows)]
     if "latent_skill" not in use:
         blocks.append(reporting.html_text("at1 is read off the frame at t1 alone, and nothing is imagined; the known "
                                           "motion leads from at1 to at2."))
