@@ -81,9 +81,9 @@ def tied_runs(score):
 
 
 def hits_by_threshold(score, is_hit):
-    """(n_called, hits), (G + 1,) each: how many rows have a score or more, and how many of them are hits, from none to all.
+    """(n_called, hits), (G + 1,) each: how many rows reach a threshold, and how many of them are hits.
 
-    score, is_hit: (N,) each; an entry for no row, and one for each of the G different scores.
+    score, is_hit: (N,) each. The first threshold is above all scores, then come the G different scores, highest first.
     """
     order, first = tied_runs(score)
     n_called = np.append(first, len(order))

@@ -102,8 +102,8 @@ def subject_blocks(table, result):
 def case_blocks(table, picture, blocks_of=None):
     """HTML of the section Best and worst cases: the five rows with the smallest and with the largest error.
 
-    picture: function of a row of the table -> uint8 (H, W, 3); blocks_of: function (rows, a case for each) -> HTML, where
-    it is more than the cases.
+    picture: function of a row of the table -> uint8 (H, W, 3); blocks_of: function (rows, a case for each) -> HTML,
+    where it is more than the cases.
     """
     order, lines = table.rank_rows()
     blocks = []
@@ -115,7 +115,7 @@ def case_blocks(table, picture, blocks_of=None):
 
 
 def similar_blocks(pairs, titles, picture):
-    """HTML of the six nearest of splitting.similar_pairs; titles: (N,) text; picture: function of a row of the study."""
+    """HTML of the six nearest of splitting.similar_pairs; titles: (N,) text; picture: function of one of N rows."""
     cases = [{"image": picture(row), "title": f"pair {number}: {titles[row]}"}
              for number, pair in enumerate(pairs[:6], 1) for row in pair]
     return [reporting.html_text("Pictures of two parts that look alike to the untuned network. If they are copies or "

@@ -404,8 +404,7 @@ def _keys_of(table):
 def _repeated_names(keys, notes):
     """(M,) names of rows as their groups, where they repeat as in repeated cross-validation; else None."""
     heading, names = next(iter(keys.items()))
-    numbered = np.char.add("row ", np.arange(len(names)).astype(str))
-    names = np.where(names == "", numbered, names)  # each on its own
+    names = np.array([name or f"row {row}" for row, name in enumerate(names)])  # blank ones are no group
     count = len(set(names))
     if count in (1, len(names)):
         return None
@@ -430,7 +429,8 @@ def _read_scores(table, path, names, baseline, shared):
     blocks = _known({kind: _block(table, [f"{name}_{kind}" for name in names], path) for kind in kinds})
     target = blocks.pop("true")
     predicted = blocks.pop("predicted")
-    found = ScoreTable(names=names, target=target, predicted=predicted, spread=blocks.get("sd"), baselines=blocks, **shared)
+    found = ScoreTable(
+        names=names, target=target, predicted=predicted, spread=blocks.get("sd"), baselines=blocks, **shared)
     return dataclasses.replace(found, baselines=_score_baselines(found, table, baseline, path))
 
 

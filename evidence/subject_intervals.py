@@ -392,10 +392,11 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, thr
                              baseline_threshold=None, folds=1, **described):
     """Result of a whole split of classes: metrics of all of them, and of each against the rest.
 
-    probability, baseline: (N, C); label: (N,); groups: (N,) names, None = every row its own; threshold, positive: as in
-    classification_metrics; baseline_threshold: the same for the baseline; folds, described (names and baseline_name): as
-    in `estimate`. Intervals of a class seen in (or outside of) under 5 subjects are NaN. Exceptions: accuracy, recall and precision of ungrouped rows of one model, by Wilson; and a share
-    of 0 or 1 that no resample changes, exact over the subjects of the rarest class that it needs.
+    probability, baseline: (N, C); label: (N,); groups: (N,) names, None = every row its own; threshold, positive: as
+    in classification_metrics; baseline_threshold: the same for the baseline; folds, described (names and
+    baseline_name): as in `estimate`. Intervals of a class seen in (or outside of) under 5 subjects are NaN. Exceptions:
+    accuracy, recall and precision of ungrouped rows of one model, by Wilson; and a share of 0 or 1 that no resample
+    changes, exact over the subjects of the rarest class that it needs.
     """
     n_classes = probability.shape[1]
     owners = np.arange(len(label)) if groups is None else groups

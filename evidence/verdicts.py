@@ -50,9 +50,9 @@ def regression_alarms(predicted, target, names):
 def _fewest_repeats(predicted, modal):
     """How many equal rows of (N, K) predictions speak for a fault: 3, and more where they meet by chance.
 
-    That is where rows are very many, or predictions coarse: each a multiple of 1 / k with k up to 1000, as rounded ones,
-    and the shares of neighbours or of a tree's leaf. modal: how many rows share the most frequent label; where labels
-    too are few points of a scale, or the predictions are its whole points, one of them may be predicted often.
+    That is where rows are very many, or predictions coarse: each a multiple of 1 / k with k up to 1000, as rounded
+    ones, and the shares of neighbours or of a tree's leaf. modal: how many rows share the most frequent label; where
+    labels too are few points of a scale, or the predictions are its whole points, one of them may be predicted often.
     """
     rows = len(predicted)
     values = np.unique(predicted[np.isfinite(predicted)])
@@ -202,7 +202,8 @@ def parse_criteria(text, meanings):
     Raises UserError that lists every part that cannot be read, or every unknown name with the closest known one.
     """
     parts = [part.strip() for part in re.split(r"(?<=[\d.])\s*,[\s,]*", text or "") if part.strip()]
-    matches = [re.fullmatch(r"([^<>=]+?)\s*([<>]=?)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", part) for part in parts]
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+    matches = [re.fullmatch(rf"([^<>=]+?)\s*([<>]=?)\s*({number})", part) for part in parts]
     bad = [part for part, match in zip(parts, matches) if match is None]
     if bad:
         raise common.UserError("--criteria expects NAME>NUMBER or NAME<NUMBER separated by commas, found: "
