@@ -1060,8 +1060,8 @@ def _explain(error):
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
         return EXIT_CRASH, f"error: out of memory ({reason})\n{_half_batch()}"
     if "more than 1 value per channel" in reason:
-        return EXIT_USER, ("error: BatchNorm got a single value per channel: take a larger "
-                                "--batch_size or picture, or keep its statistics (--freeze_norm)")
+        return EXIT_USER, ("error: BatchNorm got a single value per channel: take a larger --batch_size or picture, or "
+                           "keep its statistics (--freeze_norm)")
     if LOST_PROCESS.search(text) and launched_processes().size > 1:
         return EXIT_CRASH, f"error: another process of this run has ended, see there ({reason})"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -2062,7 +2062,7 @@ class EarlyStopping:
 # What is written survives a kill at any moment; what is read is checked to the last byte before anything is trusted.
 
 FORMAT = 1
-PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str, type(None))  # beside dense tensors, and lists and dicts of all these
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickled magic number
 SAVING_TIME = 0.1  # part of the time between two saves that the saving itself may take
 

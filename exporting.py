@@ -76,9 +76,8 @@ def export(path, model, inputs, about, expected, unit=1.0):
     two = [torch.cat([each, each]) for each in inputs.values()]  # a batch of one would be taken for a fixed size
     sizes = tuple({0: torch.export.Dim("batch")} for _ in two)
     try:
-        with torch.no_grad():
-            program = torch.export.export(model, tuple(two), dynamic_shapes=(sizes,), strict=False)
-            content, found = _convert(path.suffix, program, inputs, about)
+        program = torch.export.export(model, tuple(two), dynamic_shapes=(sizes,), strict=False)
+        content, found = _convert(path.suffix, program, inputs, about)
     except Exception as error:  # of torch.export and the converter, of many classes
         raise common.UserError(f"--export {path}: this network cannot be exported to {path.suffix} "
                                f"({common.one_line(error)}); train another --model or --backbone") from None
