@@ -264,20 +264,18 @@ class Assessor(backbones.BackboneModel):
             return self.head(features.float())  # (B, F) -> (B, R)
 
 
-def with_head_features(backbone, n_features, head, image_size):
-    """The input of a head -> (module: (B, 3, S, S) -> (B, F), F): the last features, or three resolutions."""
-    if head == "mlp":
-        return backbone, n_features
-    backbone = backbones.MultiScale(backbone, image_size)
-    return backbone, backbone.n_features
-
-
 def build_backbone(args, head):
-    """The flags' backbone with the features for `head` -> (module, F); the seed decides the random part."""
+    """The flags' backbone -> (module: (B, 3, S, S) -> (B, F), F), the seed decides its random part.
+
+    head: mlp reads the last features, ridge those of three resolutions.
+    """
     torch.manual_seed(common.hash_seed(args.seed))
     backbone, n_features = backbones.build_backbone(args.backbone, args.pretrained, args.weights, args.image_size)
     backbones.freeze_stages(backbone, args.freeze_stages, torch.zeros(1, 3, args.image_size, args.image_size))
-    return with_head_features(backbone, n_features, head, args.image_size)
+    if head == "mlp":
+        return backbone, n_features
+    backbone = backbones.MultiScale(backbone, args.image_size)
+    return backbone, backbone.n_features
 
 
 def build_model(args, train_mean):
@@ -519,12 +517,9 @@ def load_assessor(path, compute):
     """File of a trained model -> (Assessor in evaluation mode, what the file holds)."""
     settings = common.load_model_file(path, "train_assessor.py")
     with common.checkpoint_fields(path):
-        image_size = settings["image_size"]
-        head = settings["head"]
-        backbone, n_features = backbones.build_backbone(
-            settings["backbone"], pretrained=False, image_size=image_size)
-        features = with_head_features(backbone, n_features, head, image_size)
-        model = Assessor(*features, len(settings["names"]), head, settings["dropout"])
+        args = argparse.Namespace(
+            **settings, pretrained=False, weights=None, freeze_stages=0, freeze_norm=False, seed=0)
+        model = build_model(args, np.zeros(len(settings["names"])))
     common.load_state(model, settings["model"], path)
     return compute.place(model).eval(), settings
 
