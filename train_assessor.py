@@ -72,6 +72,8 @@ def parse_args(argv=None, recipe="plain", **network):
                "trained with the backbone and at the end replaced by the ridge regression on the train rows")
     model("--dropout", type=common.DROPOUT, default=0.5, help="in the hidden layers of the mlp head")
     model("--flip_average", action="store_true", help="predict the mean over a picture and its mirror image")
+    model("--no_flip_average", dest="flip_average", action="store_false",
+          help="predict each picture as it is, also where recipe or --init_from say otherwise")
     backbones.add_freezing_arguments(model)
     model("--freeze_epochs", type=common.WHOLE, default=0,
           help="epochs at the start that train the head alone")

@@ -359,6 +359,8 @@ def test_recipe_for_small_data():
     differ = {name for name, value in vars(small).items() if value != vars(as_config)[name]}
     assert differ == {"given", "config"} and small.epochs == 9 and small.head == "ridge" and small.select == "last"
     assert plain.head == "mlp" and plain.normalize_targets and plain.epochs == 50
+    typed = train_assessor.parse_args([*needed, "--no_flip_average"], "small_data")
+    assert small.flip_average and not typed.flip_average
 
 
 @pytest.mark.parametrize("head, recipe", [("mlp", "plain"), ("ridge", "small_data")])
