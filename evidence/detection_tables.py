@@ -2,6 +2,9 @@
 
 Letters: D detections of one picture, P parts, S states.
 """
+import collections
+from pathlib import Path
+
 import numpy as np
 
 import common
@@ -77,7 +80,7 @@ def coco_results(rows, image_ids, category_ids):
 
 
 def read_results(path, annotated, box_format):
-    """COCO results of any program -> (parts, Detections and one of seen_rows.WORDS for each image).
+    """COCO results of any program -> (parts, Detections and one of seen_rows.WORDS for each image, notes).
 
     annotated: Annotations of these images; parts: theirs, then what else the results name as their `part`. The state
     stands in state_probabilities or in state (text or number), or nowhere: then they are plain detections. box_format:
@@ -87,7 +90,7 @@ def read_results(path, annotated, box_format):
     if not isinstance(entries, list):
         raise common.UserError(f"{path}: expected a list of COCO results, found a {type(entries).__name__}")
     reading = part_boxes.Reading(box_format or "xywh", "state")
-    found = part_boxes.read_coco(path, results_as_coco(entries, annotated, reading.faults), reading)
+    found = part_boxes.read_coco(path, results_as_coco(entries, annotated, reading), reading)
     parts = list(found.category_ids)
     listed = [each for image in found.images for each in image.objects]
     scores = {each.key: read_score(each, reading.faults) for each in listed}
@@ -104,30 +107,43 @@ def read_results(path, annotated, box_format):
     seen = []
     for image in found.images:
         own = image.objects
+        boxes = np.array([each.box for each in own], float).reshape(-1, 4)
         detections.append(detection_scores.Detections(
-            boxes=np.array([each.box for each in own], float).reshape(-1, 4),
+            boxes=boxes.clip(0, [*image.size, *image.size]),  # as the annotated ones
             labels=np.array([parts.index(each.part) for each in own], int),
             scores=np.array([scores[each.key] for each in own], float),
             states=None if n_without else np.reshape([states[each.key] for each in own], (-1, N_STATES))))
         words = [each.fields.get("seen") for each in own]
         seen.append(seen_rows.worst([word for word in words if word in seen_rows.WORDS] or ["not known"]))
-    return parts, detections, np.array(seen)
+    return parts, detections, np.array(seen), found.notes
 
 
-def results_as_coco(entries, annotated, faults):
-    """COCO results, and the images and categories of Annotations -> COCO."""
+def results_as_coco(entries, annotated, reading):
+    """COCO results, and the images and categories of Annotations -> COCO.
+
+    A file_name that is that of one image decides: a program may have written image ids of its own.
+    """
     ids = dict(annotated.category_ids)
+    named = collections.defaultdict(set)
+    for image in annotated.images:
+        for name in (image.name, Path(image.name).name):
+            named[name].add(image.id)
     annotations = []
     for number, entry in enumerate(entries):
         name = f"result {number}"
         if not isinstance(entry, dict):
-            faults.append(f"{name}: expected an object, found {str(entry)[:60]}")
+            reading.faults.append(f"{name}: expected an object, found {str(entry)[:60]}")
             continue
+        image_id = entry.get("image_id")
+        meant = named[str(entry.get("file_name"))]
+        if len(meant) == 1 and part_boxes.read_id(image_id) not in map(part_boxes.read_id, meant):
+            [image_id] = meant
+            reading.counts["results have the image_id of another image than their file_name, which decides"] += 1
         category = entry.get("category_id")
         part = entry.get("part")
         if isinstance(part, str):
             category = ids.setdefault(part, f"part {part}")
-        annotations.append({**entry, "id": number, "entry": name, "category_id": category})
+        annotations.append({**entry, "id": number, "entry": name, "image_id": image_id, "category_id": category})
     return part_boxes.coco_content([image.fields for image in annotated.images], annotations, ids)
 
 

@@ -193,7 +193,7 @@ def as_files(folder, truth, found):
 
 def judge_files(folder, baseline):
     """metrics.json of results.json against truth.json in a folder; baseline: of mean_boxes."""
-    truth, found, _ = detection_judging.read_coco_results(folder / "truth.json", folder / "results.json")
+    truth, found, *_ = detection_judging.read_coco_results(folder / "truth.json", folder / "results.json")
     args = train_detector.parse_args(["--mode", "audit", "--json", "x", "--images_dir", "y", "--output_dir",
                                       str(folder / "out")])
     with common.start_run(args) as run:
@@ -222,6 +222,36 @@ def test_results_of_another_program_are_judged_as_pycocotools_does(tmp_path):
 
 
 RESULT = {"image_id": "picture 0", "category_id": 10, "bbox": [1, 2, 3, 4], "score": 0.5}
+def test_the_file_name_of_a_result_decides_where_its_image_id_is_of_the_other_program(tmp_path):
+    """Ultralytics writes the name of the picture without its ending, as a number where it is one."""
+    as_files(tmp_path, *random_case(3))
+    files = tmp_path / "truth.json", tmp_path / "results.json"
+    wanted = detection_judging.read_coco_results(*files)
+    rows = json.loads(files[1].read_text())
+    ids = wanted.truth.ids
+    for number, other in enumerate((dict(zip(ids, ids[1:] + ids[:1])), {own: f"img_{own}" for own in ids})):
+        common.write_json(files[1], [{**row, "image_id": other[row["image_id"]], "file_name": f"{row['image_id']}.jpg"}
+                                     for row in rows])
+        found = detection_judging.read_coco_results(*files)
+        for one, again in zip(wanted.detections, found.detections):
+            np.testing.assert_array_equal(one.boxes, again.boxes)
+        assert any(note.startswith(f"{len(rows)} results have the image_id of another image") for note in found.notes)
+
+
+def test_boxes_over_the_edge_are_cut_on_both_sides_and_those_without_area_are_listed(tmp_path):
+    truth = annotated([(0, 0, [80, 10, 120, 30])], [(0, 0, BOX), (1, 0, [5, 5, 5, 50])], *[[(0, 0, BOX)]] * 10)
+    as_files(tmp_path, truth, [detections((0, 0.9, 0, [80, 10, 120, 30])), *[detections((0, 0.8, 0, BOX))] * 11])
+    found = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")
+    assert found.detections[0].boxes.tolist() == found.truth.boxes[0].tolist() == [[80, 10, 100, 30]]
+    run_script("judge_predictions.py", "--predictions", tmp_path / "results.json", "--truth", tmp_path / "truth.json",
+               "--output_dir", tmp_path / "out")
+    run = only_run(tmp_path / "out")
+    [row] = read_csv(run / "skipped.csv")
+    assert row["image"] == "picture 1.jpg" and "no area" in row["reason"]
+    said = (run / "log.txt").read_text()
+    assert "note: 1 annotations are left out (listed in skipped.csv)" in said and "note: 1 boxes reached over the edge" in said
+
+
 RESULT_FAULTS = {
     "image": ([{**RESULT, "image_id": 7}], ["result 0", "image_id 7"]),
     "category": ([RESULT, {**RESULT, "category_id": 1}], ["result 1", "category_id 1"]),
@@ -281,7 +311,7 @@ def test_annotations_in_another_convention_stop_and_are_read_when_it_is_named(tm
     common.write_json(files[0], content)
     with pytest.raises(common.UserError, match="truth.json: .* look like xyxy.*--truth_format xyxy"):
         detection_judging.read_coco_results(*files)
-    truth, _, _ = detection_judging.read_coco_results(*files, truth_format="xyxy")
+    truth = detection_judging.read_coco_results(*files, truth_format="xyxy").truth
     np.testing.assert_allclose(np.concatenate(truth.boxes), boxes)
 
 
@@ -291,9 +321,9 @@ def test_states_of_results_may_be_text_or_numbers(tmp_path):
     content["annotations"][1]["state"] = "damaged"
     common.write_json(tmp_path / "truth.json", content)
     common.write_json(tmp_path / "results.json", [{**RESULT, "state": "Damaged"}, {**RESULT, "state": 3}])
-    _, found, _ = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")
+    found = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json").detections
     assert found[0].called().tolist() == [1, 3] and found[1].states.shape == (0, 4)
-    judged, _, _ = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")
+    judged = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json").truth
     metrics = judge_files(tmp_path, detection_judging.mean_boxes(judged))
     assert metrics["per_state"] and metrics["state_calibration"] == [], "no probabilities were given"
     assert "Reliability" not in (only_run(tmp_path / "out") / "report.html").read_text()
@@ -613,7 +643,7 @@ def test_folds_judge_every_picture_by_a_detector_that_has_not_seen_it(bicycles, 
     assert metrics["part"] == "folds" and metrics["pictures"] == len(truth) and metrics["held_out"] is True
     each = [json.loads((run / f"fold_{k}" / "detections_test.json").read_text()) for k in range(3)]
     assert json.loads((run / "detections_folds.json").read_text()) == [row for rows in each for row in rows]
-    judged, found, _ = detection_judging.read_coco_results(run / "folds_coco.json", run / "detections_folds.json")
+    judged, found, *_ = detection_judging.read_coco_results(run / "folds_coco.json", run / "detections_folds.json")
     assert metrics["model"]["map"]["value"] == pytest.approx(values_of(judged, found)["map"], abs=1e-6)
     assert "widened x1.58 for 3 folds" in metrics["method"]
     table = {row["fold"]: row for row in read_csv(run / "fold_table.csv")}
@@ -776,7 +806,7 @@ def test_evaluation_on_pictures_of_the_run_is_not_held_out(bicycles, trained, tm
     assert {row["seen"] for row in rows} <= {word}
     run_script("train_detector.py", "--mode", "convert", "--json", tmp_path / "part.json", "--output",
                tmp_path / "coco.json")
-    _, _, seen = detection_judging.read_coco_results(tmp_path / "coco.json", folder / f"detections_{part}.json")
+    seen = detection_judging.read_coco_results(tmp_path / "coco.json", folder / f"detections_{part}.json").seen
     named = {row["image"] for row in rows if row["part"]}
     assert len(seen) == 3 and (seen == word).sum() == len(named) and set(seen) <= {word, "not known"}
 
@@ -911,7 +941,7 @@ def test_metrics_are_of_the_boxes_that_one_per_part_keeps(trained, bicycles, tmp
                "--images_dir", bicycles / "images", "--num_workers", 0, "--bootstrap_draws", 20, "--score_threshold",
                0.06, "--one_per_part", "--output_dir", tmp_path)
     one = only_run(tmp_path)
-    truth, found, _ = detection_judging.read_coco_results(
+    truth, found, *_ = detection_judging.read_coco_results(
         trained / "test_coco.json", trained / "detections_test.json", "street")
     kept = [detection_tables.best_of_each_part(each, 0.06) for each in found]
     metrics = json.loads((one / "metrics.json").read_text())

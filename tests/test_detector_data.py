@@ -163,7 +163,7 @@ def test_the_written_annotations_are_what_was_judged(tmp_path, flags, more):
     rows = detection_tables.detection_rows([{"image": name, "seen": "new"} for name in truth.images], found, truth.parts)
     common.write_json(tmp_path / "found.json", detection_tables.coco_results(
         rows, dict(zip(truth.images, truth.ids)), study.category_ids["train"]))
-    again, results, _ = detection_judging.read_coco_results(tmp_path / "val_coco.json", tmp_path / "found.json")
+    again, results, *_ = detection_judging.read_coco_results(tmp_path / "val_coco.json", tmp_path / "found.json")
     ours, theirs = (detection_scores.Judged(*each, 0.5).values(np.arange(6))[0]
                     for each in ((truth, found), (again, results)))
     if more == ("--absent", "drop"):  # where they would be, the files do not say
