@@ -41,18 +41,21 @@ def regression_alarms(predicted, target, names):
     ]
     alarms = [f"{fault}: {', '.join(itertools.compress(names, flags))}. {remedy}"
               for fault, flags, remedy in faults if flags.any()]
-    repeats = np.unique(predicted, axis=0, return_counts=True)[1].max()
-    if repeats >= _fewest_repeats(predicted, min(modal)) and not is_constant.all():
-        alarms.append(f"the same prediction for {repeats} of {len(predicted)} rows. {REPEATS_REMEDY}")
+    is_cut = (predicted == np.fmin.reduce(target)) | (predicted == np.fmax.reduce(target))  # to the scale of the labels
+    repeats = np.unique(predicted[~is_cut.all(1)], axis=0, return_counts=True)[1]
+    most = repeats.max(initial=0)
+    if most >= _fewest_repeats(predicted, repeats, min(modal)) and not is_constant.all():
+        alarms.append(f"the same prediction for {most} of {len(predicted)} rows. {REPEATS_REMEDY}")
     return alarms
 
 
-def _fewest_repeats(predicted, modal):
+def _fewest_repeats(predicted, repeats, modal):
     """How many equal rows of (N, K) predictions speak for a fault: 3, and more where they meet by chance.
 
-    That is where rows are very many, or predictions coarse: each a multiple of 1 / k with k up to 1000, as rounded
-    ones, and the shares of neighbours or of a tree's leaf. modal: how many rows share the most frequent label; where
-    labels too are few points of a scale, or the predictions are its whole points, one of them may be predicted often.
+    repeats: how often each of them occurs. Of very many rows, or in half precision, some meet: most of these in pairs.
+    So do coarse predictions: each a multiple of 1 / k with k up to 1000, as rounded ones, and the shares of neighbours
+    or of a tree's leaf. modal: how many rows share the most frequent label; where labels too are few points of a scale,
+    or the predictions are its whole points, one of them may be predicted often.
     """
     rows = len(predicted)
     values = np.unique(predicted[np.isfinite(predicted)])
@@ -60,7 +63,7 @@ def _fewest_repeats(predicted, modal):
     for k in range(501, 1001):  # every k below has a multiple among them
         rest = rest[np.abs(rest * k - np.round(rest * k)) > 1e-8 * k]
     if len(rest):
-        return max(3, rows // 1000)
+        return 3 + np.sum(repeats == 2)
     if len(values) <= MOST_POINTS and not (values % 1).any():
         modal = rows
     return math.ceil(min(0.95 * rows, max(3, rows / 5, 3 * modal)))
@@ -102,12 +105,12 @@ def classification_alarms(probability, label, names, threshold=None, positive=1)
     rounded = np.round(probability, 6)
     unsure = rounded[rounded.max(1) < 0.999]  # rows that are told apart with ease have nearly 0 and 1
     values, repeats = np.unique(unsure, axis=0, return_counts=True)
-    fewest = _fewest_repeats(probability, counts.max())
+    fewest = _fewest_repeats(probability, repeats, counts.max())
     often = repeats >= fewest
     if often.any():
         alarms.append(f"the same probability {fewest} times or more, in {repeats[often].sum()} of {rows} rows; that of "
                       f"{names[positive]} is {values[repeats.argmax(), positive]:g} in {repeats.max()} of them. "
-                      f"{REPEATS_REMEDY}")
+                      f"{REPEATS_REMEDY}. Isotonic calibration repeats them too: judge those before it")
     if counts.max() >= 0.95 * counts.sum() > 0:
         alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of {counts.sum()} rows. "
                       "Add rows of other classes")

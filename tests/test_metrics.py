@@ -435,6 +435,29 @@ def test_whole_points_of_continuous_ratings_are_no_fault():
     assert faults(verdicts.regression_alarms(stuck, ratings, ["v"]))[0].startswith("the same prediction for")
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_repeated_probability(precision):
+    """Of probabilities or of logits; pairs come first, and a third of the rows that are stuck are found all the same."""
+    draw = np.random.default_rng(0)
+    label = draw.integers(0, 2, 1000)
+    logits = torch.tensor(draw.normal(size=(1000, 2)) + 1.5 * np.stack([1 - label, label], 1))
+    half = torch.softmax(logits, 1).to(precision).double().numpy()[:, 1]
+    for found in (np.stack([1 - half, half], 1), torch.softmax(logits.to(precision).float(), 1).numpy()):
+        assert verdicts.classification_alarms(found, label, ["a", "b"]) == []
+        stuck = np.where(np.arange(1000)[:, None] % 3 == 0, [2 ** 0.5 - 1, 2 - 2 ** 0.5], found)
+        assert "the same probability" in verdicts.classification_alarms(stuck, label, ["a", "b"])[0]
+
+
+def test_predictions_that_are_cut_to_the_scale_are_no_fault():
+    draw = np.random.default_rng(0)
+    latent = draw.normal(3, 3, (150, 1))
+    pain = latent.round().clip(0, 10)
+    predicted = (0.9 * latent + draw.normal(0, 0.8, (150, 1))).clip(0, 10)
+    assert (predicted == 0).sum() > 15 and verdicts.regression_alarms(predicted, pain, ["pain"]) == []
+    predicted[:4] = 2 ** 0.5
+    assert faults(verdicts.regression_alarms(predicted, pain, ["pain"])) == ["the same prediction for 4 of 150 rows"]
+
+
 def test_of_very_many_rows_some_meet_by_chance():
     """A hundred thousand probabilities of six digits, most of them small."""
     draw = np.random.default_rng(0)
