@@ -128,10 +128,7 @@ def estimate(model, baseline, subjects, unit, *, n, rows, support, names=None, d
             values = np.concatenate([part[place] for part in drawn])
             scale = None if side == "difference" else metric_names.METRICS[metric].normal_scale
             rests_on = np.asarray(support.get((scope, metric), subjects))
-            if scale in SHARE_RANGES:
-                ends = _share_ends(found.value, values, reach, rests_on, SHARE_RANGES[scale])
-            else:
-                ends = _t_ends(found.value, values, reach, scale)
+            ends = _t_ends(found.value, values, reach, scale, rests_on)
             found.low, found.high = np.where(rests_on >= FEWEST_FOR_INTERVAL, ends, np.nan)
         for (side, *place), found in estimates.items():
             if side == "difference":
@@ -220,15 +217,18 @@ def draw_subjects(subjects, draws, seed, block):
         yield drawn.reshape(size, subjects).astype(np.float64)
 
 
-def _t_ends(whole, drawn, reach, scale):
-    """(low, high): value -+ reach x sd of the draws (D, ...), on the metric's normal scale."""
-    forward, backward = NORMAL_SCALES[scale]
-    half = reach * common.sd_without_nan(forward(drawn))
-    if scale == "log1m":
-        half = np.where(half > WIDEST_LOG_RATIO, np.nan, half)
-    centre = forward(whole)
-    low, high = np.sort([backward(centre - half), backward(centre + half)], axis=0)
-    return np.minimum(low, whole), np.maximum(high, whole)
+def _t_ends(value, drawn, reach, scale, support):
+    """(low, high): value -+ reach x sd of the draws (D, ...), on the metric's normal scale; support: subjects it rests on."""
+    if scale in SHARE_RANGES:
+        low, high = _share_ends(value, drawn, reach, support, SHARE_RANGES[scale])
+    else:
+        forward, backward = NORMAL_SCALES[scale]
+        half = reach * common.sd_without_nan(forward(drawn))
+        if scale == "log1m":
+            half = np.where(half > WIDEST_LOG_RATIO, np.nan, half)
+        centre = forward(value)
+        low, high = np.sort([backward(centre - half), backward(centre + half)], axis=0)
+    return np.minimum(low, value), np.maximum(high, value)
 
 
 def _share_ends(value, drawn, reach, support, bottom):
