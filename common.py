@@ -429,7 +429,6 @@ def read_config(path):
     UserError for files that are missing, not a mapping, or that hold duplicate keys, anchors or
     nesting deeper than the parser can follow.
     """
-    path = Path(path)
     if not path.is_file():
         raise UserError(f"no such file: {path} (expected a YAML or JSON file of flags)")
     text = path.read_text(encoding="utf-8-sig", errors="replace")
@@ -774,9 +773,10 @@ def _folder_to_resume(args):
     if folder and is_finished(folder, args):
         print(f"{folder} is finished: nothing to continue; its report is {folder / 'report.html'}")
         sys.exit(EXIT_OK)
-    if Path(args.resume).is_file():
-        with checkpoint_fields(args.resume):
-            load_model_file(args.resume)["progress"]  # a file of another kind is refused before anything is decoded
+    named = Path(args.resume)
+    if named.is_file():
+        with checkpoint_fields(named):
+            load_model_file(named)["progress"]  # a file of another kind is refused before anything is decoded
     return folder
 
 
@@ -946,7 +946,6 @@ def write_whole(path, content, keep_previous=False):
     """
     if not launched_processes().is_first:
         return
-    path = Path(path)
     with explained_write_errors(path, len(content)):
         replace_file(path, content, path.with_name(f".{path.name}.tmp"), keep_previous)
         _sync_folder(path.parent)
@@ -1000,7 +999,7 @@ def read_json(path, as_object=None):
     as_object: [(key, value)] of an object -> what stands for it; None: a dict. Raises UserError.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
         return json.loads(text, strict=False, object_pairs_hook=as_object)
     except RecursionError:
         raise UserError(f"{path}: JSON that is nested too deeply; is it the right file?") from None
@@ -1418,14 +1417,14 @@ class StopSignals:
     """
 
     def __init__(self):
-        self.received = None
+        self.received = 0  # the number of a signal
         self.armed = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
     def _receive(self, number, _):
         is_second = self.received == signal.SIGINT
-        self.received = signal.Signals(number)
+        self.received = number
         if number == signal.SIGINT and (is_second or not self.armed):
             raise KeyboardInterrupt
         if not self.armed:
@@ -2108,7 +2107,6 @@ def read_checkpoint(path):
 
     Raises CheckpointError for anything but a whole, uncompressed torch zip of dense tensors and plain values.
     """
-    path = Path(path)
     try:
         if not path.is_file():
             raise CheckpointError(f"no checkpoint at {path} (expected a regular file)")
@@ -2558,7 +2556,7 @@ class Training:
     def _save_or_stop(self):
         """Save where it is due or a stop signal has come to any process; leave on the signal."""
         is_due = self.processes.is_first and 0 < 60 * self.args.save_minutes < self.checkpoints.age
-        stop, is_due = self.processes.largest([int(self.run.signals.received or 0), is_due])
+        stop, is_due = self.processes.largest([self.run.signals.received, is_due])
         if is_due or stop:
             self._check_queued()
             self.save()

@@ -98,7 +98,7 @@ def make_training(folder, resumed, select="val_loss", **flags):
     args = SimpleNamespace(**{**defaults, **flags})
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1)
-    signals = SimpleNamespace(received=None, armed=False, leave=lambda: None)
+    signals = SimpleNamespace(received=0, armed=False, leave=lambda: None)
     common.write_json(folder / "args.json", {})  # as of every run that trains
     run = common.Run(folder, args, compute, signals, resumed)
     training = common.Training(run, model, common.build_optimizer(model, args), args, select, dict, False)
@@ -120,7 +120,7 @@ def train(training, loader, stop_after=None, val_loss=lambda epoch: 0.5):
         for epoch in training.epochs():
             for batch in training.batches(loader):
                 steps += 1
-                training.run.signals.received = signal.SIGTERM if steps == stop_after else None
+                training.run.signals.received = signal.SIGTERM if steps == stop_after else 0
                 training.step((training.model(batch["x"]) - 3).pow(2).mean())
             training.end_epoch({**training.epoch_means(), "val_loss": val_loss(epoch)})
     return training
@@ -270,7 +270,7 @@ def test_a_stop_between_two_epochs_saves_the_last_one(tmp_path, written):
             for batch in training.batches(loader):
                 training.step(training.model(batch["x"]).pow(2).mean())
             training.end_epoch({"val_loss": float(epoch)})
-            training.run.signals.received = signal.SIGTERM if epoch == 3 else None
+            training.run.signals.received = signal.SIGTERM if epoch == 3 else 0
     best, last = best_and_last(tmp_path)
     assert best["epoch"] == 1 and (last["progress"]["epoch"], last["progress"]["batch"]) == (3, 0)
 
