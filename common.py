@@ -627,7 +627,8 @@ class Run:
             raise UserError(f"{self.folder} cannot be continued exactly: these differ (then, now); "
                             f"start a new run or restore them{''.join(lines)}")
         if epochs < self.args.epochs:
-            read_last(self)  # CheckpointError before anything is changed
+            for folder in (self.folder, *self.folder.glob("fold_*")):
+                read_last(self, folder)  # CheckpointError before anything is changed
             self.path("metrics.json").unlink(missing_ok=True)
             write_json(path, first)
 
@@ -837,7 +838,7 @@ def is_finished(folder, args):
     pooled = {f"fold_{fold['fold']}" for fold in read_json(folder / "metrics.json").get("folds", [])}
     if args.fold != "all":
         return f"fold_{args.fold}" in pooled
-    return not pooled or pooled.issuperset(part for part in read_json(folder / "splits.json") if part != "test")
+    return not pooled or pooled.issuperset(part for part in _read_or_warn(folder / "splits.json") if part != "test")
 
 
 def script_name():
@@ -2275,14 +2276,14 @@ class Checkpoints:
             write_table(self.run.path("training_history.csv"), history)
 
 
-def read_last(run):
-    """Content of a run's newest usable checkpoint, or of the one that --resume names; None where it stopped before any.
+def read_last(run, folder):
+    """Content of the newest usable checkpoint of a run or its fold, or of the one that --resume names; None: none yet.
 
     Raises CheckpointError where there are files and none of them can be used, or they are lost.
     """
-    paths = [run.path("last.pth"), run.path("last.pth.prev")]
+    paths = [folder / "last.pth", folder / "last.pth.prev"]
     named = Path(run.args.resume)
-    if named.is_file() and named.resolve().parent == run.folder.resolve():  # not in the other folds
+    if named.is_file() and named.resolve().parent == folder.resolve():  # not in the other folds
         paths = [named]
     faults = []
     for path in filter(Path.exists, paths):
@@ -2295,13 +2296,13 @@ def read_last(run):
         if path.suffix == ".prev":
             run.say(f"WARNING: continuing from {path.name}, the checkpoint before last.pth")
         return content
-    kept = sorted(set(run.folder.glob("checkpoint_epoch_*.pth")) - set(paths), key=os.path.getmtime)
+    kept = sorted(set(folder.glob("checkpoint_epoch_*.pth")) - set(paths), key=os.path.getmtime)
     # a kill may leave that of epoch 1 before there is any last.pth
     has_older = kept and kept[-1].name != "checkpoint_epoch_1.pth"
-    if not faults and not has_older and not run.path("training_history.csv").exists():
+    if not faults and not has_older and not (folder / "training_history.csv").exists():
         return None
     advice = f"--resume {kept[-1]} goes on from it" if kept else "start a new run, or remove the folder of a fold"
-    raise CheckpointError(f"{run.folder} cannot be continued: no usable checkpoint "
+    raise CheckpointError(f"{folder} cannot be continued: no usable checkpoint "
                           f"({'; '.join(faults) or 'last.pth is lost'}); {advice}")
 
 
@@ -2565,8 +2566,9 @@ class Training:
         self.processes.largest([0])  # the first one has saved: where one task ends, srun may end the others
         self.run.signals.leave()
         asked = signal.Signals(stop)
+        fold = f" --fold {self.args.fold}" if "fold" in self.args.given else ""
         self.run.say(f"{asked.name} received: saved epoch {self.progress.epoch + 1}, batch {self.progress.batch}; "
-                     f"continue with --resume {self.run.folder}")
+                     f"continue with --resume {self.run.folder}{fold}")
         sys.exit(EXIT_INTERRUPT if asked == signal.SIGINT else EXIT_SAVED)
 
     # --- the end of an epoch ------------------------------------------------
@@ -2675,7 +2677,8 @@ class Training:
 
     def _top_file(self, epoch):
         score = "" if self.select == "last" else f"_{self.select}_{self.progress.history[epoch - 1][self.select]:.4g}"
-        return self.run.path(f"top_epoch_{epoch}{score}.pth")
+        name = f"top_epoch_{epoch}{score}".replace("/", "_")  # of a class ear/tail
+        return self.run.path(f"{name}.pth")
 
     def model_file(self):
         """Content of best_model.pth for the epoch that has just ended."""
@@ -2712,7 +2715,7 @@ class Training:
             self.run.path(name), to_plain_types(content | {"model": self.model.state_dict()})))
 
     def _load_last(self):
-        content = read_last(self.run)
+        content = read_last(self.run, self.run.folder)
         if content is None:
             return
         with checkpoint_fields(self.run.folder):

@@ -291,6 +291,7 @@ def similar_pairs(features, split):
     return [(rows[other[k]], rows[k]) for k in closest_first if apart[k] < limit]
 
 
+@common.first_process_only
 def add_similar(run, features, split, keys):
     """similar_pairs, which are said and counted in leakage_report.json; keys: (N,) names."""
     pairs = similar_pairs(features, split)
@@ -411,7 +412,7 @@ def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None
     A resumed run keeps its files: whether the split is still the same is checked by write_args.
     Returns the alarms of unused_groups on these columns, said before anything is trained.
     """
-    if not (run.resumed and run.path("leakage_report.json").exists()):
+    if not run.resumed or not all(run.path(name).exists() for name in ("splits.json", "leakage_report.json")):
         listed = {part: [keys[row] for row in rows] for part, rows in split.items()}
         common.write_json(run.path("splits.json"), listed)
         common.write_json(run.path("leakage_report.json"), report)

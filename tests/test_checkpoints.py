@@ -94,7 +94,7 @@ def make_training(folder, resumed, select="val_loss", **flags):
         plateau_patience=5, min_lr=0.0, accumulate=1, clip_grad=1.0, patience=0, min_epochs=0, min_delta=0.0,
         dry_run=False, save_minutes=0,
         save_every=0, save_top_k=0, num_workers=0, resume="auto", tensorboard=False, wandb=False,
-        compile=False)
+        compile=False, fold="all", given=set())
     args = SimpleNamespace(**{**defaults, **flags})
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1)
@@ -334,6 +334,21 @@ def test_a_lost_best_model_is_noticed_before_more_is_trained(tmp_path, content):
         (tmp_path / "best_model.pth").write_bytes(content)
     with pytest.raises(common.CheckpointError, match="best_model.pth.*: put back a copy, or start a new run"):
         make_training(tmp_path, True, epochs=9)
+
+
+def test_a_class_may_have_a_slash_in_its_name(tmp_path):
+    training, loader = make_training(tmp_path, False, select="val_ear/tail_f1", epochs=1, save_top_k=1)
+    for batch in training.batches(loader):
+        training.step(training.model(batch["x"]).pow(2).mean())
+    training.end_epoch({"val_ear/tail_f1": 0.5})
+    assert [path.name for path in tmp_path.glob("top_epoch_*")] == ["top_epoch_1_val_ear_tail_f1_0.5.pth"]
+
+
+def test_a_stop_names_the_fold_that_was_typed(tmp_path, capsys):
+    """args.json says another one where a run was resumed for it."""
+    with pytest.raises(SystemExit):
+        train(*make_training(tmp_path, False, fold="all", given={"fold"}), stop_after=1)
+    assert f"continue with --resume {tmp_path} --fold all\n" in capsys.readouterr().out
 
 
 def test_not_a_number_is_never_best(tmp_path):

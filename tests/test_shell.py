@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -333,6 +334,11 @@ def test_saved_job_is_requeued_while_it_makes_progress(cluster):
     assert requeued == [] and "no progress" in result.stdout and result.returncode == 75
     result, requeued = submit(cluster, code=75, state="epoch 3")
     assert requeued == ["requeue 7"], "progress after a stop counts again"
+    (cluster / "outputs" / "run_1_job7" / "fold_0" / "last.pth").unlink()  # as where a fold ends
+    (cluster / "outputs" / "run_1_job7" / "fold_0" / "metrics.json").write_text("{}")
+    later = time.time() + 60
+    os.utime(cluster / "outputs" / "run_1_job7" / "fold_0" / "metrics.json", (later, later))  # during the next start
+    assert submit(cluster, code=75)[1] == ["requeue 7"], "a fold that is finished is progress"
 
 
 def test_job_that_saves_nothing_is_requeued_once(cluster):

@@ -320,7 +320,8 @@ def test_similar_pictures_are_counted_and_shown_and_do_not_stop(tmp_path):
     keys = np.array([f"{i}.jpg" for i in range(40)])
     split = {"train": np.arange(30), "val": np.arange(30, 40)}
     said = []
-    run = SimpleNamespace(path=lambda name: tmp_path / name, say=said.append)
+    run = SimpleNamespace(path=lambda name: tmp_path / name, say=said.append,
+                          compute=SimpleNamespace(processes=common.Processes()))
     common.write_json(tmp_path / "leakage_report.json", splitting.leakage_report(split, keys, keys))
     pairs = splitting.add_similar(run, features, split, keys)
     assert sorted(pairs) == [(2, 30), (4, 35)] and said == ["leakage train-val: 2 similar pictures (2.jpg = 30.jpg)"]

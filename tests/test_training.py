@@ -395,6 +395,15 @@ def test_more_epochs_of_a_run_without_its_checkpoint_leave_it_as_it_was(tmp_path
     assert {path: path.read_bytes() for path in folder.glob("*.json")} == before
 
 
+def test_more_epochs_of_folds_of_which_one_lost_its_checkpoint_leave_them_as_they_were(tmp_path):
+    folder = make_run(tmp_path, "--folds", 2, "--epochs", 2, folds=[0, 1], pooled=[0, 1])
+    (folder / "fold_1" / "training_history.csv").write_text("epoch\n1\n2\n")
+    before = {path: path.read_bytes() for path in folder.glob("**/*.json")}
+    with pytest.raises(common.CheckpointError, match="fold_1 cannot be continued: .*last.pth is lost"):
+        go_on(folder, "--epochs", 3)
+    assert {path: path.read_bytes() for path in folder.glob("**/*.json")} == before
+
+
 def test_a_flag_that_is_no_more_does_not_hide_an_unfinished_run(tmp_path):
     folder = make_run(tmp_path, "--epochs", 2)
     record = common.read_json(folder / "args.json")

@@ -62,6 +62,14 @@ def test_two_processes_to_the_end(server, tiny_flags, tmp_path, cases, script):
         assert not list(run.glob("**/*.tmp")) and (run / "report.html").exists()
 
 
+def test_folds_by_two_processes(server, tiny_flags, tmp_path):
+    """The first process writes the leakage report of each fold, which the other would read too early."""
+    flags = [*tiny_flags["train_assessor.py"], "--output_dir", tmp_path, "--epochs", 1, "--folds", 2]
+    first, second = ends(start_ranks(server, "train_assessor.py", flags, 2, tmp_path))
+    assert first.code == second.code == 0, first.text + second.text
+    assert len(json.loads((only_run(tmp_path) / "metrics.json").read_text())["folds"]) == 2
+
+
 def test_a_process_may_have_no_picture_to_score(server, tiny_flags, tmp_path):
     """Two processes, one validation picture."""
     flags = list(tiny_flags["train_detector.py"])
