@@ -1179,11 +1179,12 @@ def run_folds(run, args, study):
     pooled = prediction_tables.join(tables, chosen)
     pooled.write(run.path("predictions_folds.csv"))
     trained_on = [(folds[k]["train"], folds[k]["val"]) for k in chosen]
-    judge(run, args, study, parts, pooled, "folds", trained_on, alarms=alarms, similar=similar, folds=done)
     if len(test):
         members = prediction_tables.read_folds(run, chosen, "test")
         with run.child("test_ensemble") as child:
             judge_ensemble(child, args, study, test, prediction_tables.mean(members))
+    # last: with its metrics the run is finished
+    judge(run, args, study, parts, pooled, "folds", trained_on, alarms=alarms, similar=similar, folds=done)
 
 
 def judge_ensemble(run, args, study, test, table):

@@ -249,19 +249,27 @@ def test_exports_that_cannot_be(flags, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_a_solved_model_continues_fold_by_fold(made, solved):
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_solved_model_continues_fold_by_fold(made, solved, monkeypatch):
+    """Also where it is stopped once more before the test groups are judged: the run is then not finished."""
     before = (solved / "predictions_folds.csv").read_bytes()
     (solved / "metrics.json").unlink()
     shutil.rmtree(solved / "fold_1")
-    text = video("--resume", solved).stdout
+    shutil.rmtree(solved / "test_ensemble")
+    with monkeypatch.context() as patched:
+        patched.setattr(train_video, "judge_ensemble", stop)
+        text = video("--resume", solved, code=130).stdout
     assert "fold 0 is finished" in text and "fold 1 is finished" not in text
     assert (solved / "predictions_folds.csv").read_bytes() == before
+    assert "fold 1 is finished" in video("--resume", solved).stdout
+    assert (solved / "metrics.json").exists() and (solved / "test_ensemble" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("folds", [[], ["--folds", 2]])
 def test_a_run_stopped_before_its_features_are_computed_is_continued(made, tmp_path, monkeypatch, folds):
-    def stop(*_):
-        raise KeyboardInterrupt
     flags = [*made.everything, *made.solved, *folds, "--dry_run", "--output_dir", tmp_path]
     with monkeypatch.context() as patched:
         patched.setattr(train_video, "untuned_features", stop)
