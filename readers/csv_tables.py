@@ -262,8 +262,8 @@ def to_numbers(values, where, expected="numbers"):
     written = _clean_cells(values)
     cells = [cell.removesuffix("%") for cell in written]
     is_column = hasattr(values, "attrs")
-    is_comma_file = getattr(values, "attrs", {}).get("delimiter", ",") == ","
-    may_be_thousands = is_comma_file and all(re.fullmatch(r"[^,]*,\d{3}", cell) for cell in cells if "," in cell)
+    delimiter = values.attrs.get("delimiter", ",") if is_column else ","
+    may_be_thousands = delimiter == "," and all(re.fullmatch(r"[^,]*,\d{3}", cell) for cell in cells if "," in cell)
     if not may_be_thousands and not any("." in cell for cell in cells):
         cells = [cell.replace(",", ".") for cell in cells]
     lines = values.index if is_column else range(1, len(cells) + 1)
@@ -275,4 +275,4 @@ def to_numbers(values, where, expected="numbers"):
         raise common.UserError(
             f"{where}: expected {expected}, found {common.shorten_list(bad)}. "
             "Correct these cells or leave them blank.")
-    return np.array([float(cell) if cell else math.nan for cell in cells])
+    return np.array([float(cell or "nan") for cell in cells])

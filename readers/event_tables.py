@@ -142,11 +142,10 @@ def classes_of(spelled, label_map=None, names=None):
     counts = collections.Counter(filter(None, spelled))
     is_mapped = label_map is not None
     if not is_mapped:
-        by_count = sorted(counts, key=lambda label: (-counts[label], label))
-        label_map = {label: label for label in reversed(names or by_count)}  # the last one of a spelling counts
-    known = {label.strip().casefold(): name for label, name in label_map.items()}
-    if names is not None:
-        known = {label: name for label, name in known.items() if name in {*names, None}}
+        rarest_first = sorted(sorted(counts, reverse=True), key=counts.get)
+        label_map = {label: label for label in names or rarest_first}  # the last one of a spelling counts
+    known = {label.strip().casefold(): name for label, name in label_map.items()
+             if names is None or name in {*names, None}}
     unknown = [
         f"{label!r} ({count} rows)" for label, count in sorted(counts.items()) if label.casefold() not in known]
     if unknown:
@@ -248,8 +247,8 @@ def per_frame_events(table, path, path_column, notes):
             for _, own in frames[run.index].groupby(run):
                 events.append((own.index[0], video, name, own.iloc[0], own.iloc[-1]))
     notes.append(f"{path.name}: one row a frame, counted from 0; {len(events)} events of {', '.join(is_on)}")
-    found = pd.DataFrame(events, columns="line path label start_frame end_frame".split())
-    return found.set_index("line").astype(str)
+    columns = "line path label start_frame end_frame".split()
+    return pd.DataFrame(events, columns=columns).set_index("line").astype(str)
 
 
 def behaviour_columns(table):
@@ -275,11 +274,10 @@ def headless_list(table, root, notes):
     whole = [" ".join(cells) for cells in lines]
     parted = [[line.rsplit(None, n_others) for line in whole] for n_others in (1, 2)]  # blanks in the paths
     for rows in [lines, *parted]:
-        first = rows[0][0]
-        n_frames = rows[0][1:-1]
-        is_even = set(map(len, rows)) in ({2}, {3})
-        is_list = is_even and all(map(str.isdigit, n_frames))
-        if is_list and file_names.match_videos([first], root)[0][first]:
+        if set(map(len, rows)) not in ({2}, {3}):
+            continue
+        first, *n_frames, _ = rows[0]
+        if all(map(str.isdigit, n_frames)) and file_names.match_videos([first], root)[0][first]:
             frames = ", a number of frames" if n_frames else ""
             notes[:] = [note for note in notes if "is no header" not in note]
             notes.append(f"no header line: each line is read as a path{frames} and a label")
@@ -321,11 +319,12 @@ def read_manifest_file(path, root, asked, need_labels, notes):
     table = keyed_columns(raw, path)
     source = csv_tables.find_column(table, PATH_COLUMNS, asked[0], f"{path} has no column for --path_column")
     label = csv_tables.find_column(table, LABEL_COLUMNS, asked[1], f"{path} has no column for --label_column")
-    if label is None and need_labels:
+    lacks_labels = label is None and need_labels
+    if lacks_labels:
         events = per_frame_events(table, path, source, notes)
         if events is not None:
             return events, "path", "label"
-    if source is None or (label is None and need_labels):
+    if source is None or lacks_labels:
         raise common.UserError(
             f"{path}: column of paths: {source or 'none, name it with --path_column'}; column of labels: "
             f"{label or 'none, name it with --label_column'} (found: {common.shorten_list(table, 40)})")
@@ -418,7 +417,7 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     group = csv_tables.find_column(extra, ["group"], group_column, where)
     rows["source"] = find_sources(rows, notes, video_root is None, **finding)
     refuse_several_files(rows, extra)
-    known = read_label_map(label_map) if label_map else None
+    known = label_map and read_label_map(label_map)
     names, classes = classes_of(rows["label"], known, names)
     reasons = {None: "left out by --label_map", "": "no label" if need_labels else ""}
     rows["reason"] = [reasons.get(name, "") for name in classes]
@@ -427,7 +426,7 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
 
 
 def read_groups(cells, group_column, lines, notes):
-    """(N,) groups in one spelling, or None. Blank ones: a UserError where group_column asks for them, else no groups."""
+    """(N,) groups in one spelling, or None. Blank ones: a UserError where group_column names them, else no groups."""
     groups = cells.map(plain_level).to_numpy(str)
     blank = lines[groups == ""]
     if not len(blank):
@@ -473,8 +472,8 @@ def build_table(rows, extra, names, notes, group, group_column, target=None):
     of the groups, or None; group_column: that which a flag asks for. Clip ids do not depend on the order of the rows.
     Raises UserError where no row is left.
     """
-    absent = np.where(rows["source"].isna(), "no such video or folder", rows["reason"])
-    rows = rows.assign(reason=rows["fault"].mask(rows["fault"] == "", absent))
+    rows = rows.assign(reason=np.select(
+        [rows["fault"] != "", rows["source"].isna()], [rows["fault"], "no such video or folder"], rows["reason"]))
     keep = (rows["reason"] == "").to_numpy()
     skipped = rows.loc[~keep, ["row", "video", "reason"]].to_dict("records")
     if not keep.any():
@@ -511,8 +510,7 @@ def paths_below_root(sources, roots):
     except ValueError:  # two drives of Windows
         base = ""
     inside = os.path.join(base, "")
-    below = {source: Path(os.path.realpath(source).removeprefix(inside)).as_posix() for source in set(sources)}
-    return np.array([below[source] for source in sources])
+    return np.array([Path(os.path.realpath(source).removeprefix(inside)).as_posix() for source in sources])
 
 
 def clip_name(video, start, end, unit):

@@ -40,7 +40,7 @@ def column_match(key):
 
 
 def time_columns(rows):
-    """TimeColumns of the starts, then of the ends and durations: those whose names say their unit, else the others."""
+    """TimeColumns of the starts, and of the ends and durations: those whose names say their unit, else the others."""
     found = []
     for name in rows:
         match = column_match(name)
@@ -55,13 +55,15 @@ def time_columns(rows):
         if looks_like_times(rows[name]) or (unit and any(rows[name])):  # other cells are errors
             found.append(TimeColumn(name, role, unit))
     found.sort(key=lambda column: "offset" in column.name)  # a start counts before an offset
-    starts = [column for column in found if column.role == "start"]
-    ends = [column for column in found if column.role != "start"]
-    starts_in_unit = [column for column in starts if column.unit]
-    ends_in_unit = [column for column in ends if column.unit]
-    if starts_in_unit:  # then an end that is a time of day is no end
-        ends = [column for column in ends if not rows[column.name].str.contains(":").any()]
-    return (starts_in_unit or starts) + (ends_in_unit or ends)
+    in_unit = {column.role == "start" for column in found if column.unit}  # holds True: starts are, False: ends are
+    kept = []
+    for column in found:
+        is_start = column.role == "start"
+        # beside starts in their unit an end that is a time of day is no end
+        is_day_time = True in in_unit and rows[column.name].str.contains(":").any()
+        if column.unit or not (is_start in in_unit or is_day_time):
+            kept.append(column)
+    return kept
 
 
 def looks_like_times(cells):
@@ -73,8 +75,7 @@ def check_times_are_used(rows, source):
     """UserError for columns that look like times of events and are not read, where a start or an end is missing."""
     columns = time_columns(rows)
     starts = [column.name for column in columns if column.role == "start"]
-    n_ends = len(columns) - len(starts)
-    if starts and n_ends:
+    if 0 < len(starts) < len(columns):
         return
     unused = []
     for name in rows:
@@ -182,8 +183,7 @@ def seconds_of(table, fps, min_event_sec=1.0):
         windows[row] = [time_of_frame(info, frame) for frame in windows[row]]
         if info.damage:
             reasons[row] = f"its frames cannot be counted: {info.damage}"
-    start, end = _widen(*windows.T, min_event_sec, unit != table.unit)
-    windows = np.stack([start, end], axis=1)
+    windows = np.transpose(_widen(*windows.T, min_event_sec, unit != table.unit))  # (N, 2)
     return dataclasses.replace(table, windows=windows, unit=unit).without(reasons)
 
 
