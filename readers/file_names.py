@@ -26,11 +26,11 @@ def find_images(folder):
     """All image files under `folder`, recursive, in natural order (2 before 10); hidden and '._' ones ignored."""
     if not folder.is_dir():
         raise common.UserError(f"{folder}: expected a folder of images, found no such folder. Check the path.")
-    names = []
+    paths = []
     for inside, folders, files in walk_visible(folder):
         # a folder that is named like a picture is listed too, so that reading it can say what it is
-        names += [inside / name for name in [*folders, *files] if name.lower().endswith(IMAGE_SUFFIXES)]
-    return [folder / name for name in sorted(names, key=natural_key)]
+        paths += [folder / inside / name for name in [*folders, *files] if name.lower().endswith(IMAGE_SUFFIXES)]
+    return sorted(paths, key=natural_key)
 
 
 def images_by_name(folder):
@@ -59,7 +59,7 @@ def natural_key(name):
 
 
 def find_videos(root):
-    """({path below root: Path} of all videos, .npy clips and folders of pictures, the same of the other files).
+    """({clean name below root: Path} of all videos, .npy clips and folders of pictures, the same of the other files).
 
     Pictures, hidden and '._' files are ignored.
     """
@@ -73,7 +73,7 @@ def find_videos(root):
             is_picture = suffix in IMAGE_SUFFIXES
             source = inside if is_picture else file
             kind = found if is_picture or suffix in VIDEO_SUFFIXES else others
-            kind[source.as_posix()] = root / source
+            kind[clean_name(source)] = root / source
     return found, others
 
 
@@ -133,7 +133,7 @@ class NameIndex:
         best = max(scores.values())
         return Fit([file for file, score in scores.items() if score == best], agrees=best[0])
 
-    def match(self, names, exact=False):
+    def match(self, names, exact):
         """Clean names -> {name: Fit}; a file that does not agree counts only where it is unique on both sides.
 
         exact: no guess counts.
@@ -249,7 +249,7 @@ def match_videos(names, root, exact=False):
     several files, or several folders mean one file.
     """
     videos, others = find_videos(root)
-    files = {clean_name(file): path for file, path in (others | videos).items()}
+    files = others | videos
     written = below_folder(names, root)
     pictures = [own for own in written.values() if own.lower().endswith(IMAGE_SUFFIXES)]
     videos_named = [own for own in written.values() if not own.lower().endswith(IMAGE_SUFFIXES)]

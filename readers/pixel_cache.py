@@ -36,7 +36,7 @@ class Audit:
     error: str | None = None
     file_sha: str = ""
     pixel_sha: str = ""
-    phash: list = dataclasses.field(default_factory=lambda: [0] * 4)
+    phash: list | tuple = (0,) * 4
 
 
 def available_memory():
@@ -89,8 +89,9 @@ class PixelStore:
         self.cache = self._choose_cache(rows_of_files, sizes, cache)
         if sum(sizes) > LARGE:
             where = {"ram": "in memory", "disk": f"in {self.folder}", "none": "nowhere, each is decoded when it is used"}
-            print(f"note: {n_items} {self.item}s take about {sum(sizes) / 1e9:.1f} GB decoded, kept {where[self.cache]} "
-                  "(--cache); a smaller --image_size, a lower --fps or shorter events take less", flush=True)
+            print(f"note: {n_items} {self.item}s take about {sum(sizes) / 1e9:.1f} GB decoded, "
+                  f"kept {where[self.cache]} (--cache); a smaller --image_size, a lower --fps or shorter events take "
+                  "less", flush=True)
         files = common.with_progress("decoding", in_threads(self._load, rows_of_files), len(rows_of_files))
         for loaded, rows in zip(files, rows_of_files):
             for row, (audit, n_bytes, kept) in zip(rows, loaded):
@@ -172,7 +173,7 @@ class PixelStore:
             for file in files:
                 about = json.loads(file.with_suffix(".json").read_text())
                 pixels = np.load(file, mmap_mode="r")
-                if about["shape"] != list(pixels.shape) or pixels.dtype != np.uint8:
+                if about["shape"] != list(pixels.shape):
                     return None
                 loaded.append((self.audit_class(**about["audit"]), pixels))
         except (*NPY_ERRORS, KeyError):
