@@ -79,7 +79,6 @@ def load_pyav():
     return av
 
 
-@functools.cache
 def _video_formats():
     """The formats of FFmpeg that hold a video in one file, as its option format_whitelist wants them."""
     names = {name for name in load_pyav().formats_available if not name.endswith("_pipe")}
@@ -148,7 +147,7 @@ class _Video:
         return info
 
     def frames(self):
-        """Yield (time in seconds, function short_side -> pixels (H, W, 3) RGB, upright), each later than the one before.
+        """Yield (time in seconds, function short_side -> pixels (H, W, 3) RGB, upright), each later than the last one.
 
         A stamp that does not exceed the one before (AVI with B-frames has such, NaN too) becomes one frame later.
         """
@@ -156,9 +155,8 @@ class _Video:
         for frame in self._whole_frames():
             if self.turns is None:
                 self.turns = round(frame.rotation / 90) % 4
-                self.size = frame.width, frame.height
-                if self.turns % 2:
-                    self.size = frame.height, frame.width
+                size = frame.width, frame.height
+                self.size = size[::-1] if self.turns % 2 else size
             time = self._since_start(frame.time)
             if not time > last_sec:
                 time = max(last_sec + 1 / self.fps, 0.0)
@@ -389,8 +387,8 @@ def sha_of(files, sizes=""):
 
 @dataclasses.dataclass
 class GridPlan:
-    """Which frames stand on a row's grid: indices (G,) into the file; see ClipAudit for the others."""
-    indices: np.ndarray
+    """Which frames stand on a row's grid: G indices into the file; see ClipAudit for the others."""
+    indices: list
     first: int
     usable: int
     fault: str
@@ -408,7 +406,7 @@ def plan_grid(info, window, grid, fps, n_frames, jitter_sec=0.0):
     begin = info.times[0]
     start, end = np.clip((start, end), begin, info.duration_sec)
     if grid == "even":
-        indices = _even_indices(info, start, end, n_frames)
+        indices = _even_indices(info, start, end, n_frames).tolist()
         return GridPlan(indices, first=0, usable=len(indices), fault=fault)
     length = n_frames / fps
     if end - start < length:
@@ -420,7 +418,7 @@ def plan_grid(info, window, grid, fps, n_frames, jitter_sec=0.0):
     before = min(reach, _whole((start - begin) * fps))
     after = min(reach, _whole((info.duration_sec - start) * fps) - usable)
     times_sec = start + np.arange(-before, usable + max(after, 0)) / fps  # (G,)
-    return GridPlan(on_screen(info, times_sec), first=before, usable=usable, fault=fault)
+    return GridPlan(on_screen(info, times_sec).tolist(), first=before, usable=usable, fault=fault)
 
 
 def window_fault(info, start, end):
@@ -473,10 +471,8 @@ class ClipAudit(pixel_cache.Audit):
     def even_starts(self, length, count):
         """Grid frames where `count` clips start, evenly over the window; a single one in its middle."""
         first, last = self.start_range(length)
-        if count == 1:
-            return [round((first + last) / 2)]
-        even = np.linspace(first, last, count).round().astype(int)
-        return np.unique(even).tolist()
+        places = np.linspace(first, last, count) if count > 1 else [(first + last) / 2]
+        return np.unique(np.round(places).astype(int)).tolist()
 
 
 class GridFrames:
@@ -583,7 +579,7 @@ class ClipStore(pixel_cache.PixelStore):
         if path not in self._infos:  # it came from the disk cache
             self._infos[path] = probe(path, self.fps)
         info = self._infos[path]
-        indices = self._plan(row, info).indices[part].tolist()
+        indices = self._plan(row, info).indices[part]
         frames = {}
         last_sec = info.times[max(indices)]
         read_source(path, set(indices), frames.__setitem__, self.short_side, self.fps, self.pixel_range, last_sec)
@@ -611,7 +607,7 @@ class ClipStore(pixel_cache.PixelStore):
         guesses = [self._plan(row, header) for row in rows]
         info, grids = self._fill(path, guesses)
         plans = [self._plan(row, info) for row in rows]
-        if not all(np.array_equal(guess.indices, plan.indices) for guess, plan in zip(guesses, plans)):
+        if plans != guesses:
             for grid in grids:
                 grid.discard()
             info, grids = self._fill(path, plans)
@@ -622,7 +618,7 @@ class ClipStore(pixel_cache.PixelStore):
         grids = [GridFrames(len(plan.indices), self.cache, self.folder) for plan in plans]
         takers = collections.defaultdict(list)  # frame index -> the grids in which it stands, as often as it does
         for grid, plan in zip(grids, plans):
-            for index in plan.indices.tolist():
+            for index in plan.indices:
                 takers[index].append(grid)
 
         def receive(index, pixels):

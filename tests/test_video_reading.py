@@ -602,7 +602,7 @@ def made_info(duration, fps):
 
 def planned(window, duration=10.0, source_fps=12.0, n_frames=16, jitter_sec=0.0):
     plan = video_files.plan_grid(made_info(duration, source_fps), window, "rate", 12.0, n_frames, jitter_sec)
-    return plan.indices.tolist(), plan.first, plan.usable, "past the end" in plan.fault
+    return plan.indices, plan.first, plan.usable, "past the end" in plan.fault
 
 
 def test_grid_of_a_window_by_hand():
@@ -637,9 +637,9 @@ def test_grids_hold_what_they_promise():
 
 def test_even_grid_has_both_ends_of_its_window():
     plan = functools.partial(video_files.plan_grid, made_info(10, 12), grid="even", fps=12, n_frames=16)
-    assert plan(window=WHOLE).indices[[0, -1]].tolist() == [0, 119]
-    assert plan(window=(2.0, 4.0)).indices[[0, -1]].tolist() == [24, 47]
-    assert plan(window=(2.0, 3.0)).indices.tolist() == list(range(24, 36)), "fewer frames than asked for: all of them"
+    assert plan(window=WHOLE).indices[::15] == [0, 119]
+    assert plan(window=(2.0, 4.0)).indices[::15] == [24, 47]
+    assert plan(window=(2.0, 3.0)).indices == list(range(24, 36)), "fewer frames than asked for: all of them"
 
 
 # The store.
@@ -737,7 +737,7 @@ def test_a_recording_shows_what_stands_on_the_grid_of_a_clip(films, name, fps):
     n = min(len(shown), len(plan.indices))
     assert abs(len(shown) - len(plan.indices)) <= 1, "how long the last frame is shown is a guess"
     assert recording.spans(range(n), 1)[:, 0] == pytest.approx(info.times[0] + np.arange(n) / fps)
-    assert numbers_of([frame.pixels for frame in shown[:n]]) == plan.indices[:n].tolist()
+    assert numbers_of([frame.pixels for frame in shown[:n]]) == plan.indices[:n]
     assert [frame.is_new for frame in shown[:n]] == (np.diff(plan.indices[:n], prepend=-1) > 0).tolist()
     assert recording.read_sec == pytest.approx(info.duration_sec, abs=0.5) and not recording.fault
 
