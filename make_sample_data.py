@@ -310,12 +310,12 @@ OTHER_PAIRS = [pair for pair in itertools.permutations((1, 2, 3, 4), 2) if pair 
 
 @dataclasses.dataclass
 class Event:
-    behavior: str | None  # None: the idle rhythm, the same in both directions
-    duration: float = 0  # seconds
-    offset: float = 0  # seconds from the start of the video
-    pair: tuple = ()  # (initiator, receiver)
-    period_sec: float = 1.0
-    phase: float = 0.0  # in periods
+    behavior: str
+    duration: float  # seconds
+    offset: float  # seconds from the start of the video
+    pair: tuple  # (initiator, receiver)
+    period_sec: float
+    phase: float  # in periods
 
 
 @dataclasses.dataclass
@@ -327,11 +327,10 @@ class Video:
     size: tuple  # (W, H)
     start: float  # seconds since midnight
     events: dict  # {slot: Event}; the other slots are idle
-    seed: list  # of looks and places
 
 
 def nearness(phase, behavior):
-    """How near the head is, 0 to 1, at a phase in periods; behavior None: the idle rhythm."""
+    """How near the head is, 0 to 1, at a phase in periods; behavior None: idle, the same in both directions."""
     if behavior is None:
         return 0.5 - 0.5 * math.cos(2 * math.pi * phase)
     phase = phase % 1 if behavior == "ear" else -phase % 1
@@ -340,7 +339,7 @@ def nearness(phase, behavior):
     return (1 - phase) / (1 - SLOW_SHARE)
 
 
-def plan_videos(n_events, seed, rng):
+def plan_videos(n_events, rng):
     """Each pen is filmed in turn; the events are spread evenly over the videos, which are returned without them."""
     n_videos = max(N_GROUPS, math.ceil(n_events / N_SLOTS))
     videos = []
@@ -355,8 +354,7 @@ def plan_videos(n_events, seed, rng):
             file=f"Group {group} Day {day}/Cam 8/N{860 + v}_ch8_main.{suffix}",
             fps=FRAME_RATES[v % len(FRAME_RATES)], size=VIDEO_SIZES[v % len(VIDEO_SIZES)],
             start=6 * 3600 + 600 * (turn % 2) + 5,
-            events=dict.fromkeys(sorted(rng.permutation(N_SLOTS)[:n_filled].tolist())),
-            seed=[seed, 3, v]))
+            events=dict.fromkeys(sorted(rng.permutation(N_SLOTS)[:n_filled].tolist()))))
     return videos
 
 
@@ -379,10 +377,9 @@ def plan_events(videos, rng):
             period_sec=rng.uniform(0.8, 1.1), phase=rng.random())
 
 
-def render_video(folder, video):
-    """Write one video with its events."""
+def render_video(folder, video, rng):
+    """Write one video with its events; rng: of looks and places."""
     import cv2
-    rng = generator(*video.seed)
     background = np.asarray(draw_background(video.size, rng), float)
     pen = to_pixels(background * 0.8 + rng.normal(0, 9, background.shape))
     colours = rng.integers([150, 30], [256, 90], (3, 2)).T.tolist()
@@ -395,8 +392,10 @@ def render_video(folder, video):
         raise common.UserError(f"OpenCV {cv2.__version__} cannot write {path}: it was built without FFmpeg")
     for i in range(math.floor(N_SLOTS * SLOT_SEC * video.fps)):
         slot, time_sec = divmod(i / video.fps, SLOT_SEC)
-        event = video.events.get(slot, Event(behavior=None))
-        near = nearness(time_sec / event.period_sec + event.phase, event.behavior)
+        event = video.events.get(slot)
+        near = nearness(time_sec, None)
+        if event:
+            near = nearness(time_sec / event.period_sec + event.phase, event.behavior)
         writer.write(draw_nod(pen.copy(), places[int(slot)], near, colours))
     writer.release()
 
@@ -462,11 +461,11 @@ def manifest_row(number, video, event):
 def make_events(folder, n_events, seed):
     """Videos and manifests."""
     rng = generator(seed, 2)
-    videos = plan_videos(n_events, seed, rng)
+    videos = plan_videos(n_events, rng)
     plan_events(videos, rng)
     rows = []
-    for video in videos:
-        render_video(folder / "videos", video)
+    for v, video in enumerate(videos):
+        render_video(folder / "videos", video, generator(seed, 3, v))
         for event in video.events.values():
             rows.append(manifest_row(len(rows) + 1, video, event))
     junk = folder / "videos" / videos[0].file
@@ -804,8 +803,7 @@ def make_dreamer(folder, n_transitions, seed):
         write_sequence(folder / sequence, poses, bend, blobs, SLICE_QUIRKS.get(k), rng)
         patients[sequence] = name
     common.write_json(folder / "patient_map.json", patients)
-    sequences = list(patients)
-    return {"quirks": {sequences[k]: quirk for k, quirk in SLICE_QUIRKS.items() if k < n_sequences}}
+    return {"quirks": {name: SLICE_QUIRKS[k] for k, name in enumerate(patients) if k in SLICE_QUIRKS}}
 
 
 # ---------------------------------------------------------------------------
