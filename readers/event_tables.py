@@ -671,9 +671,9 @@ def group_mask(table, text):
     """--test_groups '14,17' -> (N,) bool, True = a row of these groups. UserError: groups that are not there."""
     if table.groups is None:
         raise common.UserError(f"--test_groups {text} needs --group_column")
-    wanted = list(map(plain_level, text.split(",")))
+    wanted = [plain_level(name) for name in text.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in table.groups]
-    if unknown:
+    if unknown or not wanted:
         raise common.UserError(
             f"--test_groups {text}: no such groups: {common.shorten_list(unknown)} "
             f"(found: {common.shorten_list(sorted(set(table.groups)), 40)})")
