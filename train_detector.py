@@ -41,10 +41,7 @@ import numpy as np
 import torch
 from torch import nn
 from torchvision.models import detection
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign
 
 import common
@@ -542,7 +539,7 @@ class PartDetector(nn.Module):
     def heads(self, features, inputs, sizes, targets=None):
         """Losses where there are targets, else detections; eval() is for dropout and BatchNorm."""
         self.rpn.training = targets is not None
-        proposals, losses = self.rpn(ImageList(inputs, sizes), features, targets)
+        proposals, losses = self.rpn(detection.image_list.ImageList(inputs, sizes), features, targets)
         if targets is None:
             return self.detections(features, proposals, sizes)
         return self.box_losses(features, proposals, sizes, targets) | losses
@@ -551,7 +548,7 @@ class PartDetector(nn.Module):
         """{name: loss} of boxes, parts and states; proposals: B of (Q, 4)."""
         proposals, matched, labels, regression = self.roi_heads.select_training_samples(proposals, targets)
         pooled = self.pool(features, proposals, sizes)  # (Q, F)
-        classifier, box_reg = fastrcnn_loss(*self.box_logits(pooled), labels, regression)
+        classifier, box_reg = detection.roi_heads.fastrcnn_loss(*self.box_logits(pooled), labels, regression)
         losses = {"loss_classifier": classifier, "loss_box_reg": box_reg}
         if self.n_states:
             losses["loss_state"] = self.state_loss(pooled, matched, labels, targets)
@@ -624,7 +621,7 @@ def build_rcnn(settings):
         rcnn = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=2)
         rcnn.rpn.anchor_generator = anchors
         return rcnn
-    backbone = resnet_fpn_backbone(
+    backbone = detection.backbone_utils.resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5,
         returned_layers=[2, 3, 4])
     return detection.FasterRCNN(
@@ -896,8 +893,6 @@ def fit(run, args, study, split):
     if args.augment == "light" and part_boxes.mirrored_labels(train_truth.parts) is None:
         run.say("note: a part is called left or right and its counterpart is missing, so pictures are not mirrored")
     run.say(f"anchors of {' '.join(map(str, settings['anchor_sizes']))} input pixels (--anchor_sizes)")
-    if args.state_class_weights != "none" and not settings["states"]:
-        run.say(f"note: no box has a state, so --state_class_weights {args.state_class_weights} does nothing")
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
     train_loader = make_loader(study, split["train"], settings, args, compute, train=True)
     val_loader = make_loader(study, split["val"], settings, args, compute)

@@ -51,8 +51,8 @@ def detection_rows(pictures, detections, parts, lists_absent=False):
     always = {"part", "score", *BOX_COLUMNS}
     if detections[0].states is not None:
         always |= {"state", *PROBABILITY_COLUMNS}
-    used = [column for column in COLUMNS if column in always or any(row.get(column) is not None for row in rows)]
-    return [{column: row.get(column) for column in used} for row in rows]
+    used = always.union(*rows)
+    return [{column: row.get(column) for column in COLUMNS if column in used} for row in rows]
 
 
 def coco_results(rows, image_ids, category_ids):
