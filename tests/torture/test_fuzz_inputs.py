@@ -198,7 +198,7 @@ def test_damaged_json_is_refused_or_means_what_it_says(examine):
             return
         anew.write_text(json.dumps(json.loads(bytes(text), strict=False)))
         again = part_boxes.read_annotations(anew)
-        assert (found.images, found.parts) == (again.images, again.parts)
+        assert (found.images, found.category_ids) == (again.images, again.category_ids)
     examine(check)
 
 
