@@ -44,7 +44,7 @@ def coco_set(annotations):
     from pycocotools.coco import COCO
     made = COCO()
     numbered = [{**each, "id": k} for k, each in enumerate(annotations, start=1)]
-    made.dataset = {"annotations": numbered}
+    made.dataset = {"annotations": numbered, "categories": []}
     made.createIndex()
     return made
 
