@@ -336,9 +336,7 @@ def load_study(args, files, say, known_parts=None):
         for image in used:
             image.name = f"{image.origin}/{image.name}"
     truth, without_area, box_notes = part_boxes.as_truth(
-        images=used,
-        parts=parts,
-        min_trust=args.min_trust,
+        used, parts, args.min_trust,
         groups=part_boxes.read_groups(used, args.group_column),
         keeps_absent=args.absent == "keep")
     study = Study(
@@ -489,7 +487,9 @@ class PaddedRoIAlign(MultiScaleRoIAlign):
 
 
 class PartDetector(nn.Module):
-    """torchvision's Faster R-CNN for P parts, with a third head for their S states (0: none); `settings`: model_settings.
+    """torchvision's Faster R-CNN for P parts, with a third head for their S states (0: none).
+
+    settings: of model_settings; class_weights: (S,) of the states in their loss, None = equal.
 
     forward: inputs (B, 3, H, W) normalised and padded with 0, sizes: B of (height, width) -> B
     dicts of detections, boxes (D, 4) in input pixels, scores (D,), labels (D,) from 1, states
@@ -970,8 +970,8 @@ def limit_detections(detections, args):
 def write_detections(path, folder, args, pictures, image_ids, detections, category_ids, picture):
     """`path` (COCO results), the same as CSV beside it, and in `folder` the first pictures with what was detected.
 
-    pictures: see detection_tables.detection_rows; image_ids, category_ids: see coco_results there, the parts in the order
-    of the labels; picture: function of its number -> (uint8 (H, W, 3), (width, height) on disk).
+    pictures: see detection_tables.detection_rows; image_ids, category_ids: see coco_results there, the parts in
+    the order of the labels; picture: function of its number -> (uint8 (H, W, 3), (width, height) on disk).
     """
     parts = list(category_ids)
     rows = detection_tables.detection_rows(pictures, detections, parts, args.one_per_part)
@@ -1096,11 +1096,10 @@ def examine_split(study, split):
 def check_split(run, study, split):
     """Refuse a split that leaks or teaches nothing; write splits.json and the leakage report; returns alarms."""
     truth = study.truth
-    report = examine_split(study, split)
     fields = dict.fromkeys(name for image in study.images for name in image.fields)
     columns = {name: [str(image.fields.get(name, "")) for image in study.images] for name in fields}
     alarms = splitting.record_split(
-        run, split, truth.images, report, columns=columns, groups=truth.groups)
+        run, split, truth.images, examine_split(study, split), columns=columns, groups=truth.groups)
     for row in split_rows(truth, split):
         run.say(", ".join(f"{name} {value}" for name, value in row.items()))
     return alarms

@@ -29,10 +29,10 @@ def best_of_each_part(detected, threshold):
 def detection_rows(pictures, detections, parts, lists_absent=False):
     """[dict] for the CSV: image, part, score, state, its probabilities, x1 y1 x2 y2, seen, warning, error.
 
-    pictures: M dicts of what each row of a picture says: image, seen (of seen_rows.WORDS) and maybe warning; or, where it
-    could not be read and has no detections, image and error. lists_absent: a row for each part not detected. A picture
-    without any detection has a row without a part. Left out: states that a model does not tell, warning or error of no
-    row.
+    pictures: M dicts of what all rows of a picture say: image, seen (of seen_rows.WORDS) and maybe warning; of one
+    that could not be read, and so has no detections, image and error. lists_absent: a row for each part not detected.
+    A picture without any detection has a row without a part. Left out: states that a model does not tell, warning or
+    error of no row.
     """
     rows = []
     for known, detected in zip(pictures, detections):

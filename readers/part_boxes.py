@@ -310,7 +310,7 @@ def read_image(fields, reading):
 
 
 def read_object(own, fields, image, part, reading):
-    """One entry of annotations -> PartObject, None where image or part is None, for unknown, or it has no box.
+    """One entry of annotations -> PartObject; None where its image or part is unknown (None), or it has no box.
 
     The state stands in state, state_id or an attribute, or nowhere.
     """

@@ -117,7 +117,7 @@ def test_portraits_and_landscapes_are_detected_as_if_alone():
     """Those of one loader batch, in their order; padded to a common size they would not be."""
     model = small_detector().eval()
     draws = torch.Generator().manual_seed(0)
-    samples = [{**sample(name=str(sides)), "pixels": torch.randint(0, 256, (*sides, 3), generator=draws, dtype=torch.uint8)}
+    samples = [{**sample(), "pixels": torch.randint(0, 256, (*sides, 3), generator=draws, dtype=torch.uint8)}
                for sides in ((64, 128), (60, 120), (128, 64), (64, 128))]
 
     def found_in(*loader):
