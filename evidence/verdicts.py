@@ -14,8 +14,8 @@ from evidence import class_scores, metric_names
 
 # --- alarms ------------------------------------------------------------------------------------------
 
-CONSTANT_REMEDY = ("The model has learnt nothing: published weights, more rows; where a network is trained, more --epochs "
-                   "or a higher --lr")
+CONSTANT_REMEDY = ("The model has learnt nothing: published weights, more rows; where a network is trained, more --epochs, "
+                   "a higher --lr or a weaker --augment")
 NOT_FINITE_REMEDY = "Lower --lr, or --use_amp off"
 REPEATS_REMEDY = ("Look for rows with the same input (the section Leakage), and keep them together: --group_column "
                   "(probe guidance: --patient_map)")
