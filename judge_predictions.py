@@ -67,8 +67,7 @@ def judge_coco(args):
     """Judge COCO results against annotations."""
     path = args.predictions[0]
     formats = args.group_column, args.box_format, args.truth_format
-    found = detection_judging.read_coco_results(args.truth, path, *formats)
-    truth, detections, seen, skipped, notes = found
+    truth, detections, seen, annotated = detection_judging.read_coco_results(args.truth, path, *formats)
     scored = f"{len(detections)} pictures scored, {sum(map(len, truth.boxes))} boxes of {len(truth.parts)} parts."
     setting = judging.Setting(
         title=f"Detections of {path.name}",
@@ -77,15 +76,15 @@ def judge_coco(args):
         limits=["The mean boxes are those of these very pictures, which favours the baseline slightly."])
     trained = {}
     if args.baseline:
-        other = detection_judging.read_coco_results(args.truth, args.baseline, *formats)
-        trained[Path(args.baseline).stem] = other.detections
+        _, other, *_ = detection_judging.read_coco_results(args.truth, args.baseline, *formats)
+        trained[Path(args.baseline).stem] = other
     detection_judging.check_criteria(args.criteria, truth.parts, detections[0].states is not None)
     with common.start_run(args) as run:
         run.write_args(predictions=[path], truth=args.truth)
-        if skipped:
-            common.write_table(run.path("skipped.csv"), skipped)
-            notes.append(f"{len(skipped)} annotations are left out (listed in skipped.csv)")
-        for note in notes:
+        if annotated.skipped:
+            common.write_table(run.path("skipped.csv"), annotated.skipped)
+            run.say(f"note: {len(annotated.skipped)} annotations are left out (listed in skipped.csv)")
+        for note in annotated.notes:
             run.say(f"note: {note}")
         priors = [detection_judging.mean_boxes(truth)] * len(detections)
         detection_judging.judge_detections(run, truth, detections, setting, priors, trained)

@@ -5,7 +5,6 @@ Letters: M pictures scored, P parts, S states, D detections of one picture.
 import collections
 import dataclasses
 import math
-import typing
 
 import numpy as np
 
@@ -17,17 +16,9 @@ from readers import part_boxes
 
 # --- from COCO files ------------------------------------------------------------------------
 
-class CocoResults(typing.NamedTuple):
-    """Annotations of M pictures, and what a program has found there."""
-    truth: part_boxes.PartTruth
-    detections: list  # M Detections
-    seen: np.ndarray  # (M,) of seen_rows.WORDS
-    skipped: list  # dicts of the annotations that were left out
-    notes: list
-
-
 def read_coco_results(truth_json, detections_json, group_column=None, box_format=None, truth_format=None):
-    """Annotations (COCO or of parts), COCO results of any program -> CocoResults.
+    """Annotations (COCO or of parts), COCO results of any program -> (PartTruth, M Detections, (M,) their seen,
+    Annotations with what was skipped and noted in both).
 
     box_format, truth_format: of the results and of the annotations, see part_boxes.BOX_FORMATS. Boxes that annotators
     trusted less than .5 are ignored. Raises UserError that lists what cannot be read.
@@ -37,13 +28,15 @@ def read_coco_results(truth_json, detections_json, group_column=None, box_format
     part_boxes.refuse([image.name for image in images if image.size is None],
                       f"{truth_json}: images without width and height:", "Add them.")
     part_boxes.refuse_other_convention(images, truth_json, truth_format, "--truth_format")
-    parts, detections, seen, notes = detection_tables.read_results(detections_json, found, box_format)
+    parts, detections, seen = detection_tables.read_results(detections_json, found, box_format)
     truth, without_area, box_notes = part_boxes.as_truth(
         images, parts, min_trust=0.5, groups=part_boxes.read_groups(images, group_column))
     refuse_without_boxes(truth, truth_json)
     if not truth.has_states():
         detections = [dataclasses.replace(detected, states=None) for detected in detections]
-    return CocoResults(truth, detections, seen, found.skipped + without_area, found.notes + notes + box_notes)
+    found.skipped += without_area
+    found.notes += box_notes
+    return truth, detections, seen, found
 
 
 def refuse_without_boxes(truth, path):

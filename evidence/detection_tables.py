@@ -2,7 +2,6 @@
 
 Letters: D detections of one picture, P parts, S states.
 """
-import collections
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +79,9 @@ def coco_results(rows, image_ids, category_ids):
 
 
 def read_results(path, annotated, box_format):
-    """COCO results of any program -> (parts, Detections and one of seen_rows.WORDS for each image, notes).
+    """COCO results of any program -> (parts, Detections and one of seen_rows.WORDS for each image).
 
-    annotated: Annotations of these images; parts: theirs, then what else the results name as their `part`. The state
+    annotated: Annotations of these images, to whose notes some are added; parts: theirs, then what else the results name as their `part`. The state
     stands in state_probabilities or in state (text or number), or nowhere: then they are plain detections. box_format:
     one of part_boxes.BOX_FORMATS, None for xywh. UserError that lists what cannot be read.
     """
@@ -115,30 +114,29 @@ def read_results(path, annotated, box_format):
             states=None if n_without else np.reshape([states[each.key] for each in own], (-1, N_STATES))))
         words = [each.fields.get("seen") for each in own]
         seen.append(seen_rows.worst([word for word in words if word in seen_rows.WORDS] or ["not known"]))
-    return parts, detections, np.array(seen), found.notes
+    annotated.notes += found.notes
+    return parts, detections, np.array(seen)
 
 
 def results_as_coco(entries, annotated, reading):
     """COCO results, and the images and categories of Annotations -> COCO.
 
-    A file_name that is that of one image decides: a program may have written image ids of its own.
+    The file_name decides, where no two images share theirs: a program may have written image ids of its own.
     """
     ids = dict(annotated.category_ids)
-    named = collections.defaultdict(set)
-    for image in annotated.images:
-        for name in (image.name, Path(image.name).name):
-            named[name].add(image.id)
+    named = {Path(image.name).name: image.id for image in annotated.images}
+    if len(named) < len(annotated.images):
+        named = {}
     annotations = []
     for number, entry in enumerate(entries):
         name = f"result {number}"
         if not isinstance(entry, dict):
             reading.faults.append(f"{name}: expected an object, found {str(entry)[:60]}")
             continue
-        image_id = entry.get("image_id")
-        meant = named[str(entry.get("file_name"))]
-        if len(meant) == 1 and part_boxes.read_id(image_id) not in map(part_boxes.read_id, meant):
-            [image_id] = meant
-            reading.counts["results have the image_id of another image than their file_name, which decides"] += 1
+        written = entry.get("image_id")
+        image_id = named.get(Path(str(entry.get("file_name"))).name, written)
+        is_other = part_boxes.read_id(image_id) != part_boxes.read_id(written)
+        reading.counts["results have the image_id of another image than their file_name, which decides"] += is_other
         category = entry.get("category_id")
         part = entry.get("part")
         if isinstance(part, str):

@@ -41,10 +41,8 @@ def read_table(path, args, baseline=None):
             raise common.UserError("--positive_class is of classes; the table holds scores")
     verdicts.parse_criteria(args.criteria, kind.criteria_names(table.names))
     judged = prediction_tables.labelled(table)
-    n_rows = len(table.truth)
-    n_left_out = n_rows - len(judged.truth)
-    if n_left_out:
-        judged.notes.append(f"{n_left_out} of {n_rows} rows have no true value and are left out")
+    if len(judged.truth) < len(table.truth):
+        judged.notes.append(f"only {len(judged.truth)} of {len(table.truth)} rows have a true value; no others count")
     return judged
 
 

@@ -1,10 +1,12 @@
 """What a program that has an exported model and nothing of this repository does: python exported_model.py MODEL FOLDER"""
 import json
+import math
 import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image, ImageOps
 
 model_file, folder = map(Path, sys.argv[1:])
 if model_file.suffix == ".pt2":
@@ -19,7 +21,9 @@ else:
 
 ratings = {}
 for path in sorted(folder.iterdir()):
-    picture = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+    opened = Image.open(path)
+    opened.draft(None, [math.ceil(1.5 * about["short_side"])] * 2)  # large JPEGs are decoded at 1/2, 1/4 or 1/8
+    picture = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
     scale = about["short_side"] / min(picture.shape[:2])
     size = [round(side * scale) for side in picture.shape[1::-1]]
     picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale <= 1 else cv2.INTER_CUBIC)

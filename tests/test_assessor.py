@@ -468,18 +468,23 @@ def test_a_page_shows_where_the_model_looks(sample, folds, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.long)])
-def test_an_exported_model_gives_the_same_ratings_without_this_repository(sample, folds, tmp_path, suffix):
-    """In a fresh process that knows nothing of ours, from pictures resized and cropped as about.json says."""
+def test_an_exported_model_gives_the_same_ratings_without_this_repository(sample, tmp_path, suffix):
+    """In a fresh process that knows nothing of ours, from pictures decoded, resized and cropped as about.json says."""
     if suffix == ".onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
-    run_script("predict_assessor.py", "--checkpoint", folds / "fold_0", "--image_dir", sample.images, "--use_amp", "off",
+    pictures = shutil.copytree(sample.images, tmp_path / "pictures")
+    tiles = np.random.default_rng(0).integers(0, 256, (40, 55, 3), np.uint8)
+    Image.fromarray(np.kron(tiles, np.ones((28, 28, 1), np.uint8))).save(pictures / "large.jpg")
+    train(sample, tmp_path / "run", "--head", "ridge", "--freeze_backbone", "--image_size", 64, "--epochs", 1)
+    run_script("predict_assessor.py", "--checkpoint", only_run(tmp_path / "run"), "--image_dir", pictures, "--use_amp", "off",
                "--output", tmp_path / "p.csv", "--export", tmp_path / f"model{suffix}")
     code = Path(__file__).with_name("exported_model.py")
-    done = subprocess.run([sys.executable, code, tmp_path / f"model{suffix}", sample.images], cwd=tmp_path,
+    done = subprocess.run([sys.executable, code, tmp_path / f"model{suffix}", pictures], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    assert np.std([[*row.values()] for row in found.values()], axis=0).max() > 0.1, "it tells pictures apart"
     for row in read_csv(tmp_path / "p.csv"):
         for name, value in found[row["image"]].items():
             assert value == pytest.approx(float(row[name]), rel=1e-4, abs=1e-4)

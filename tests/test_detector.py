@@ -226,23 +226,23 @@ def test_the_file_name_of_a_result_decides_where_its_image_id_is_of_the_other_pr
     """Ultralytics writes the name of the picture without its ending, as a number where it is one."""
     as_files(tmp_path, *random_case(3))
     files = tmp_path / "truth.json", tmp_path / "results.json"
-    wanted = detection_judging.read_coco_results(*files)
+    truth, wanted, *_ = detection_judging.read_coco_results(*files)
     rows = json.loads(files[1].read_text())
-    ids = wanted.truth.ids
+    ids = truth.ids
     for number, other in enumerate((dict(zip(ids, ids[1:] + ids[:1])), {own: f"img_{own}" for own in ids})):
         common.write_json(files[1], [{**row, "image_id": other[row["image_id"]], "file_name": f"{row['image_id']}.jpg"}
                                      for row in rows])
-        found = detection_judging.read_coco_results(*files)
-        for one, again in zip(wanted.detections, found.detections):
+        _, found, _, annotations = detection_judging.read_coco_results(*files)
+        for one, again in zip(wanted, found):
             np.testing.assert_array_equal(one.boxes, again.boxes)
-        assert any(note.startswith(f"{len(rows)} results have the image_id of another image") for note in found.notes)
+        assert any(note.startswith(f"{len(rows)} results have the image_id of another image") for note in annotations.notes)
 
 
 def test_boxes_over_the_edge_are_cut_on_both_sides_and_those_without_area_are_listed(tmp_path):
     truth = annotated([(0, 0, [80, 10, 120, 30])], [(0, 0, BOX), (1, 0, [5, 5, 5, 50])], *[[(0, 0, BOX)]] * 10)
     as_files(tmp_path, truth, [detections((0, 0.9, 0, [80, 10, 120, 30])), *[detections((0, 0.8, 0, BOX))] * 11])
-    found = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")
-    assert found.detections[0].boxes.tolist() == found.truth.boxes[0].tolist() == [[80, 10, 100, 30]]
+    judged, found, *_ = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")
+    assert found[0].boxes.tolist() == judged.boxes[0].tolist() == [[80, 10, 100, 30]]
     run_script("judge_predictions.py", "--predictions", tmp_path / "results.json", "--truth", tmp_path / "truth.json",
                "--output_dir", tmp_path / "out")
     run = only_run(tmp_path / "out")
@@ -311,7 +311,7 @@ def test_annotations_in_another_convention_stop_and_are_read_when_it_is_named(tm
     common.write_json(files[0], content)
     with pytest.raises(common.UserError, match="truth.json: .* look like xyxy.*--truth_format xyxy"):
         detection_judging.read_coco_results(*files)
-    truth = detection_judging.read_coco_results(*files, truth_format="xyxy").truth
+    truth = detection_judging.read_coco_results(*files, truth_format="xyxy")[0]
     np.testing.assert_allclose(np.concatenate(truth.boxes), boxes)
 
 
@@ -321,9 +321,9 @@ def test_states_of_results_may_be_text_or_numbers(tmp_path):
     content["annotations"][1]["state"] = "damaged"
     common.write_json(tmp_path / "truth.json", content)
     common.write_json(tmp_path / "results.json", [{**RESULT, "state": "Damaged"}, {**RESULT, "state": 3}])
-    found = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json").detections
+    found = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")[1]
     assert found[0].called().tolist() == [1, 3] and found[1].states.shape == (0, 4)
-    judged = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json").truth
+    judged = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")[0]
     metrics = judge_files(tmp_path, detection_judging.mean_boxes(judged))
     assert metrics["per_state"] and metrics["state_calibration"] == [], "no probabilities were given"
     assert "Reliability" not in (only_run(tmp_path / "out") / "report.html").read_text()
@@ -806,7 +806,7 @@ def test_evaluation_on_pictures_of_the_run_is_not_held_out(bicycles, trained, tm
     assert {row["seen"] for row in rows} <= {word}
     run_script("train_detector.py", "--mode", "convert", "--json", tmp_path / "part.json", "--output",
                tmp_path / "coco.json")
-    seen = detection_judging.read_coco_results(tmp_path / "coco.json", folder / f"detections_{part}.json").seen
+    seen = detection_judging.read_coco_results(tmp_path / "coco.json", folder / f"detections_{part}.json")[2]
     named = {row["image"] for row in rows if row["part"]}
     assert len(seen) == 3 and (seen == word).sum() == len(named) and set(seen) <= {word, "not known"}
 
