@@ -21,11 +21,14 @@ else:
 
 ratings = {}
 for path in sorted(folder.iterdir()):
+    width, height = ImageOps.exif_transpose(Image.open(path)).size
     opened = Image.open(path)
     opened.draft(None, [math.ceil(1.5 * about["short_side"])] * 2)  # large JPEGs are decoded at 1/2, 1/4 or 1/8
-    picture = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-    scale = about["short_side"] / min(picture.shape[:2])
-    size = [round(side * scale) for side in picture.shape[1::-1]]
+    upright = ImageOps.exif_transpose(opened).convert("RGBA")
+    white = Image.new("RGBA", upright.size, "white")
+    picture = np.asarray(Image.alpha_composite(white, upright).convert("RGB"))
+    scale = about["short_side"] / min(width, height)
+    size = round(width * scale), round(height * scale)
     picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale <= 1 else cv2.INTER_CUBIC)
     top, left = ((side - about["crop"] + 1) // 2 for side in picture.shape[:2])
     pixels = np.ascontiguousarray(picture[None, top:top + about["crop"], left:left + about["crop"]])  # (1, S, S, 3)
