@@ -232,21 +232,25 @@ def _t_ends(value, drawn, reach, scale, support):
 
 
 def _share_ends(value, drawn, reach, support, bottom):
-    """(low, high) of what lies between `bottom` and 1: value -+ reach x sd of the draws (D, ...), on Fisher's scale.
+    """(low, high) of what lies between `bottom` and 1: value -+ reach x sd of the draws (D, ...), both as log odds.
 
-    The scale's slope at the value carries the sd over (delta method): a draw of 1, where one subject makes all the errors,
-    would lie infinitely far away. Exact where all are right or wrong in every resample.
+    A draw goes no nearer to an end than a third of the value's way: without the one subject that makes all the errors
+    the log odds would be infinite. Exact where all are right or wrong in every resample.
     """
     span = 1 - bottom
-    sd = common.sd_without_nan(drawn)
-    signed = 1 - 2 * (1 - value) / span  # from -1 to 1
-    held = np.clip(signed, -0.9998, 0.9998)
-    half = reach * sd * 2 / span / (1 - held ** 2)
-    scaled = np.arctanh(held) + np.multiply.outer((-1, 1), half)
-    ends = bottom + span * (1 + np.tanh(scaled)) / 2
-    exact = np.array(np.vectorize(share_interval, otypes=[float, float])((1 + signed) / 2 * support, support))
-    is_certain = (np.abs(signed) == 1) & (sd < 1e-9)
-    return np.where(is_certain, bottom + span * exact, ends)
+    share = (value - bottom) / span
+    held = np.clip(share, 1e-4, 1 - 1e-4)
+    near = np.clip((drawn - bottom) / span, held / NEAREST_DRAW, 1 - (1 - held) / NEAREST_DRAW)
+    half = reach * common.sd_without_nan(_log_odds(near))
+    scaled = _log_odds(held) + np.multiply.outer((-1, 1), half)
+    ends = 1 / (1 + np.exp(-scaled))
+    exact = np.array(np.vectorize(share_interval, otypes=[float, float])(share * support, support))
+    is_certain = np.isin(share, (0.0, 1.0)) & (half < 1e-9)
+    return bottom + span * np.where(is_certain, exact, ends)
+
+
+def _log_odds(share):
+    return np.log(share / (1 - share))
 
 
 def _hold_difference(found, model, baseline):
@@ -271,6 +275,7 @@ NORMAL_SCALES = {  # to the scale, and back
     None: (np.asarray, np.asarray),
     "log": (_log, np.exp),
     "log1m": (lambda value: _log(1 - value), lambda scaled: 1 - np.exp(scaled))}
+NEAREST_DRAW = 3
 SHARE_RANGES = {"logit": 0.0, "signed_logit": -1.0}  # scale of what lies between this and 1
 
 

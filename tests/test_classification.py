@@ -298,21 +298,18 @@ def test_the_interval_is_t_times_the_sd_of_metrics_of_resampled_rows(monkeypatch
         drawn.append(class_scores.classification_metrics(probability[rows], label[rows]))
     reach = stats.t.ppf(0.975, 24) * math.sqrt(25 / 24)
 
-    def ends(values, whole, slope, forward, backward):
-        half = reach * np.std(values) * slope(whole)
+    def ends(values, whole, forward, backward):
+        half = reach * np.std(forward(np.array(values)))
         return backward(forward(whole) - half), backward(forward(whole) + half)
-    share = (lambda p: 1 / (p * (1 - p)), special.logit, special.expit)
-    scales = {"roc_auc": share, "macro_f1": share, "mcc": (lambda mcc: 1 / (1 - mcc ** 2), np.arctanh, np.tanh)}
+    scales = {"loss": (np.log, np.exp), "roc_auc": (special.logit, special.expit), "macro_f1": (special.logit, special.expit),
+              "mcc": (lambda mcc: 2 * np.arctanh(mcc), lambda scaled: np.tanh(scaled / 2))}
     for name, scale in scales.items():
         found = result.overall.model[name]
         judged = ends([each.overall[name] for each in drawn], found.value, *scale)
         assert (found.low, found.high) == pytest.approx(judged, rel=1e-4), name
     found = result.each.model["average_precision"].at(2)
-    judged = ends([each.per_class["average_precision"][2] for each in drawn], found.value, *share)
+    judged = ends([each.per_class["average_precision"][2] for each in drawn], found.value, special.logit, special.expit)
     assert (found.low, found.high) == pytest.approx(judged, rel=1e-4)
-    found = result.overall.model["loss"]
-    half = reach * np.std(np.log([each.overall["loss"] for each in drawn]))
-    assert (found.low, found.high) == pytest.approx(found.value * np.exp([-half, half]), rel=1e-4)
 
 
 def test_bootstrap_classification_holds_values_and_pairs_the_baseline():

@@ -121,11 +121,7 @@ def test_the_interval_is_t_times_the_sd_of_metrics_of_resampled_rows(monkeypatch
     scales |= {"pearson_r": (np.arctanh, np.tanh), "r2": (lambda r2: -np.log(1 - r2), lambda scaled: 1 - np.exp(-scaled))}
     for name, (forward, backward) in scales.items():
         found = result.each.model[name]
-        values = np.array([each[name] for each in drawn])
-        sd = np.std(forward(values), axis=0)
-        if name == "pearson_r":  # by the slope of its scale
-            sd = np.std(values, axis=0) / (1 - found.value ** 2)
-        half = reach * sd
+        half = reach * np.std([forward(each[name]) for each in drawn], axis=0)
         np.testing.assert_allclose(found.low, backward(forward(found.value) - half), rtol=1e-4)
         np.testing.assert_allclose(found.high, backward(forward(found.value) + half), rtol=1e-4)
 
