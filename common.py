@@ -247,7 +247,7 @@ def add_data_arguments(parser, augments):
         help="with --folds: all, or one fold from 0")
     add("--group_column",
         help="column whose groups (subjects, videos, sites) never stand on two sides of a split")
-    add("--split_file", type=Path,
+    add("--split_file", type=Path, may_change=True,
         help="splits.json of another run, or {train: [names], val: [...]}")
     add("--allow_leakage", action="store_true",
         help="train although splits share groups or identical pictures")

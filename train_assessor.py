@@ -153,7 +153,8 @@ class Study(picture_files.StoredPictures):
 
     def data_record(self, split):
         """What args.json says of the data and their split; resuming refuses a run whose data differ."""
-        contents = [*self.names, *self.images, self.ratings, *self.audit("file_sha")]
+        contents = [*self.names, *self.images, self.ratings, self.sd, self.n, *self.columns.values(),
+                    *self.audit("file_sha")]
         return common.data_record(contents, split, pictures=len(self.images), ratings=self.names)
 
 

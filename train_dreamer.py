@@ -95,7 +95,7 @@ def add_data_arguments(add):
         help=f"folder with a {probe_poses.FILE_NAME} in each sequence")
     add("--checkpoint", type=common.best_model_of, metavar="FILE",
         help="best_model.pth (or its run folder) for evaluate and predict")
-    add("--patient_map", type=Path, metavar="FILE",
+    add("--patient_map", type=Path, metavar="FILE", may_change=True,
         help="JSON or CSV that says which patient a folder belongs to")
     add("--patient_regex", metavar="REGEX",
         help=r"patient = its first group in the folder's name, e.g. '(.*)_\d+$'")
@@ -268,7 +268,7 @@ class Study:
 
     def data_record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
-        contents = [*self.names, *self.poses.values(), self.compose, *self.frame_audit("file_sha")]
+        contents = [*self.names, *self.patients, *self.poses.values(), self.compose, *self.frame_audit("file_sha")]
         return common.data_record(
             contents, split,
             transitions=len(self.names),

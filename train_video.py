@@ -321,8 +321,8 @@ class Study:
     def data_record(self, split):
         """What args.json says of the data and their split; resuming refuses other data."""
         table = self.table
-        contents = [*table.names, *table.clip_ids, table.truth, table.repeats, table.groups,
-                    *(audit.pixel_sha for audit in self.audits)]
+        contents = [*table.names, *table.clip_ids, table.truth, table.repeats, table.groups, table.events,
+                    *confounding.prior_levels(table).values(), *(audit.pixel_sha for audit in self.audits)]
         return common.data_record(contents, split, rows=len(table), names=table.names)
 
 

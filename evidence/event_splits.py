@@ -20,7 +20,7 @@ def add_arguments(add):
             help=f"events of the {part} part, instead of a split made here")
     add("--video_root", type=Path, may_change=True,
         help="folder that holds the videos, whatever folders the manifest names")
-    add("--label_map", type=Path,
+    add("--label_map", type=Path, may_change=True,
         help="file of spelling -> class (JSON, YAML, CSV); a blank class leaves the row out")
     add("--path_column", help="column of the videos' paths (default: by its name)")
     add("--label_column", help="classify: column of the labels (default: by its name)")
@@ -37,7 +37,7 @@ def add_arguments(add):
     add("--filter", help='rows to use, e.g. "moment==M2 and age>=3"')
     add("--gap_sec", type=common.AMOUNT, default=30.0,
         help="windows of one video that are closer than this are reported")
-    add("--cv_file", type=Path,
+    add("--cv_file", type=Path, may_change=True,
         help="folds of a study: cv_folds with train_animals and val_animals")
     add("--test_groups",
         help="groups kept for the test, e.g. 14,17; with --folds all models predict them")

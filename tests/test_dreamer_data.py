@@ -161,6 +161,17 @@ def test_a_row_without_motion_and_without_a_way_to_it_is_listed(tmp_path):
     assert "a_01,3,no usable" in (tmp_path / "skipped.csv").read_text()
 
 
+def test_other_patients_are_other_data(tmp_path):
+    for name in "ab":
+        write_sequence(tmp_path / "data" / name)
+    prints = []
+    for owners in {"a": "A", "b": "B"}, {"a": "B", "b": "A"}:
+        common.write_json(tmp_path / "map.json", owners)
+        study, _, _ = load(tmp_path / "data", "--patient_map", tmp_path / "map.json")
+        prints.append(study.data_record({})["fingerprint"])
+    assert prints[0] != prints[1]
+
+
 @pytest.mark.parametrize("asked", ["auto", "rad"])
 def test_radians_are_turned_into_degrees(tmp_path, asked):
     at1, motion, _ = write_sequence(tmp_path / "data" / "a_01", scale=np.pi / 180)

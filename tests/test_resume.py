@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 
+import pandas as pd
 import pytest
 import torch
 
@@ -173,10 +174,23 @@ def test_other_flags_are_refused_with_both_values(stopped):
     assert (stopped / "last.pth").exists() and (stopped / "splits.json").read_bytes() == split
 
 
-def test_other_data_are_refused(sample, stopped, tmp_path):
+def cut(table):
+    return table[:-1]
+
+
+def with_wider_sds(table):
+    """--loss weighted goes by them."""
+    return table.assign(Valence_sd=3 * table.Valence_sd)
+
+
+def with_a_subject_a_row(table):
+    return table.assign(subject=table.index)
+
+
+@pytest.mark.parametrize("change", [cut, with_wider_sds, with_a_subject_a_row])
+def test_other_data_are_refused(sample, stopped, tmp_path, change):
     changed = tmp_path / "changed.csv"
-    lines = sample.ratings.read_text().splitlines()
-    changed.write_text("\n".join(lines[:-1]) + "\n")
+    change(pd.read_csv(sample.ratings)).to_csv(changed, index=False)
     text = run_here("train_assessor.py", "--resume", stopped, "--ratings_file", changed, code=2).stderr
     assert "fingerprint" in text
 

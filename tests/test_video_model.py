@@ -754,15 +754,16 @@ def test_a_total_that_sums_nothing_is_tied_to_nothing():
     assert scores_of(target=target).parts == []
 
 
-def test_other_repeats_or_groups_are_other_data():
+def test_other_repeats_groups_or_columns_are_other_data():
+    """Columns may weigh rows (--sample_weight), and what they tell without a picture is judged."""
     study, _ = study_of(arguments("--image_size", 32, "--n_frames", 8))
-    split = {"train": np.arange(4), "val": np.arange(4, 6)}
-    records = [study.data_record(split)["fingerprint"]]
-    study.table.repeats = np.array([3, 1, 1, 1, 1, 1])
-    records.append(study.data_record(split)["fingerprint"])
-    study.table.groups = np.array(list("aabbcc"))
-    records.append(study.data_record(split)["fingerprint"])
-    assert len(set(records)) == 3
+    others = {"repeats": np.array([3, 1, 1, 1, 1, 1]), "groups": np.array(list("aabbcc")), "events": np.array(list("uvwxyz")),
+              "extra": study.table.extra.assign(moment=list("012012"))}
+    records = [study.data_record({})["fingerprint"]]
+    for name, value in others.items():
+        other = dataclasses.replace(study, table=dataclasses.replace(study.table, **{name: value}))
+        records.append(other.data_record({})["fingerprint"])
+    assert len(set(records)) == 5
 
 
 def test_the_ensemble_repeats_the_alarms_of_its_split(monkeypatch):
