@@ -632,6 +632,15 @@ class Run:
             self.path("metrics.json").unlink(missing_ok=True)
             write_json(path, first)
 
+    def write_record(self, study, split, **further):
+        """args.json, which refuses a resumed run on other data, before anything is overwritten; skipped.csv."""
+        self.write_args(**study.data_record(split), **further)
+        path = self.path("skipped.csv")
+        if study.skipped:
+            write_table(path, study.skipped)
+        else:
+            path.unlink(missing_ok=True)
+
     def _lasting(self, record):
         """What of an args.json a resumed run must keep."""
         flags = {f"--{name}": value for name, value in record["flags"].items() if name not in self.args.may_change}
@@ -772,7 +781,7 @@ def _folder_to_resume(args):
                 f"{args.epochs}. Go on from its weights in a new run: --init_from {folder}, or "
                 "train with --scheduler plateau or none")
     if folder and is_finished(folder, args):
-        print(f"{folder} is finished: nothing to continue; its report is {folder / 'report.html'}")
+        print(f"{folder} is finished: nothing to continue; its results are there")
         sys.exit(EXIT_OK)
     named = Path(args.resume)
     if named.is_file():
@@ -838,7 +847,7 @@ def is_finished(folder, args):
     pooled = {f"fold_{fold['fold']}" for fold in read_json(folder / "metrics.json").get("folds", [])}
     if args.fold != "all":
         return f"fold_{args.fold}" in pooled
-    return not pooled or pooled.issuperset(part for part in _read_or_warn(folder / "splits.json") if part != "test")
+    return not pooled or pooled >= set(_read_or_warn(folder / "splits.json")) - {"test"}
 
 
 def script_name():

@@ -128,7 +128,7 @@ class Study(picture_files.StoredPictures):
     single_ratings: dict  # rating -> N arrays, where the table has one row per single rating
     groups: np.ndarray | None  # (N,) text
     columns: dict  # the table's other columns: name -> (N,) text
-    skipped: dict  # image -> reason
+    skipped: list  # dicts of image and reason
 
     def mean_metrics(self, rows, predicted):
         """Means over the ratings of the metrics of predicted (M, R) for these rows."""
@@ -170,7 +170,7 @@ def read_table(args):
 
 
 def load_study(args, run, table):
-    """Ratings and pictures, matched and checked; what cannot be used is counted and listed in skipped.csv."""
+    """Ratings and pictures, matched and checked; what cannot be used is counted, for skipped.csv."""
     paths, without_row, matching = file_names.match_images(table.images, args.images_dir, args.exact_names)
     found = np.flatnonzero([path is not None for path in paths])
     if not len(found):
@@ -182,32 +182,28 @@ def load_study(args, run, table):
                                      args.pixel_range)
     stored = np.array(picture_files.check_bad_files(store.audit, args.on_bad_file), dtype=int)
 
-    skipped = {name: "no such picture" for name, path in zip(table.images, paths) if path is None}
-    skipped |= {table.images[row]: audit.error for row, audit in zip(found, store.audit) if audit.error}
-    skipped |= dict.fromkeys(without_row, "no row in the ratings file")
-    if skipped:
-        common.write_table(run.path("skipped.csv"), {"image": list(skipped), "reason": list(skipped.values())})
+    reasons = {name: "no such picture" for name, path in zip(table.images, paths) if path is None}
+    reasons |= {table.images[row]: audit.error for row, audit in zip(found, store.audit) if audit.error}
+    reasons |= dict.fromkeys(without_row, "no row in the ratings file")
 
     rows = found[stored]  # of the table: `stored` counts the pictures that were found
-    listed = " (listed in skipped.csv)" if skipped else ""
-    run.say(f"data: {len(rows)} rated pictures, {len(table.names)} ratings; {len(skipped)} skipped{listed}; "
-            f"{store.description}")
+    run.say(f"data: {len(rows)} rated pictures, {len(table.names)} ratings; {len(reasons)} skipped"
+            f"{' (listed in skipped.csv)' if reasons else ''}; {store.description}")
     for note in table.notes + matching:
         run.say(f"note: {note}")
     columns = {name: cells.to_numpy(str)[rows] for name, cells in table.extra.items()}
-    single = {name: [each[row] for row in rows] for name, each in table.ratings_by_image.items()}
     return Study(
         names=table.names,
         images=np.array(table.images, dtype=str)[rows],
         ratings=table.mean[rows],
         sd=None if table.sd is None else table.sd[rows],
         n=None if table.n is None else table.n[rows],
-        single_ratings=single,
+        single_ratings={name: [each[row] for row in rows] for name, each in table.ratings_by_image.items()},
         groups=columns.get(args.group_column),
         columns=columns,
         store=store,
         stored=stored,
-        skipped=skipped,
+        skipped=[{"image": name, "reason": reason} for name, reason in reasons.items()],
     )
 
 
@@ -585,8 +581,10 @@ def judge(run, args, study, split, table, part, similar, trained_on, **known):
 def data_blocks(study, split, table):
     """HTML of the section Data and split."""
     sizes = [{"part": part, "pictures": len(rows)} for part, rows in split.items()]
-    left_out = f"{len(study.names)} ratings; {len(study.skipped)} files or rows skipped."
-    return [judging.rows_text(table, "pictures"), reporting.html_text(left_out), reporting.html_table(sizes)]
+    return [
+        judging.rows_text(table, "pictures"),
+        reporting.html_text(f"{len(study.names)} ratings; {len(study.skipped)} files or rows skipped."),
+        reporting.html_table(sizes)]
 
 
 def limits(args):
@@ -632,7 +630,7 @@ def run_split(run, args, study, split, features=None):
     alarms = check_split(run, study, split)
     split = splitting.rows_to_try(split, args, study.ratings)
     check_ratings(args, study, [split])
-    run.write_args(**study.data_record(split))
+    run.write_record(study, split)
     if features is None:
         features = untuned_features(args, study, run, np.concatenate(list(split.values())))
     similar = splitting.add_similar(run, features["mlp"], split, study.images)
@@ -656,8 +654,8 @@ def run_split(run, args, study, split, features=None):
             seen=seen,
             warning=row_warnings.texts([answers], seen, "pictures", run.say, f"{part} "))
         table.write(run.path(f"predictions_{part}.csv"))
-    trained_on = [(split["train"], rows)]
-    judge(run, args, study, split, table, part, similar, trained_on, alarms=alarms, best_epoch=best_epoch)
+    judge(run, args, study, split, table, part, similar, [(split["train"], rows)],
+          alarms=alarms, best_epoch=best_epoch)
 
 
 def run_folds(run, args, study):
@@ -666,7 +664,7 @@ def run_folds(run, args, study):
     check_ratings(args, study, splits)
     folds = {f"fold_{k}": split["val"] for k, split in enumerate(splits)}
     alarms = check_split(run, study, folds)
-    run.write_args(**study.data_record(folds))
+    run.write_record(study, folds)
     features = untuned_features(args, study, run, np.arange(len(study.images)))
     similar = splitting.add_similar(run, features["mlp"], folds, study.images)
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split, features))
@@ -712,7 +710,7 @@ def compare_backbones(run, several, study):
 
     several: of flags_of_backbones.
     """
-    run.write_args(**study.data_record({}))
+    run.write_record(study, {})
     for args in several:
         with run.child(comparison_folder(args), args) as child:
             if not run.compute.processes.on_first(lambda: common.is_finished(child.folder, args)):

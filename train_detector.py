@@ -1124,13 +1124,6 @@ def write_annotations(run, args, study, split):
             common.write_json(run.path(f"{part}_coco.json"), coco)
 
 
-def write_record(run, study, split, **further):
-    """args.json, which refuses a resumed run on other data, before anything is overwritten; skipped.csv."""
-    run.write_args(**study.data_record(split), **further)
-    if study.skipped:
-        common.write_table(run.path("skipped.csv"), study.skipped)
-
-
 def train_heads(run, args, study, split):
     """The baseline of --baseline heads, trained in baseline/ -> PartDetector."""
     own = common.with_flags(args, trainable_layers=0)
@@ -1148,7 +1141,7 @@ def run_split(run, args, study, split):
     split = splitting.rows_to_try(split, args)
     check_states(args, study.truth, split)
     # the validation loss draws by batches, so a resumed run must keep their size
-    write_record(run, study, split, val_batch_size=args.val_batch_size)
+    run.write_record(study, split, val_batch_size=args.val_batch_size)
     write_annotations(run, args, study, split)
     if args.baseline == "heads":
         run.folds_after = 2 * run.folds_after + 1  # each trains twice, which the time left must know
@@ -1181,7 +1174,7 @@ def run_folds(run, args, study):
                                    "would name none; fewer folds, or another --group_column")
         check_states(args, study.truth, split)
     alarms = check_split(run, study, folds)
-    write_record(run, study, folds)
+    run.write_record(study, folds)
     of_fold = {}  # folder of a fold -> Scored
 
     def run_fold(child, split):
@@ -1272,7 +1265,7 @@ def evaluate_checkpoint(args):
         worst = seen_rows.worst(seen_rows.of_checkpoint(content).words(study.hashes))
         part = {"train": "train", "chose": "val"}.get(worst, "test")  # what the pictures were to the checkpoint
         split = {part: np.arange(len(study.stored))}
-        write_record(run, study, split)
+        run.write_record(study, split)
         scored = detect_rows(run, args, study, split[part], models, content)
         judge(run, args, study, split, part, [scored])
 

@@ -277,7 +277,7 @@ class Study:
 
 
 def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
-    """Transitions of every sequence, checked and completed; what cannot be used is counted and listed in skipped.csv.
+    """Transitions of every sequence, checked and completed; what cannot be used is counted, for skipped.csv.
 
     needs_labels False: rows without at1, at2, a frame at t2 or a motion that nothing is imagined from are kept, for
     prediction. needs_frames False: rows whose pictures are missing are listed and kept, for the audit of their poses.
@@ -334,9 +334,7 @@ def refuse_unusable(args, rows, reasons):
 
 
 def say_study(run, study):
-    """The data in a few lines; skipped rows also in skipped.csv."""
-    if study.skipped:
-        common.write_table(run.path("skipped.csv"), study.skipped)
+    """The data in a few lines."""
     patients = f"{len(set(study.patients))} patients" if study.has_patients else "patients unknown"
     run.say(f"data: {len(study.names)} transitions in {len(set(study.sequences))} sequences, {patients}; "
             f"{len(study.skipped)} rows skipped{' (listed in skipped.csv)' if study.skipped else ''}; "
@@ -1082,7 +1080,7 @@ def run_split(run, args, study, split):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
     check_split(run, args, study, split)
     split = splitting.rows_to_try(split, args)
-    run.write_args(**study.data_record(split))
+    run.write_record(study, split)
     if study.grids is None:
         study = see_frames(study, np.concatenate(list(split.values())), args, run.compute)
     fitted = split["train"]
@@ -1160,7 +1158,7 @@ def run_folds(run, args, study):
     left_out = "val" if args.select == "last" else "test"
     folds = {f"fold_{k}": split[left_out] for k, split in enumerate(splits)}
     check_split(run, args, study, folds)
-    run.write_args(**study.data_record(folds))
+    run.write_record(study, folds)
     study = see_frames(study, np.arange(len(study.names)), args, run.compute)
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
     tables = prediction_tables.read_folds(run, chosen, left_out)
@@ -1242,7 +1240,7 @@ def evaluate_checkpoint(run, args):
     study = load_study(args, run, usual=content["settings"])
     seen = seen_rows.of_checkpoint(content)
     part, rows, fitted = rows_to_score(run, args, study, seen)
-    run.write_args(**study.data_record({part: rows}))
+    run.write_record(study, {part: rows})
     readout = None
     if len(fitted):
         encoder = None if model.imagines else model.encoder
@@ -1266,7 +1264,7 @@ def predict(run, args):
     content, model, loss_function, args = load_checkpoint(args, run)
     study = load_study(args, run, needs_labels=False, usual=content["settings"])
     rows = np.arange(len(study.names))
-    run.write_args(**study.data_record({"all": rows}))
+    run.write_record(study, {"all": rows})
     loader = make_loader(study, rows, args, run.compute)
     predicted, features, _ = evaluate(model, loader, loss_function, run.compute)
     seen = seen_rows.of_checkpoint(content).words(study.hashes)
@@ -1287,6 +1285,8 @@ def audit(run, args):
         run.say(f"{check.status:5} {check.name:20} {check.found}")
         if check.remedy:
             run.say(f"{'':26} -> {check.remedy}")
+    if study.skipped:
+        common.write_table(run.path("skipped.csv"), study.skipped)
     common.write_json(run.path("audit.json"), {
         "checks": [vars(check) for check in checks],
         "residuals": study.residuals,

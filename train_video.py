@@ -314,6 +314,11 @@ class Study:
         return self.audits[row].even_starts(self.args.n_frames, self.args.clips_per_event)
 
     @property
+    def skipped(self):
+        """Dicts of row, video and reason."""
+        return self.table.skipped
+
+    @property
     def hashes(self):
         """(N, 2) content_hashes of the rows."""
         return self.store.hashes[self.stored]
@@ -1107,7 +1112,7 @@ def data_blocks(study, split, rows, table):
         for part, held in split.items()]
     return [
         judging.rows_text(table),
-        reporting.html_text(f"{len(set(study.table.events[rows]))} events; {len(study.table.skipped)} rows skipped."),
+        reporting.html_text(f"{len(set(study.table.events[rows]))} events; {len(study.skipped)} rows skipped."),
         reporting.html_table(sizes)]
 
 
@@ -1117,7 +1122,7 @@ def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
     alarms = event_audit.record_split(run, study.table, study.audits, split)
     split = splitting.rows_to_try(split, args, study.table.truth)
-    run.write_args(**study.data_record(split))
+    run.write_record(study, split)
     if features is None:
         features = untuned_features(args, study, run, np.sort(np.concatenate(list(split.values()))))
     similar = find_similar(run, study, split, features)
@@ -1161,7 +1166,7 @@ def run_folds(run, args, study):
     if len(test):
         parts["test"] = test
     alarms = event_audit.record_split(run, study.table, study.audits, parts)
-    run.write_args(**study.data_record(parts))
+    run.write_record(study, parts)
     features = untuned_features(args, study, run, np.arange(len(study.table)))
     similar = find_similar(run, study, parts, features)
     chosen = run.each_fold(
@@ -1204,8 +1209,6 @@ def train(args):
         start_model(args, table.names)  # wrong weights stop here, before videos are decoded
         check_flags_of_table(args, table)
         study = load_study(args, table, run.say)
-        if study.table.skipped:
-            common.write_table(run.path("skipped.csv"), study.table.skipped)
         check_flags_of_table(args, study.table)  # of which rows may have been left out
         if args.folds or args.cv_file:
             run_folds(run, args, study)
@@ -1305,9 +1308,9 @@ def predict(args):
     output = args.output or Path("predictions.csv")
     table.write(output)
     print(f"{len(study.table)} rows predicted by {len(members)} checkpoint(s), "
-          f"{len(study.table.skipped)} rows skipped; written to {output}")
+          f"{len(study.skipped)} rows skipped; written to {output}")
     seen_rows.say_notes(table.seen, print)
-    for entry in study.table.skipped:
+    for entry in study.skipped:
         print(f"skipped: {entry['row']}, {entry['video']}: {entry['reason']}")
     if args.export:
         export(args.export, members, study)
@@ -1364,7 +1367,7 @@ def predict_recordings(args):
         raise common.UserError("--video needs checkpoints of --task classify: a sequence of "
                                "scores has no window of its own")
     with common.start_run(args, fp32_on_cpu=all_in_fp32(members)) as run:
-        run.write_args(videos=list(videos), fps=own.fps)
+        run.write_args(fps=own.fps)
         read = []
         for name, path in videos.items():
             try:
@@ -1379,10 +1382,11 @@ def predict_recordings(args):
             folder = run.path("_".join(name.rsplit(".", 1)))
             read.append(ethograms.describe(recording, windows, own.names, args, folder))
             ethograms.write_all(run.folder, read)
+        if not read:
+            raise common.UserError(f"no recording in {args.video} could be read, for the reasons above")
+        common.write_json(run.path("metrics.json"), {"part": "predict", "recordings": len(read)})
         n_bouts = sum(len(tables["bouts"]) for tables in read)
         run.say(f"{len(read)} of {len(videos)} recordings read, {n_bouts} bouts; open next: {run.folder}")
-    if not read:
-        raise common.UserError(f"no recording in {args.video} could be read; see {run.path('log.txt')}")
 
 
 @torch.no_grad()
@@ -1441,7 +1445,7 @@ def judge_predictions(args):
     """--mode evaluate: a short way to judge_predictions.py, for one table of predictions."""
     table = table_judging.read_table(args.predictions, args)
     with common.start_run(args) as run:
-        run.write_args(predictions=str(args.predictions))
+        run.write_args(predictions=args.predictions)
         metrics = table_judging.judge_table(run, table, args.predictions)
         if args.output:
             common.write_json(args.output, metrics)

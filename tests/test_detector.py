@@ -668,7 +668,7 @@ def test_what_a_fold_has_detected_is_not_detected_again(monkeypatch, tmp_path):
 
     def scored(run, args, study, rows, *_):
         return train_detector.Scored(rows, found={}, prior={}, seen=[])
-    stubs = {"make_folds": lambda *_: splits, "check_split": lambda *_: [], "write_record": lambda *_: None,
+    stubs = {"make_folds": lambda *_: splits, "check_split": lambda *_: [],
              "write_annotations": lambda *_: None, "examine_split": lambda *_: {"between": {}},
              "load_models": lambda *_: ({}, {}),
              "run_split": lambda run, args, study, split: scored(run, args, study, split["test"]),
@@ -681,8 +681,9 @@ def test_what_a_fold_has_detected_is_not_detected_again(monkeypatch, tmp_path):
         common.write_json(tmp_path / f"fold_{k}" / "metrics.json",
                           {"headline": {"value": 1, "baseline": {"value": 0}}, "best_epoch": 1})
     args = train_detector.parse_args(["--train_json", "a.json", "--train_images", "i", "--folds", "2"])
-    run = SimpleNamespace(path=tmp_path.joinpath, compute=None, each_fold=lambda splits, run_fold: run_fold(
-        SimpleNamespace(folder=tmp_path / "fold_1"), splits[1]) or [0, 1])
+    run = SimpleNamespace(path=tmp_path.joinpath, compute=None, write_record=lambda *_: None,
+                          each_fold=lambda splits, run_fold: run_fold(
+                              SimpleNamespace(folder=tmp_path / "fold_1"), splits[1]) or [0, 1])
     train_detector.run_folds(run, args, study)
     assert again == [[0]] and judged == [[0], [1]]
 

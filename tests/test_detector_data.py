@@ -240,10 +240,10 @@ def test_a_resumed_run_notices_other_absent_parts_groups_and_ids(tmp_path, flags
 def test_a_refused_resume_leaves_the_written_annotations(tmp_path, flags):
     study = study_of(tmp_path, flags, PARTS)
 
-    def refuse(**data):
+    def refuse(*_, **further):
         raise common.UserError("cannot be continued exactly")
     run = SimpleNamespace(path=lambda name: tmp_path / name, say=lambda text: None, args=flags(), resumed=True,
-                          write_args=refuse)
+                          write_record=refuse)
     with pytest.raises(common.UserError, match="continued"):
         train_detector.run_split(run, flags(), study, {part: np.array([k]) for k, part in enumerate(("train", "val"))}
                                  | {"test": np.arange(0)})

@@ -155,9 +155,10 @@ def test_a_row_without_motion_and_without_a_way_to_it_is_listed(tmp_path):
     def edit(rows):
         del rows[2]["action_change_6dof"], rows[2]["at2_6dof"]
     write_sequence(tmp_path / "data" / "a_01", edit=edit)
-    study, text, _ = load(tmp_path / "data")
+    study, text, args = load(tmp_path / "data")
     assert len(study.names) == 5 and "1 rows skipped" in text
     assert study.skipped == [{"sequence": "a_01", "row": 3, "reason": "no usable action_change_6dof"}]
+    train_dreamer.audit(QuietRun(tmp_path), args)
     assert "a_01,3,no usable" in (tmp_path / "skipped.csv").read_text()
 
 

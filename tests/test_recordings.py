@@ -242,6 +242,7 @@ def test_recordings_get_their_tables_pictures_and_copies(made, tmp_path):
     assert re.search("device: cpu .*, fp32", text), "whatever the flags say"
     assert "skipped: broken.mp4: no video that can be opened" in text and "2 of 3 recordings read" in text
     run = only_run(tmp_path / "out")
+    assert f"{run} is finished" in video("--resume", run).stdout
     for k in range(2):
         own = run / f"cam {k}_mp4"
         assert {path.name for path in own.iterdir()} == {"windows.csv", "bouts.csv", "ethogram.png", "annotated.mp4"}
@@ -301,11 +302,16 @@ def test_a_network_sees_few_frames_at_once_whatever_the_step(step):
 
 
 def test_folders_of_recordings_differ_where_their_names_do(made, tmp_path):
-    for name in ("a.b.mp4", "a_b.mp4"):
-        shutil.copy(made / "two" / "cam 0.mp4", tmp_path / name)
-    video("--mode", "predict", "--checkpoint", only_run(made / "motion") / "fold_0", "--video", tmp_path, "--every", 2,
-          "--output_dir", tmp_path / "out", "--num_workers", 0)
-    assert len([path for path in only_run(tmp_path / "out").iterdir() if path.is_dir()]) == 2
+    """An interrupted run, begun again with the same command, takes what has been recorded since."""
+    flags = ["--mode", "predict", "--checkpoint", only_run(made / "motion") / "fold_0", "--video", tmp_path / "in", "--every", 2,
+             "--output_dir", tmp_path / "out", "--num_workers", 0, "--resume", "auto"]
+    (tmp_path / "in").mkdir()
+    for n, name in enumerate(["a.b.mp4", "a_b.mp4"], 1):
+        shutil.copy(made / "two" / "cam 0.mp4", tmp_path / "in" / name)
+        video(*flags)
+        run = only_run(tmp_path / "out")
+        assert len([path for path in run.iterdir() if path.is_dir()]) == n
+        (run / "metrics.json").unlink()
 
 
 def test_recordings_shorter_than_a_window_and_broken_in_the_middle(made, tmp_path):

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import common
+import train_dreamer
+import train_video
 from conftest import fork_server, only_run, run_here, run_script, small_run
 
 
@@ -192,7 +194,14 @@ def test_other_data_are_refused(sample, stopped, tmp_path, change):
     changed = tmp_path / "changed.csv"
     change(pd.read_csv(sample.ratings)).to_csv(changed, index=False)
     text = run_here("train_assessor.py", "--resume", stopped, "--ratings_file", changed, code=2).stderr
-    assert "fingerprint" in text
+    assert "fingerprint" in text and not (stopped / "skipped.csv").exists()
+
+
+def test_files_of_the_data_may_have_moved():
+    """What they say is in the fingerprint of the data or of their split."""
+    found = train_video.parse_args(["--manifest", "a.csv"]).data_paths
+    assert found >= {"manifest", "video_root", "label_map", "cv_file", "split_file"}
+    assert train_dreamer.parse_args([]).data_paths >= {"data_dir", "patient_map", "split_file"}
 
 
 def test_resume_of_something_else(stopped, tmp_path):

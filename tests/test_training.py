@@ -287,6 +287,16 @@ def make_run(folder, *words, folds=(), pooled=None, data="same"):
     return run.folder
 
 
+def test_the_list_of_what_is_skipped_is_that_of_the_data_as_they_are(tmp_path):
+    lists = []
+    for skipped in [{"image": "a.png", "reason": "no such picture"}], []:
+        study = SimpleNamespace(data_record=lambda split: {"fingerprint": "same"}, skipped=skipped)
+        with common.start_run(parsed(tmp_path, "--resume")) as run:
+            run.write_record(study, {})
+        lists.append([path.read_text() for path in tmp_path.glob("run_*/skipped.csv")])
+    assert lists == [["image,reason\na.png,no such picture\n"], []]
+
+
 def test_after_the_run_inside_a_run_nothing_more_is_trained(tmp_path):
     """The time that an epoch of the baseline says to be left is its own."""
     with common.start_run(parsed(tmp_path)) as run:
