@@ -76,8 +76,9 @@ def judge_coco(args):
         limits=["The mean boxes are those of these very pictures, which favours the baseline slightly."])
     trained = {}
     if args.baseline:
-        _, other, *_ = detection_judging.read_coco_results(args.truth, args.baseline, *formats)
-        trained[Path(args.baseline).stem] = other
+        baseline = Path(args.baseline)
+        _, other, *_ = detection_judging.read_coco_results(args.truth, baseline, *formats)
+        trained[baseline.stem] = other
     detection_judging.check_criteria(args.criteria, truth.parts, detections[0].states is not None)
     with common.start_run(args) as run:
         run.write_args(predictions=[path], truth=args.truth)
