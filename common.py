@@ -35,6 +35,7 @@ import sys
 import threading
 import time
 import typing
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -155,10 +156,14 @@ def new_file(text):
 
 def best_model_of(text):
     """argparse type: Path of a checkpoint; of a run folder, its best_model.pth."""
-    path, *folds = checkpoint_files([Path(text)])
-    if folds:
-        raise argparse.ArgumentTypeError(f"{text} is a run of folds: give the folder of one, as {path.parent}")
-    return path
+    path = Path(text)
+    if not path.is_dir():
+        return path
+    best = path / "best_model.pth"
+    if not best.exists():
+        raise argparse.ArgumentTypeError(
+            f"{path} holds no best_model.pth; of a run with folds name one, as {path}/fold_0")
+    return best
 
 
 WHOLE = bounded(int, 0)
@@ -588,7 +593,7 @@ class Run:
         wandb = optional_package("wandb")
         if wandb.run:  # that of the fold before
             wandb.finish()
-        own = data_fingerprint([self.folder.resolve()])[:32]
+        own = uuid.uuid5(uuid.NAMESPACE_URL, self.folder.resolve().as_uri()).hex
         return wandb.init(project=script_name(), name=str(self.folder), id=own, resume="allow",
                           config=json_safe(flags_of(self.args)))
 
@@ -797,7 +802,7 @@ def _newest_folder(args):
     """
     before = {}  # folder -> its flags
     for path in sorted(args.output_dir.glob("run_*/args.json"), key=os.path.getmtime, reverse=True):
-        record = _read_or_warn(path)
+        record = read_or_warn(path)
         if record.get("script") == script_name():
             before[path.parent] = record["flags"]
     now = json_safe(flags_of(args))
@@ -824,11 +829,13 @@ def _newest_folder(args):
 def has_metrics(folder, epochs):
     """True where a run folder holds its metrics, and not those of fewer epochs."""
     path = folder / "metrics.json"
-    return path.exists() and _read_or_warn(path) and read_json(folder / "args.json")["flags"]["epochs"] >= epochs
+    return bool(read_or_warn(path)) and read_json(folder / "args.json")["flags"]["epochs"] >= epochs
 
 
-def _read_or_warn(path):
+def read_or_warn(path):
     """The object in a JSON file; {} where there is none, with a WARNING where the file cannot be read."""
+    if not path.exists():
+        return {}
     try:
         content = read_json(path)
     except UserError as error:
@@ -847,7 +854,8 @@ def is_finished(folder, args):
     pooled = {f"fold_{fold['fold']}" for fold in read_json(folder / "metrics.json").get("folds", [])}
     if args.fold != "all":
         return f"fold_{args.fold}" in pooled
-    return not pooled or pooled >= set(_read_or_warn(folder / "splits.json")) - {"test"}
+    parts = read_or_warn(folder / "splits.json")
+    return not pooled or bool(parts) and pooled >= parts.keys() - {"test"}
 
 
 def script_name():
@@ -1053,8 +1061,13 @@ def run_main(main):
 
 
 LOST_WORKER = re.compile(r"DataLoader (worker \(|timed out)|</torch_")  # which cannot be shared: a full /dev/shm
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|Insufficient memory")  # of GPUs, CPUs, OpenCV
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|Insufficient memory")  # of Apple GPUs, CPUs, OpenCV
 IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker .*\n\S+: ", re.DOTALL)  # torch's text up to the error's own
+
+
+def is_out_of_memory(error):
+    """True where the memory of a GPU or of the computer was too small, whichever library says so."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def _explain(error):
@@ -1066,7 +1079,7 @@ def _explain(error):
         return error.code, "" if error.said_by_first else f"error: {message}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPT, "interrupted"
-    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
+    if is_out_of_memory(error):
         return EXIT_CRASH, f"error: out of memory ({reason})\n{_half_batch()}"
     if "more than 1 value per channel" in reason:
         return EXIT_USER, ("error: BatchNorm got a single value per channel: take a larger --batch_size or picture, or "
@@ -2211,7 +2224,7 @@ def checkpoint_files(paths):
             of_folds = path.glob("fold_*/best_model.pth")
             found = own or sorted(of_folds, key=lambda file: int(file.parent.name.removeprefix("fold_")))
         if not found:
-            raise UserError(f"{path} holds no best_model.pth and no fold_K/best_model.pth")
+            raise UserError(f"--checkpoint {path} holds no best_model.pth and no fold_K/best_model.pth")
         files += found
     return files
 
@@ -2222,7 +2235,7 @@ def checkpoint_fields(path):
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
-        if OUT_OF_MEMORY.search(str(error)):
+        if is_out_of_memory(error):
             raise
         raise CheckpointError(f"{path} lacks what this script stores in a checkpoint ({type(error).__name__}: "
                               f"{one_line(error)}); best_model.pth is for prediction and --init_from, last.pth for "

@@ -13,6 +13,7 @@ could not be read; its ratings and seen are then empty).
 Letters: N images, B batch, R ratings, M members, S side of the square input in pixels.
 """
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,8 @@ def find_inputs(args):
             inputs.append((path.relative_to(args.image_dir).as_posix(), path))
     if not inputs:
         raise common.UserError(f"no pictures found in {args.image_dir or args.image_list}")
-    if args.output.resolve() in [path.resolve() for _, path in inputs]:
+    found = [path for _, path in inputs if os.path.exists(path)]  # which a link that leads to itself is not
+    if args.output.exists() and any(map(args.output.samefile, found)):
         raise common.UserError(f"--output {args.output} is one of the pictures; name another file")
     return inputs
 

@@ -328,7 +328,7 @@ def fit_scaler(ratings, normalize):
     """Train-row mean and sd (R,) that targets are scaled by; with --no_normalize_targets 0 and 1: no change."""
     if not normalize:
         return {"mean": np.zeros(ratings.shape[1]), "sd": np.ones(ratings.shape[1])}
-    return {"mean": np.nanmean(ratings, axis=0), "sd": np.nanstd(ratings, axis=0)}  # above 0, see check_ratings
+    return {"mean": np.nanmean(ratings, axis=0), "sd": np.maximum(np.nanstd(ratings, axis=0), 1e-8)}
 
 
 def scaled_ratings(study, scaler):
@@ -517,7 +517,8 @@ def load_assessor(path, compute):
     settings = common.load_model_file(path, "train_assessor.py")
     with common.checkpoint_fields(path):
         args = argparse.Namespace(
-            **settings, pretrained=False, weights=None, freeze_stages=0, freeze_norm=False, seed=0)
+            **{name: settings[name] for name in NETWORK_FLAGS},
+            pretrained=False, weights=None, freeze_stages=0, freeze_norm=False, seed=0)
         model = build_model(args, np.zeros(len(settings["names"])))
     common.load_state(model, settings["model"], path)
     return compute.place(model).eval(), settings

@@ -409,10 +409,11 @@ def check_leakage(report, allow_leakage=False, stopping=STOPPING_LEAKS):
 def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None, groups=None):
     """splits.json, leakage_report.json and its text in the log. UserError for a split that leaks.
 
-    A resumed run keeps its files: whether the split is still the same is checked by write_args.
+    A resumed run keeps its files that can be read: whether the split is still the same is checked by write_args.
     Returns the alarms of unused_groups on these columns, said before anything is trained.
     """
-    if not run.resumed or not all(run.path(name).exists() for name in ("splits.json", "leakage_report.json")):
+    files = [run.path(name) for name in ("splits.json", "leakage_report.json")]
+    if not run.resumed or not all(map(common.read_or_warn, files)):
         listed = {part: [keys[row] for row in rows] for part, rows in split.items()}
         common.write_json(run.path("splits.json"), listed)
         common.write_json(run.path("leakage_report.json"), report)

@@ -283,8 +283,9 @@ def _wide_ratings(columns, duplicates):
     sd_columns = [columns.partner(name, "sd") for name in chosen]
     n_columns = [columns.partner(name, "n") for name in chosen]
     averaged = _note_on_repeated(columns, duplicates, are_means=any(sd_columns))
-    extra = columns.of_images([*chosen, *sd_columns, *n_columns])
-    unused = [name for name in extra.columns if name in columns.roles and columns.roles[name][0] in SPREAD]
+    used = [*chosen, *sd_columns, *n_columns]
+    extra = columns.of_images(used)
+    unused = [name for name, role in columns.roles.items() if role[0] in SPREAD and name not in used]
     notes = columns.table.attrs["notes"]
     if len(extra.columns):
         notes.append(f"columns that are no ratings: {common.shorten_list(extra.columns)}")

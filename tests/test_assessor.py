@@ -601,8 +601,20 @@ def test_a_list_of_pictures_is_read_as_windows_writes_it(tmp_path, encoding):
     assert predict_assessor.find_inputs(args) == [(name, tmp_path / name) for name in names]
     (tmp_path / "list.txt").write_text("a.jpg\nb.csv")
     args.output = tmp_path / "b.csv"
+    args.output.touch()
     with pytest.raises(common.UserError, match="b.csv is one of the pictures"):
         predict_assessor.find_inputs(args)
+
+
+def test_names_that_are_no_file_keep_their_rows(tmp_path):
+    """A link that leads to itself, a name that no file system takes: found later, as pictures that are not there."""
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "p.csv").touch()
+    (tmp_path / "list.txt").write_text(f"loop.jpg\n{'x' * 300}.jpg")
+    args = predict_assessor.parse_args(
+        ["--checkpoint", "m", "--image_list", str(tmp_path / "list.txt"), "--output", str(tmp_path / "p.csv")])
+    names = [name for name, _ in predict_assessor.find_inputs(args)]
+    assert names == ["loop.jpg", f"{'x' * 300}.jpg"]
 
 
 # --- mistakes: message and exit code ---------------------------------------------------
@@ -635,6 +647,23 @@ def test_a_checkpoint_to_continue_is_no_model_to_predict_with(tmp_path, monkeypa
         train_assessor.load_assessor(path, common.choose_compute("cpu", "off"))
     with pytest.raises(common.CheckpointError, match=message):
         backbones.starting_weights(path, names=["Valence"])
+
+
+def test_further_fields_of_a_checkpoint_are_ignored(tmp_path):
+    settings = dict(backbone="shufflenet_v2_x0_5", head="mlp", dropout=0.0, image_size=64, flip_average=False)
+    args = SimpleNamespace(
+        **settings, pretrained=False, weights=None, freeze_stages=0, freeze_norm=False, seed=0)
+    model = train_assessor.build_model(args, np.zeros(1))
+    common.save_checkpoint(tmp_path / "m.pth", {
+        "format": common.FORMAT, "script": "train_assessor.py", "model": model.state_dict(), "names": ["Valence"],
+        "seed": 7, "pretrained": True, **settings})
+    found, content = train_assessor.load_assessor(tmp_path / "m.pth", common.choose_compute("cpu", "off"))
+    assert content["seed"] == 7 and not found.training
+
+
+def test_ratings_that_differ_by_rounding_alone_are_not_blown_up():
+    scaler = train_assessor.fit_scaler(np.array([[0.3], [0.30000000000000004]]), normalize=True)
+    assert scaler["sd"] == 1e-8
 
 
 def same_in_train_rows(header, rows):

@@ -220,7 +220,7 @@ def test_rows_in_no_part_are_counted(tmp_path):
 
 
 def test_a_run_that_was_killed_between_two_files_of_its_split(tmp_path):
-    """splits.json stands, leakage_report.json does not: the resumed run writes it; one that stands is kept."""
+    """splits.json stands, leakage_report.json does not: the resumed run writes it; whole files are kept."""
     split = {"train": np.arange(6), "val": np.arange(6, 10)}
     common.write_json(tmp_path / "splits.json", {"train": list("abcdef"), "val": list("ghij")})
     run = Recorded(tmp_path, resumed=True)
@@ -229,6 +229,9 @@ def test_a_run_that_was_killed_between_two_files_of_its_split(tmp_path):
     common.write_json(tmp_path / "leakage_report.json", {"between": {"train-val": {}}, "within": {}})
     splitting.record_split(run, split, list("abcdefghij"), {"between": {}, "within": {}})
     assert "train-val" in (tmp_path / "leakage_report.json").read_text()
+    (tmp_path / "splits.json").write_text('{"train": [')
+    splitting.record_split(run, split, list("abcdefghij"), {"between": {}, "within": {}})
+    assert json.loads((tmp_path / "splits.json").read_text())["val"] == list("ghij")
 
 
 @pytest.mark.parametrize("rows", [10, 11, 17])

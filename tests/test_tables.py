@@ -228,6 +228,9 @@ def test_duplicates(tmp_path):
     assert ratings.sd[:, 0].tolist() == [2, 1] and ratings.n[:, 0].tolist() == [10, 10]
     assert "who" not in ratings.extra and "1 images" in ratings.notes[-1]
     assert "vary within an image" in fails(rating_tables.read_ratings, path, duplicates="mean", group_column="who")
+    path = written(tmp_path, "image,a,b_sd,b_n\na.jpg,1,1,5\nb.jpg,5,2,5\na.jpg,3,3,6\n")
+    assert any("number of raters: b_sd, b_n" in note
+               for note in rating_tables.read_ratings(path, duplicates="mean").notes)
     path = written(tmp_path, "image,x\na.jpg,1\nb.jpg,5\na.jpg,3\n")
     assert "single ratings?" in fails(rating_tables.read_ratings, path)
     assert rating_tables.read_ratings(path, duplicates="mean").mean[:, 0].tolist() == [2, 5]

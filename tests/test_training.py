@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -213,6 +214,8 @@ def test_a_resumed_run_continues_the_same_wandb_run(wandb_run):
     epoch(1)
     epoch(2)
     assert fake.logged == [1, 2] and len(fake.inits) == 2 and fake.inits[0]["resume"] == "allow"
+    path = fake.inits[0]["name"]
+    assert fake.inits[0]["id"] == uuid.uuid5(uuid.NAMESPACE_URL, f"file://{path}").hex, "as in runs of before"
     assert fake.inits[0]["id"] == fake.inits[1]["id"] and "reinit" not in fake.inits[0]
     assert fake.inits[0]["config"]["device"] == "cpu" and "given" not in fake.inits[0]["config"]
 
@@ -314,6 +317,10 @@ def test_folds_that_are_done_one_by_one_can_be_pooled(tmp_path):
         assert run.folder == folder and list(run.each_fold([None, None], None)) == [0, 1]
     common.write_json(folder / "metrics.json", {"folds": [{"fold": 0}, {"fold": 1}]})
     assert all(common.is_finished(folder, SimpleNamespace(fold=fold, epochs=50)) for fold in (0, 1, "all"))
+    for damage in (lambda path: path.write_text("{"), Path.unlink):  # how many folds there are is not known
+        damage(folder / "splits.json")
+        assert not common.is_finished(folder, SimpleNamespace(fold="all", epochs=50))
+        assert common.is_finished(folder, SimpleNamespace(fold=0, epochs=50))
     (folder / "metrics.json").unlink()
     assert not common.is_finished(folder, SimpleNamespace(fold=0, epochs=50))
 
@@ -553,11 +560,11 @@ def test_out_of_memory_prints_the_command_with_half_the_batch(monkeypatch, words
     assert code == 1 and message.endswith(f"\ntry: python train_x.py {expected}\n(or, if it was in evaluation, with a smaller --val_batch_size)")
 
 
-def test_memory_that_runs_out_is_known_by_its_text():
+def test_memory_that_runs_out_is_known_by_its_class_or_text():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10 ** 15)
     in_opencv = RuntimeError("OpenCV(5.0.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 9 bytes")
-    for error in (caught.value, in_opencv):
+    for error in (caught.value, in_opencv, torch.OutOfMemoryError("in any words"), MemoryError()):
         code, message = common._explain(error)
         assert code == 1 and message.startswith("error: out of memory")
 
