@@ -231,9 +231,10 @@ def refuse(parser, why, names):
 
 
 def changed(args, names):
-    """Those of these flags that are neither off (0, empty) nor as in SOLVED."""
+    """Those of these flags that are neither off (0, empty) nor as in SOLVED, where a frozen backbone is not off."""
     values = {name: getattr(args, name) for name in names}
-    return {name for name, value in values.items() if value and value != SOLVED.get(name)}
+    return {name for name, value in values.items()
+            if value != SOLVED.get(name) and (value or name == "freeze_backbone")}
 
 
 def check_learning_flags(parser, args):
@@ -739,7 +740,7 @@ class Scores(Objective):
         labelled = ~torch.isnan(target)  # (B, R), True = a score is there
         # a missing score is its own target: its error is 0, without a NaN in the gradient
         filled = torch.where(labelled, target, predicted.detach())
-        pointwise = getattr(nn.functional, f"{self.args.loss}_loss")  # mse_loss or smooth_l1_loss
+        pointwise = nn.functional.smooth_l1_loss if self.args.loss == "smooth_l1" else nn.functional.mse_loss
         error = pointwise(predicted / sd, filled / sd, reduction="none")
         cell_weight = labelled * common.on_device(self.target_weight, predicted.device)
         row_error = (error * cell_weight).sum(1) / cell_weight.sum(1).clamp(min=1e-9)

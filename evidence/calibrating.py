@@ -124,12 +124,12 @@ def prior_correction(train_prior, sampled_prior):
 def fit_threshold(probability, label, positive=1):
     """Threshold of the positive class with its best F1 on these rows: (N, C), (N,) -> 0 to 1.
 
-    It lies halfway between two scores; of equally good ones the nearest to .5; .5 without both
-    classes.
+    It lies halfway between two scores; of equally good ones the nearest to .5. Without both classes, or with a score
+    that is no number: .5.
     """
     score = probability[:, positive]
     is_positive = label == positive
-    if is_positive.all() or not is_positive.any():
+    if is_positive.all() or not is_positive.any() or np.isnan(score).any():
         return 0.5
     n_called, hits = class_scores.hits_by_threshold(score, is_positive)
     f1 = 2 * hits / (n_called + is_positive.sum())

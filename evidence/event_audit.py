@@ -147,10 +147,10 @@ def seen_events(table):
 
 def _renamed_copies(table, file_keys):
     """(N,) text: the videos with the same content, '' where there is one."""
-    import pandas as pd
-    videos = pd.Series(table.videos)
-    copies = videos.groupby(file_keys).transform(lambda own: " = ".join(sorted(set(own))))
-    return copies.mask(copies == videos, "")
+    videos = collections.defaultdict(set)
+    for key, video in zip(file_keys, table.videos):
+        videos[key].add(video)
+    return [" = ".join(sorted(videos[key])) if len(videos[key]) > 1 else "" for key in file_keys]
 
 
 def count_classes(table):

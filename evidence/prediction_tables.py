@@ -158,8 +158,13 @@ class ClassTable(Rows):
         """subject_intervals.Result, paired with the best baseline; each decides by its own threshold, if any."""
         best = self.best_baseline
         return subject_intervals.bootstrap_classification(
-            self.probability, self.label, self.groups, self.baselines[best], self.threshold, self.positive,
-            self.baseline_thresholds.get(best), self.n_folds, names=self.names, baseline_name=best)
+            self.probability, self.label, self.groups, self.baselines[best],
+            threshold=self.threshold,
+            positive=self.positive,
+            baseline_threshold=self.baseline_thresholds.get(best),
+            folds=self.n_folds,
+            names=self.names,
+            baseline_name=best)
 
     def against(self, other, name):
         """The table with the predictions of another one of the same rows as its only baseline."""
@@ -312,7 +317,7 @@ def _probabilities(table, prefix, names, path):
 
 ID_COLUMNS = "image clip_id id filename file name".split()
 FURTHER_KEYS = "event n_clips video start_sec end_sec fold".split()
-KNOWN_COLUMNS = [*FURTHER_KEYS, "seen", "warning", "score", "threshold"]  # whatever their case
+KNOWN_COLUMNS = [*FURTHER_KEYS, "seen", "warning"]  # whatever their case
 BOUNDS = ("sd", "low", "high")  # NAME_ of how sure the model is: baselines only where one is named
 LABEL_COLUMNS = ("true_label", "label", "true", "target")
 PLAIN_LABELS = ("0 1", "0.0 1.0", "no yes", "false true", "negative positive")  # the second one is the positive class
@@ -326,8 +331,8 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     name, of the baseline to hold against; None = all that the table has. Raises UserError for what cannot be judged.
     """
     table = csv_tables.read_table(path)
-    spelled = {name: name.lower() for name in table if name.lower() not in table}
-    table = table.rename(columns={name: key for name, key in spelled.items() if key in KNOWN_COLUMNS})
+    spelled = {name.lower(): name for name in table if name.lower() not in table}
+    table = table.rename(columns={spelled[key]: key for key in KNOWN_COLUMNS if key in spelled})
     if group_column:
         group_column = known_name(group_column, table, f"{path}, --group_column")
     elif "group" in table:  # so spelled: a column Group may be that of a treatment
@@ -469,8 +474,8 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
     found = _class_table(
         names, table[label_column], _probabilities(table, "prob_", names, path), blocks, baseline,
         positive_class or stated, shared,
-        threshold=_threshold(table, "threshold", path),
-        baseline_thresholds=_known({kind: _threshold(table, f"{kind}_threshold", path) for kind in kinds}),
+        threshold=_threshold(table, "threshold", label_column, path),
+        baseline_thresholds=_known({kind: _threshold(table, f"{kind}_threshold", label_column, path) for kind in kinds}),
         logits=_block(table, [f"logit_{name}" for name in names], path))
     if stated not in (None, names[found.positive]):  # the thresholds are of another class
         return dataclasses.replace(found, threshold=None, baseline_thresholds={})
@@ -486,11 +491,11 @@ def _stated_class(table, names, path):
     return found[0] if found else None
 
 
-def _threshold(table, column, path):
-    """(M,) numbers of a column, None without it. Raises UserError for blank cells."""
+def _threshold(table, column, label_column, path):
+    """(M,) numbers of a column, None without it. Raises UserError for blank cells beside a label."""
     if column not in table:
         return None
-    csv_tables.refuse_blank(table, path, column)
+    csv_tables.refuse_blank(table[table[label_column] != ""], path, column)
     return csv_tables.to_numbers(table[column], f"{path}, column {column}")
 
 

@@ -41,32 +41,35 @@ def regression_alarms(predicted, target, names):
     ]
     alarms = [f"{fault}: {', '.join(itertools.compress(names, flags))}. {remedy}"
               for fault, flags, remedy in faults if flags.any()]
-    is_cut = (predicted == np.fmin.reduce(target)) | (predicted == np.fmax.reduce(target))  # to the scale of the labels
-    repeats = np.unique(predicted[~is_cut.all(1)], axis=0, return_counts=True)[1]
-    most = repeats.max(initial=0)
-    if most >= _fewest_repeats(predicted, repeats, min(modal)) and not is_constant.all():
+    # what is cut to the scale of the labels stands at its ends, about as often as they do
+    ends = np.stack([np.fmin.reduce(target), np.fmax.reduce(target)])[:, None]  # (2, 1, R)
+    is_end = predicted == ends  # (2, N, R)
+    is_usual = is_end.sum(1) <= 3 * (target == ends).sum(1)  # (2, R)
+    is_cut = (is_end & is_usual[:, None]).any(0).all(1)
+    most = np.unique(predicted[~is_cut], axis=0, return_counts=True)[1].max(initial=0)
+    if most >= _fewest_repeats(predicted, min(modal)) and not is_constant.all():
         alarms.append(f"the same prediction for {most} of {len(predicted)} rows. {REPEATS_REMEDY}")
     return alarms
 
 
-def _fewest_repeats(predicted, repeats, modal):
+def _fewest_repeats(predicted, modal):
     """How many equal rows of (N, K) predictions speak for a fault: 3, and more where they meet by chance.
 
-    repeats: how often each of them occurs. Of very many rows, or in half precision, some meet: most of these in pairs.
-    So do coarse predictions: each a multiple of 1 / k with k up to 1000, as rounded ones, and the shares of neighbours
-    or of a tree's leaf. modal: how many rows share the most frequent label; where labels too are few points of a scale,
-    or the predictions are its whole points, one of them may be predicted often.
+    Of very many rows some meet, and coarse predictions do: each a multiple of 1 / k with k up to 1000, as rounded ones
+    and the shares of neighbours or of a tree's leaf; of four digits; or in half precision. modal: how many rows share the
+    most frequent label; where labels too are few points of a scale, it is no fault to predict one of them often.
     """
     rows = len(predicted)
     values = np.unique(predicted[np.isfinite(predicted)])
     rest = values[::len(values) // 1000 + 1]  # a thousand tell
     for k in range(501, 1001):  # every k below has a multiple among them
         rest = rest[np.abs(rest * k - np.round(rest * k)) > 1e-8 * k]
-    if len(rest):
-        return 3 + np.sum(repeats == 2)
-    if len(values) <= MOST_POINTS and not (values % 1).any():
-        modal = rows
-    return math.ceil(min(0.95 * rows, max(3, rows / 5, 3 * modal)))
+    with np.errstate(over="ignore"):
+        rest = rest[np.abs(rest - rest.astype(np.float16)) > 1e-6 * np.abs(rest)]
+    if any(float(f"{value:.4g}") != value for value in rest):
+        return max(3, rows // 300)
+    is_few_points = len(values) <= MOST_POINTS and not (values % 1).any()  # one of 7 may well stand for a third
+    return math.ceil(min(0.95 * rows, max(3, rows / (2 if is_few_points else 5), 3 * modal)))
 
 
 def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
@@ -105,7 +108,7 @@ def classification_alarms(probability, label, names, threshold=None, positive=1)
     rounded = np.round(probability, 6)
     unsure = rounded[rounded.max(1) < 0.999]  # rows that are told apart with ease have nearly 0 and 1
     values, repeats = np.unique(unsure, axis=0, return_counts=True)
-    fewest = _fewest_repeats(probability, repeats, counts.max())
+    fewest = _fewest_repeats(probability, counts.max())
     often = repeats >= fewest
     if often.any():
         alarms.append(f"the same probability {fewest} times or more, in {repeats[often].sum()} of {rows} rows; that of "
@@ -261,7 +264,7 @@ OUTCOMES = {
 # they look at no input
 TRIVIAL_COLUMNS = {"mean_of_these_rows", "shares_of_these_rows", "train_mean", "train_prior", "moment_mean", "zero"}
 TRIVIAL_BASELINES = TRIVIAL_COLUMNS | {"mean box"}
-KNOWN_BASELINES = {*metric_names.BASELINES, "copy", "motion_ridge", "grid_readout"}  # they do
+KNOWN_BASELINES = {*metric_names.BASELINES, "copy", "motion_ridge", "motion_readout", "grid_readout"}  # they do
 
 
 @dataclasses.dataclass(frozen=True)

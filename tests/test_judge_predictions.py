@@ -410,6 +410,7 @@ def test_rows_of_one_name_are_one_group(tmp_path):
     assert len(set(named.groups)) == 50 and named.notes == []
     folds = table_of(tmp_path, [{"Fold" if name == "fold" else name: cell for name, cell in row.items()} for row in rows])
     assert folds.n_folds == found.n_folds == 50, "of any case"
+    assert table_of(tmp_path, [{"Fold": 1, "FOLD": 2, **row} for row in without(rows, "fold")]).n_folds == 1
     assert table_of(tmp_path, without(rows, "image")).groups is None, "nothing says which row is which"
     assert table_of(tmp_path, [{**row, "image": "all"} for row in rows]).groups is None
 

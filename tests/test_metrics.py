@@ -427,21 +427,33 @@ def test_whole_points_of_continuous_ratings_are_no_fault():
     draw = np.random.default_rng(0)
     ratings = draw.normal(4, 1, (200, 1)).clip(1, 7)
     assert verdicts.regression_alarms(np.rint(ratings + 0.5 * draw.normal(size=(200, 1))), ratings, ["v"]) == []
+    few = np.where(np.arange(200)[:, None] % 10 > 0, 3, np.rint(ratings))
+    assert "the same prediction for" in " ".join(verdicts.regression_alarms(few, ratings, ["v"]))
     stuck = np.where(np.arange(200)[:, None] % 3 == 0, 50, np.rint(20 * ratings))
     assert faults(verdicts.regression_alarms(stuck, ratings, ["v"]))[0].startswith("the same prediction for")
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_repeated_probability(precision):
-    """Of probabilities or of logits; pairs come first, and a third of the rows that are stuck are found all the same."""
+    """As numbers or as text; a third of the rows that are stuck are found all the same."""
     draw = np.random.default_rng(0)
     label = draw.integers(0, 2, 1000)
     logits = torch.tensor(draw.normal(size=(1000, 2)) + 1.5 * np.stack([1 - label, label], 1))
-    half = torch.softmax(logits, 1).to(precision).double().numpy()[:, 1]
-    for found in (np.stack([1 - half, half], 1), torch.softmax(logits.to(precision).float(), 1).numpy()):
+    half = torch.softmax(logits, 1).to(precision).double().numpy()
+    written = np.array([[float(f"{value:.4g}") for value in row] for row in half])
+    for found in (half, written):
         assert verdicts.classification_alarms(found, label, ["a", "b"]) == []
         stuck = np.where(np.arange(1000)[:, None] % 3 == 0, [2 ** 0.5 - 1, 2 - 2 ** 0.5], found)
         assert "the same probability" in verdicts.classification_alarms(stuck, label, ["a", "b"])[0]
+
+
+def test_pairs_beside_them_do_not_hide_repeated_predictions():
+    draw = np.random.default_rng(0)
+    target = draw.normal(size=(100, 1))
+    predicted = target + draw.normal(size=(100, 1))
+    predicted[:20] = np.repeat(predicted[:10], 2, axis=0)
+    predicted[20:] = np.repeat(predicted[20:40], 4, axis=0)
+    assert faults(verdicts.regression_alarms(predicted, target, ["v"])) == ["the same prediction for 4 of 100 rows"]
 
 
 def test_predictions_that_are_cut_to_the_scale_are_no_fault():
@@ -452,6 +464,9 @@ def test_predictions_that_are_cut_to_the_scale_are_no_fault():
     assert (predicted == 0).sum() > 15 and verdicts.regression_alarms(predicted, pain, ["pain"]) == []
     predicted[:4] = 2 ** 0.5
     assert faults(verdicts.regression_alarms(predicted, pain, ["pain"])) == ["the same prediction for 4 of 150 rows"]
+    ratings = latent + draw.normal(size=(150, 1))
+    low = np.where(np.arange(150)[:, None] < 90, ratings.min(), latent)
+    assert faults(verdicts.regression_alarms(low, ratings, ["pain"])) == ["the same prediction for 90 of 150 rows"]
 
 
 def test_of_very_many_rows_some_meet_by_chance():
