@@ -61,7 +61,7 @@ def _fewest_repeats(predicted, modal):
     """
     rows = len(predicted)
     values = np.unique(predicted[np.isfinite(predicted)])
-    rest = values[::len(values) // 1000 + 1]  # a thousand tell
+    rest = values[::len(values) // 10_000 + 1]  # so many tell
     for k in range(501, 1001):  # every k below has a multiple among them
         rest = rest[np.abs(rest * k - np.round(rest * k)) > 1e-8 * k]
     with np.errstate(over="ignore"):
