@@ -221,7 +221,7 @@ def add_training_arguments(parser):
         help="batches per optimiser step")
     add("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw", help="sgd: momentum 0.9")
     add("--lr", "--learning_rate", type=bounded(float, 1e-12), default=1e-4, help="peak learning rate")
-    add("--weight_decay", type=AMOUNT, default=0.01, help="of all but biases and normalisation layers")
+    add("--weight_decay", type=AMOUNT, default=0.01, help="not applied to biases and normalisation layers")
     add("--scheduler", default="cosine",
         choices=("cosine", "step", "plateau", "warm_restarts", "onecycle", "none"),
         help="cosine: to 0 over the run; step: x0.1 every epochs//3; plateau: x0.5 after epochs "
@@ -235,7 +235,7 @@ def add_training_arguments(parser):
     add("--patience", "--early_stopping", "--early_stop_patience", type=WHOLE, default=15,
         help="epochs without a better validation score before stopping; 0 = never stop early")
     add("--min_epochs", type=WHOLE, default=0, help="never stop early before this epoch")
-    add("--min_delta", type=AMOUNT, default=0.0, help="smallest gain that counts, for patience")
+    add("--min_delta", type=AMOUNT, default=0.0, help="smallest gain that counts as better, for patience")
     add("--compile", action="store_true",
         help="compile the network first (torch.compile, minutes): for long runs on a GPU")
 
@@ -1215,10 +1215,12 @@ def keep_freed_memory():
     glibc hands blocks of many MB back to the system at once and asks for them again in every step,
     page by page: a tenth of a ResNet-18's training step on a CPU. Elsewhere nothing happens.
     """
+    m_trim_threshold = -1  # malloc.h
+    m_mmap_max = -4
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
-        mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2 ** 31 - 1)
 
 
 def fast_precision(device):
@@ -1326,7 +1328,7 @@ class EpochBatches(torch.utils.data.Sampler):
             return whole
         least = 2 if self.batch_size >= 2 * self.size else 1
         n = len(whole)
-        takers = min(self.size, max(n // least, 1))  # the first of the processes
+        takers = min(self.size, max(n // least, 1))  # the first of the processes; the others' slices lie past the end
         return whole[n * self.rank // takers:n * (self.rank + 1) // takers]
 
     def step_span(self, batch, accumulate):

@@ -429,7 +429,8 @@ def fit(run, args, study, split, features):
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
-    return training, *finish_best_model(training, study, split, loaders, scaler)
+    best, tuned_features, predicted = finish_best_model(training, study, split, loaders, scaler)
+    return training, best, tuned_features, predicted
 
 
 def finish_best_model(training, study, split, loaders, scaler):
@@ -546,11 +547,11 @@ def heat_map_blocks(study, rows, folders, cases, args, compute):
 # --- results: predictions table -> judged run folder -------------------------------------------
 
 @common.first_process_only
-def judge(run, args, study, split, table, part, similar, trained_on, **known):
+def judge(run, args, study, split, table, part, alarms, similar, trained_on, best_epoch=None, folds=()):
     """Judge a predictions table of held-out rows.
 
     split: {name: rows}; part: val, test or folds; similar: of splitting.similar_pairs; trained_on: a pair (train rows,
-    scored rows) for each network; known: further fields of the Setting.
+    scored rows) for each network.
     """
     rows = prediction_tables.rows_of(table, study.images)
     # a numeric column may be a further rating, which somebody gave who saw the picture
@@ -566,11 +567,13 @@ def judge(run, args, study, split, table, part, similar, trained_on, **known):
         title="Ratings from images",
         part=part,
         seen=table.seen,
+        best_epoch=best_epoch,
+        alarms=alarms,
         data=data_blocks(study, split, table),
         similar=judging.similar_blocks(similar, study.images, study.picture),
         cases=judging.case_blocks(table, lambda i: study.picture(rows[i]), blocks_of),
         limits=limits(args),
-        **known)
+        folds=folds)
     ceiling = rater_agreement.measure_ceiling(
         study.names, study.ratings, study.sd, study.n, study.single_ratings)
     score_judging.judge_scores(
@@ -640,12 +643,13 @@ def run_split(run, args, study, split, features=None):
     plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch)
     train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))
     alarms += verdicts.split_gap_alarms(train, val, remedy=OVERFITTING_REMEDY)
+    tables = {}
     held_out = [part for part in predicted if part != "train"]
-    for part in held_out:  # val, then test where there is one; the last one is judged
+    for part in held_out:
         rows = split[part]
         seen = training.seen.words(study.hashes[rows])
         answers = (best, tuned_features[part], predicted[part])
-        table = prediction_tables.ScoreTable(
+        tables[part] = prediction_tables.ScoreTable(
             keys={"image": study.images[rows]},
             names=study.names,
             target=study.ratings[rows],
@@ -654,9 +658,10 @@ def run_split(run, args, study, split, features=None):
             groups=study.groups_of(rows),
             seen=seen,
             warning=row_warnings.texts([answers], seen, "pictures", run.say, f"{part} "))
-        table.write(run.path(f"predictions_{part}.csv"))
-    judge(run, args, study, split, table, part, similar, [(split["train"], rows)],
-          alarms=alarms, best_epoch=best_epoch)
+        tables[part].write(run.path(f"predictions_{part}.csv"))
+    part = "test" if "test" in tables else "val"
+    trained_on = [(split["train"], split[part])]
+    judge(run, args, study, split, tables[part], part, alarms, similar, trained_on, best_epoch)
 
 
 def run_folds(run, args, study):
@@ -674,7 +679,7 @@ def run_folds(run, args, study):
     pooled.write(run.path("predictions_folds.csv"))
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
     trained_on = [(splits[k]["train"], splits[k]["val"]) for k in chosen]
-    judge(run, args, study, folds, pooled, "folds", similar, trained_on, alarms=alarms, folds=done)
+    judge(run, args, study, folds, pooled, "folds", alarms, similar, trained_on, folds=done)
 
 
 def run_study(run, args, study):

@@ -127,7 +127,7 @@ def add_data_arguments(data):
     data("--json", type=Path, help="annotations to convert, evaluate or audit")
     data("--images_dir", type=Path, may_change=True,
          help="pictures to convert, predict, evaluate or audit")
-    data("--checkpoint", type=Path,
+    data("--checkpoint", type=common.best_model_of,
          help="best_model.pth, or its run folder, to predict or evaluate")
     data("--output", type=common.new_file,
          help="JSON to write (predict: default detections.json; convert; audit)")
@@ -238,7 +238,7 @@ def settle_split(parser, args):
     given_up = sorted(idle - args.given)
     if given_up:
         print(f"note: --{way} makes the split, so {' and '.join(given_up)} of the configuration or the environment "
-              "not used", flush=True)
+              "not used")
     settled = {name: 0 if name in ("folds", "test_ratio") else None for name in given_up}
     if way == "split_ratio":
         settled["train_ratio"] = args.split_ratio
@@ -731,7 +731,7 @@ def load_pretrained(model, state, source):
         return
     prefix = prefix.removesuffix(body)
     if prefix:
-        print(f"note: {source}: the layers are loaded without the prefix {prefix}", flush=True)
+        print(f"note: {source}: the layers are loaded without the prefix {prefix}")
     expected = ("backbone.", "rpn.", "roi_heads.box_head.")
     state = {name.removeprefix(prefix): value for name, value in state.items()
              if name.removeprefix(prefix).startswith(expected)}
@@ -1186,7 +1186,7 @@ def run_folds(run, args, study):
         folder = run.path(f"fold_{k}")
         if folder not in of_fold:  # it was finished before this run was continued
             rows = splitting.rows_to_try(splits[k], args)["test"]
-            models, content = load_models(folder, args, run.compute)
+            models, content = load_models(folder / "best_model.pth", args, run.compute)
             of_fold[folder] = detect_rows(run, args, study, rows, models, content)
         scored.append(of_fold[folder])
         headline = common.read_json(folder / "metrics.json")["headline"]
@@ -1222,21 +1222,16 @@ def train(args):
 # --- the other modes -------------------------------------------------------------------------
 
 def load_models(path, args, compute):
-    """Checkpoint, or run folder -> ({"model": PartDetector, and "heads" with that --baseline}, what the file holds)."""
+    """Checkpoint -> ({"model": PartDetector, and "heads" with that --baseline}, what the file holds)."""
     model, content = load_detector(path, compute, args.nms_iou)
     models = {"model": model}
     if args.baseline == "heads":
-        folder = common.checkpoint_files([path])[0].parent
-        models["heads"], _ = load_detector(folder / "baseline", compute, args.nms_iou)
+        models["heads"], _ = load_detector(path.parent / "baseline" / "best_model.pth", compute, args.nms_iou)
     return models, content
 
 
 def load_detector(path, compute, nms_iou=None):
-    """Checkpoint, or run folder -> (PartDetector on the device, all that the file holds)."""
-    path, *others = common.checkpoint_files([path])
-    if others:
-        raise common.UserError(
-            f"--checkpoint {path.parent.parent} is a run of folds: give the folder of one, as {path.parent}")
+    """Checkpoint -> (PartDetector on the device, all that the file holds)."""
     content = common.load_model_file(path)
     with common.checkpoint_fields(path):
         model = PartDetector(content["settings"])

@@ -952,10 +952,10 @@ def predictions_table(study, rows, predicted, others, seen):
 
 
 @common.first_process_only
-def judge(run, args, study, split, rows, table, *, part, use, alarms, **known):
+def judge(run, args, study, split, rows, table, *, part, use, alarms, best_epoch=None, folds=()):
     """Judge the predictions for these rows of the study.
 
-    part: val, test, folds, or what evaluate scores; use: of use_of_inputs; known: further fields of the Setting.
+    part: val, test, folds, or what evaluate scores; use: of use_of_inputs.
     """
     motion = np.nanmean(np.abs(study.motion[rows]) / study.label_sd)
     scores_one_block = args.mode == "train" and args.split_by == "time" and not args.folds
@@ -963,12 +963,19 @@ def judge(run, args, study, split, rows, table, *, part, use, alarms, **known):
         title="Probe guidance",
         part=part,
         seen=table.seen,
+        best_epoch=best_epoch,
         alarms=pose_scores.use_alarms(use, motion, scores_one_block) + alarms,
         data=data_blocks(run, study, split, table),
         cases=judging.case_blocks(table, lambda i: study.picture(study.frames[rows[i], 0])),
         limits=limits(args, study),
-        **known)
-    pose_judging.judge_poses(run, table, setting, study, rows, use)
+        folds=folds)
+    pose_judging.judge_poses(
+        run, table, setting,
+        blocks=pose_scores.time_blocks(table, study.sequences[rows], study.order[rows]),
+        label_sd=study.label_sd,
+        has_patients=study.has_patients,
+        compose=study.compose,
+        use=use)
 
 
 def data_blocks(run, study, split, table):

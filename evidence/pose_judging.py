@@ -18,13 +18,12 @@ WITHIN_PATIENTS = ("Fewer than five patients were scored. Intervals, if any, are
                    "about others.")
 
 
-def judge_poses(run, table, setting, study, rows, use):
+def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, compose, use):
     """Judge a table of pose_scores, write tables, plots, report.html and metrics.json; returns the metrics.
 
-    The table is of these rows of a train_dreamer.Study; use: numbers of USE_MEANINGS.
+    blocks: (M,) of pose_scores.time_blocks; label_sd: (6,); has_patients False: each folder counts as one; compose: the
+    name of a Convention; use: numbers of USE_MEANINGS.
     """
-    label_sd = study.label_sd
-    blocks = pose_scores.time_blocks(table, study.sequences[rows], study.order[rows])
     results = pose_scores.compare(table, blocks, label_sd)
     best = min(results.values(), key=lambda result: result.overall.baseline["mae"].value)
     result = pose_scores.in_units(best, label_sd)
@@ -44,7 +43,7 @@ def judge_poses(run, table, setting, study, rows, use):
     alarms += pose_scores.place_alarms(results)
     return judging.close_run(
         run, setting,
-        verdict=pose_scores.verdict(result, patients, study.has_patients, setting.worst_seen),
+        verdict=pose_scores.verdict(result, patients, has_patients, setting.worst_seen),
         result=result,
         metric="mae",
         doubts=verdicts.baseline_doubts(results) + ([] if result.unit == "patients" else [WITHIN_PATIENTS]),
@@ -61,7 +60,7 @@ def judge_poses(run, table, setting, study, rows, use):
             "use": use,
             "per_axis": axes,
             "per_patient": patients,
-            "compose": study.compose,
+            "compose": compose,
         })
 
 

@@ -413,7 +413,7 @@ def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None
     Returns the alarms of unused_groups on these columns, said before anything is trained.
     """
     files = [run.path(name) for name in ("splits.json", "leakage_report.json")]
-    if not run.resumed or not all(map(common.read_or_warn, files)):
+    if not all(map(common.read_or_warn, files)):
         listed = {part: [keys[row] for row in rows] for part, rows in split.items()}
         common.write_json(run.path("splits.json"), listed)
         common.write_json(run.path("leakage_report.json"), report)

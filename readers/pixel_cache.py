@@ -91,7 +91,7 @@ class PixelStore:
             where = {"ram": "in memory", "disk": f"in {self.folder}", "none": "nowhere, each is decoded when it is used"}
             print(f"note: {n_items} {self.item}s take about {sum(sizes) / 1e9:.1f} GB decoded, "
                   f"kept {where[self.cache]} (--cache); a smaller --image_size, a lower --fps or shorter events take "
-                  "less", flush=True)
+                  "less")
         files = common.with_progress("decoding", in_threads(self._load, rows_of_files), len(rows_of_files))
         for loaded, rows in zip(files, rows_of_files):
             for row, (audit, n_bytes, kept) in zip(rows, loaded):

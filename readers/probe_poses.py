@@ -120,24 +120,25 @@ def geodesic_degrees(predicted, target):
 
 @dataclasses.dataclass
 class Convention:
-    """How at1, motion and at2 hang together: at2 = join(at1, motion); all are poses (..., 6)."""
-    join: object  # (pose, pose) -> pose
-    invert: object  # pose -> the pose that join takes back to 0 with it, on either side
-
-    def at2(self, at1, motion):
-        return self.join(at1, motion)
-
-    def at1(self, motion, at2):
-        return self.join(at2, self.invert(motion))
-
-    def motion(self, at1, at2):
-        return self.join(self.invert(at1), at2)
+    """How at1, motion and at2 hang together; each function takes and gives poses (..., 6)."""
+    at2: object  # (at1, motion) -> at2
+    at1: object  # (motion, at2) -> at1
+    motion: object  # (at1, at2) -> motion
 
 
 CONVENTIONS = {
-    "additive": Convention(add_poses, torch.neg),
-    "se3_left": Convention(lambda at1, motion: compose(motion, at1), invert),
-    "se3_right": Convention(compose, invert),
+    "additive": Convention(
+        at2=add_poses,
+        at1=lambda motion, at2: pose_error(at2, motion),
+        motion=lambda at1, at2: pose_error(at2, at1)),
+    "se3_left": Convention(  # T(at2) = T(motion) T(at1)
+        at2=lambda at1, motion: compose(motion, at1),
+        at1=lambda motion, at2: compose(invert(motion), at2),
+        motion=lambda at1, at2: compose(at2, invert(at1))),
+    "se3_right": Convention(  # T(at2) = T(at1) T(motion)
+        at2=compose,
+        at1=lambda motion, at2: compose(at2, invert(motion)),
+        motion=lambda at1, at2: compose(invert(at1), at2)),
 }
 
 

@@ -666,7 +666,7 @@ def name_losses(what, reasons, allowed, is_too_much):
         raise common.UserError(f"{what}; at most {allowed:.0%} may be lost (--max_missing, --on_bad_file skip). "
                                f"Repair or remove these videos:{listed}")
     if reasons:
-        print(f"note: {what}; left out:{listed}", flush=True)
+        print(f"note: {what}; left out:{listed}")
 
 
 # ----------------------------------------------------------------------------------------

@@ -657,7 +657,7 @@ def test_folds_judge_every_picture_by_a_detector_that_has_not_seen_it(bicycles, 
     assert json.loads((run / "metrics.json").read_text())["model"] == metrics["model"]
     refused = run_script("train_detector.py", "--mode", "predict", "--checkpoint", run, "--images_dir",
                          bicycles / "images", code=2)
-    assert "is a run of folds: give the folder of one" in refused.text
+    assert f"of a run with folds name one, as {run}/fold_0" in refused.text
 
 
 def test_what_a_fold_has_detected_is_not_detected_again(monkeypatch, tmp_path):
@@ -858,7 +858,7 @@ def test_prediction_lists_every_picture(bicycles, trained, tmp_path, monkeypatch
     for name in ("0.jpg", "1.jpg", "2.jpg"):
         own = [row for row in rows if row["image"] == name]
         assert sorted(row["part"] for row in own) == sorted(train_detector.load_detector(
-            trained, common.choose_compute("cpu", "off"))[1]["settings"]["parts"])
+            trained / "best_model.pth", common.choose_compute("cpu", "off"))[1]["settings"]["parts"])
         assert all(row["state"] == "absent" for row in own if not row["score"])
     assert len(list((tmp_path / "d_pictures").glob("*.jpg"))) == 1
     # the name of the CSV was given: the JSON stands beside it

@@ -199,9 +199,8 @@ class Recorded:
     """As much of a run folder as record_split needs."""
     args = SimpleNamespace(allow_leakage=False)
 
-    def __init__(self, folder, resumed=False):
+    def __init__(self, folder):
         self.folder = folder
-        self.resumed = resumed
         self.said = []
         self.say = self.said.append
 
@@ -223,7 +222,7 @@ def test_a_run_that_was_killed_between_two_files_of_its_split(tmp_path):
     """splits.json stands, leakage_report.json does not: the resumed run writes it; whole files are kept."""
     split = {"train": np.arange(6), "val": np.arange(6, 10)}
     common.write_json(tmp_path / "splits.json", {"train": list("abcdef"), "val": list("ghij")})
-    run = Recorded(tmp_path, resumed=True)
+    run = Recorded(tmp_path)
     splitting.record_split(run, split, list("abcdefghij"), {"between": {}, "within": {}})
     assert json.loads((tmp_path / "leakage_report.json").read_text()) == {"between": {}, "within": {}}
     common.write_json(tmp_path / "leakage_report.json", {"between": {"train-val": {}}, "within": {}})
