@@ -77,8 +77,9 @@ def judge_coco(args):
     trained = {}
     if args.baseline:
         baseline = Path(args.baseline)
-        _, other, *_ = detection_judging.read_coco_results(args.truth, baseline, *formats)
+        _, other, _, also = detection_judging.read_coco_results(args.truth, baseline, *formats)
         trained[baseline.stem] = other
+        annotated.notes += [note for note in also.notes if note not in annotated.notes]
     detection_judging.check_criteria(args.criteria, truth.parts, detections[0].states is not None)
     with common.start_run(args) as run:
         run.write_args(predictions=[path], truth=args.truth)

@@ -749,7 +749,7 @@ def main():
         several = flags_of_backbones(args)
         for own in several:  # wrong names, weights and checkpoints stop here, before pictures are decoded
             if args.init_from:
-                backbones.starting_weights(args.init_from, names=table.names, backbone=own.backbone, head=args.head)
+                backbones.starting_content(args.init_from, names=table.names, backbone=own.backbone, head=args.head)
             build_backbone(own, args.head)
         study = load_study(args, run, table)
         if len(several) > 1:

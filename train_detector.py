@@ -674,7 +674,7 @@ def choose_anchors(args, truth, min_size, max_size):
     if args.anchor_sizes:
         return args.anchor_sizes
     if args.init_from:
-        content = common.load_model_file(args.init_from)
+        content = backbones.starting_content(args.init_from, model=args.model)  # another model has other levels
         with common.checkpoint_fields(args.init_from):
             return content["settings"]["anchor_sizes"]
     if args.model != RESNET18:
@@ -893,6 +893,8 @@ def fit(run, args, study, split):
     if args.augment == "light" and part_boxes.mirrored_labels(train_truth.parts) is None:
         run.say("note: a part is called left or right and its counterpart is missing, so pictures are not mirrored")
     run.say(f"anchors of {' '.join(map(str, settings['anchor_sizes']))} input pixels (--anchor_sizes)")
+    if args.state_class_weights != "none" and not settings["states"]:
+        run.say(f"note: no box has a state, so --state_class_weights {args.state_class_weights} does nothing")
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
     train_loader = make_loader(study, split["train"], settings, args, compute, train=True)
     val_loader = make_loader(study, split["val"], settings, args, compute)
@@ -1052,8 +1054,9 @@ def count_states(states):
 
 def limits(args):
     """Sentences on what a reader must not conclude from this run."""
-    lines = [] if args.group_column else [
-        "No --group_column: pictures of one object or session may stand on both sides of the split."]
+    lines = []
+    if not args.group_column:
+        lines.append("No --group_column: pictures of one object or session may stand on both sides of the split.")
     return lines + judging.limits_of_start(args)
 
 

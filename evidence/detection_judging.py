@@ -28,14 +28,14 @@ def read_coco_results(truth_json, detections_json, group_column=None, box_format
     part_boxes.refuse([image.name for image in images if image.size is None],
                       f"{truth_json}: images without width and height:", "Add them.")
     part_boxes.refuse_other_convention(images, truth_json, truth_format, "--truth_format")
-    parts, detections, seen = detection_tables.read_results(detections_json, found, box_format)
+    parts, detections, seen, notes = detection_tables.read_results(detections_json, found, box_format)
     truth, without_area, box_notes = part_boxes.as_truth(
         images, parts, min_trust=0.5, groups=part_boxes.read_groups(images, group_column))
     refuse_without_boxes(truth, truth_json)
     if not truth.has_states():
         detections = [dataclasses.replace(detected, states=None) for detected in detections]
     found.skipped += without_area
-    found.notes += box_notes
+    found.notes += notes + box_notes
     return truth, detections, seen, found
 
 

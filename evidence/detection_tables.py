@@ -2,13 +2,11 @@
 
 Letters: D detections of one picture, P parts, S states.
 """
-from pathlib import Path
-
 import numpy as np
 
 import common
 from evidence import detection_scores, seen_rows
-from readers import part_boxes
+from readers import file_names, part_boxes
 
 N_STATES = detection_scores.N_STATES
 BOX_COLUMNS = ("x1", "y1", "x2", "y2")
@@ -79,9 +77,9 @@ def coco_results(rows, image_ids, category_ids):
 
 
 def read_results(path, annotated, box_format):
-    """COCO results of any program -> (parts, Detections and one of seen_rows.WORDS for each image).
+    """COCO results of any program -> (parts, Detections and one of seen_rows.WORDS for each image, notes).
 
-    annotated: Annotations of these images, to whose notes some are added; parts: theirs, then what else the results name as their `part`. The state
+    annotated: Annotations of these images; parts: theirs, then what else the results name as their `part`. The state
     stands in state_probabilities or in state (text or number), or nowhere: then they are plain detections. box_format:
     one of part_boxes.BOX_FORMATS, None for xywh. UserError that lists what cannot be read.
     """
@@ -114,19 +112,18 @@ def read_results(path, annotated, box_format):
             states=None if n_without else np.reshape([states[each.key] for each in own], (-1, N_STATES))))
         words = [each.fields.get("seen") for each in own]
         seen.append(seen_rows.worst([word for word in words if word in seen_rows.WORDS] or ["not known"]))
-    annotated.notes += found.notes
-    return parts, detections, np.array(seen)
+    return parts, detections, np.array(seen), [f"{path.name}: {note}" for note in found.notes]
 
 
 def results_as_coco(entries, annotated, reading):
     """COCO results, and the images and categories of Annotations -> COCO.
 
-    The file_name decides, where no two images share theirs: a program may have written image ids of its own.
+    The file_name decides, where it fits one image: a program may have written image ids of its own.
     """
     ids = dict(annotated.category_ids)
-    named = {Path(image.name).name: image.id for image in annotated.images}
-    if len(named) < len(annotated.images):
-        named = {}
+    image_ids = {file_names.clean_name(image.name): image.id for image in annotated.images}
+    names = {file_name(entry) for entry in entries if isinstance(entry, dict)}
+    fits = file_names.NameIndex(image_ids, file_names.IMAGE_SUFFIXES).match(names, exact=False)
     annotations = []
     for number, entry in enumerate(entries):
         name = f"result {number}"
@@ -134,7 +131,8 @@ def results_as_coco(entries, annotated, reading):
             reading.faults.append(f"{name}: expected an object, found {str(entry)[:60]}")
             continue
         written = entry.get("image_id")
-        image_id = named.get(Path(str(entry.get("file_name"))).name, written)
+        fitting = fits[file_name(entry)].files
+        image_id = image_ids[fitting[0]] if len(fitting) == 1 else written
         is_other = part_boxes.read_id(image_id) != part_boxes.read_id(written)
         reading.counts["results have the image_id of another image than their file_name, which decides"] += is_other
         category = entry.get("category_id")
@@ -143,6 +141,11 @@ def results_as_coco(entries, annotated, reading):
             category = ids.setdefault(part, f"part {part}")
         annotations.append({**entry, "id": number, "entry": name, "image_id": image_id, "category_id": category})
     return part_boxes.coco_content([image.fields for image in annotated.images], annotations, ids)
+
+
+def file_name(entry):
+    """The file_name of a result, cleaned; '' where it has none."""
+    return file_names.clean_name(entry.get("file_name") or "")
 
 
 def read_score(found, faults):

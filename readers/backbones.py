@@ -439,15 +439,15 @@ def freeze_stages(backbone, n_stages, example):
             parameter.requires_grad_(False)
 
 
-def starting_weights(path, **expected):
-    """--init_from -> state dict of another run of this script. UserError where a field differs from `expected`."""
+def starting_content(path, **expected):
+    """--init_from -> checkpoint of another run of this script. UserError where a field differs from `expected`."""
     content = common.load_model_file(path)
     with common.checkpoint_fields(path):
         found = content | content.get("settings", {})
         wrong = [f"{name} {found[name]}, expected {value}" for name, value in expected.items() if found[name] != value]
     if wrong:
         raise common.UserError(f"--init_from {path} was trained for something else: {'; '.join(wrong)}")
-    return content["model"]
+    return content
 
 
 def start_from(model, path, /, is_frozen, **expected):
@@ -455,7 +455,7 @@ def start_from(model, path, /, is_frozen, **expected):
 
     is_frozen: features were computed with the model's own backbone, so that another one is refused too.
     """
-    state = starting_weights(path, **expected)
+    state = starting_content(path, **expected)["model"]
     own = {name: value for name, value in model.state_dict().items() if name.startswith(("backbone.", "encoder."))}
     if is_frozen and any(name in state and not torch.equal(value, state[name]) for name, value in own.items()):
         raise common.UserError(

@@ -158,7 +158,7 @@ def classes_of(spelled, label_map=None, names=None):
         names = [name for name in dict.fromkeys(known.values()) if name and name in chosen]
         if not is_mapped:
             names.sort()
-    csv_tables.refuse_blank_names(names, "labels")
+        csv_tables.refuse_blank_names(names, "labels")
     return names, chosen
 
 
@@ -352,8 +352,11 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, tim
     else:
         root = video_root or path.parent
         table, source, label = read_manifest_file(path, root, asked, need_labels, notes)
+    written = table[source]
+    if "video_filename" in table:
+        written = written.mask(written == "", table["video_filename"])
     event_times.check_times_are_used(table, path)
-    rows = describe_rows(table, path, root, table[source], part, min_event_sec, time_unit, notes)
+    rows = describe_rows(table, path, root, written, part, min_event_sec, time_unit, notes)
     rows["label"] = "" if label is None else list(table[label])
     check_whole_clips(rows, table, path)
     used = {source, label, *(column.name for column in event_times.time_columns(table))}

@@ -40,7 +40,7 @@ def column_match(key):
 
 
 def time_columns(rows):
-    """TimeColumns of the starts, and of the ends and durations: those whose names say their unit, else the others."""
+    """TimeColumns of the starts, then of the ends and durations: those whose names say their unit, else the others."""
     found = []
     for name in rows:
         match = column_match(name)
@@ -55,15 +55,13 @@ def time_columns(rows):
         if looks_like_times(rows[name]) or (unit and any(rows[name])):  # other cells are errors
             found.append(TimeColumn(name, role, unit))
     found.sort(key=lambda column: "offset" in column.name)  # a start counts before an offset
-    in_unit = {column.role == "start" for column in found if column.unit}  # holds True: starts are, False: ends are
-    kept = []
-    for column in found:
-        is_start = column.role == "start"
-        # beside starts in their unit an end that is a time of day is no end
-        is_day_time = True in in_unit and rows[column.name].str.contains(":").any()
-        if column.unit or not (is_start in in_unit or is_day_time):
-            kept.append(column)
-    return kept
+    starts = [column for column in found if column.role == "start"]
+    ends = [column for column in found if column.role != "start"]
+    starts_in_unit = [column for column in starts if column.unit]
+    ends_in_unit = [column for column in ends if column.unit]
+    if starts_in_unit:  # then an end that is a time of day is no end
+        ends = [column for column in ends if not rows[column.name].str.contains(":").any()]
+    return (starts_in_unit or starts) + (ends_in_unit or ends)
 
 
 def looks_like_times(cells):
@@ -118,11 +116,11 @@ def seconds_in(cells, unit, where):
 
 
 def event_windows(rows, source, min_event_sec, time_unit, notes):
-    """Time columns of one manifest -> (N,) starts and ends, their unit (sec or frame), (N,) faults, text, '' = none.
+    """Time columns of one manifest -> (N,) starts, ends, units (sec or frame) and faults, text, '' = none.
 
-    A start and an end or a duration, in frames (both inclusive) where they are not in seconds, by the names that
-    TIME_COLUMN knows; nothing: the whole clip. time_unit: of columns whose names say none; seconds by default, which is
-    noted. An event shorter than min_event_sec gets a window of that length around it.
+    A start and an end or a duration, by the names that TIME_COLUMN knows; nothing: the whole clip. A row is in frames
+    (both inclusive) where it has no start in seconds, or an end only in frames. time_unit: of columns whose names say
+    none; seconds by default, which is noted. An event shorter than min_event_sec gets a window of that length around it.
     """
     import pandas as pd
     columns = time_columns(rows)
@@ -142,18 +140,25 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
         named = ", ".join(column.name for column in columns)
         raise common.UserError(
             f"{source}: expected starts and ends both in frames or both in seconds, found {named}. Rename or correct them")
-    is_frame = (of_starts & of_ends or of_starts) == {"frame"}
-    unit = "frame" if is_frame else "sec"
     nothing = pd.Series(np.nan, range(len(rows)))
-    start, end, duration = [found.get((role, unit), nothing) for role in ("start", "end", "duration")]
-    end = end.fillna(start + duration - is_frame).fillna(start) + is_frame  # the last frame of a window is in it
+
+    def read_windows(unit, one_frame):
+        """(N,) starts, ends and whether these are written, in this unit; the last frame of a window is in it."""
+        start, end, duration = [found.get((role, unit), nothing) for role in ("start", "end", "duration")]
+        end = end.fillna(start + duration - one_frame)
+        return start, end.fillna(start) + one_frame, end.notna()
+    start, end, has_end = read_windows("sec", 0)
+    first, stop, has_stop = read_windows("frame", 1)
+    is_frame = first.notna() & (start.isna() | (has_stop & ~has_end))
+    start = start.mask(is_frame, first)
+    end = end.mask(is_frame, stop)
     faults = np.full(len(rows), "", object)
     faults[start < 0] = "starts before the file"
     faults[end < start + is_frame] = "ends before it starts"
     if start.notna().any():
         faults[start.isna()] = "no offset, while other rows have one"
-    start, end = _widen(start, end, min_event_sec, not is_frame)
-    return start, end, unit, faults
+    start, end = _widen(start, end, min_event_sec, ~is_frame)
+    return start, end, np.where(is_frame, "frame", "sec"), faults
 
 
 def _widen(start, end, min_event_sec, can_be_short):

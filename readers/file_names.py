@@ -59,7 +59,7 @@ def natural_key(name):
 
 
 def find_videos(root):
-    """({clean name below root: Path} of all videos, .npy clips and folders of pictures, the same of the other files).
+    """({path below root: Path} of all videos, .npy clips and folders of pictures, the same of the other files).
 
     Pictures, hidden and '._' files are ignored.
     """
@@ -73,7 +73,7 @@ def find_videos(root):
             is_picture = suffix in IMAGE_SUFFIXES
             source = inside if is_picture else file
             kind = found if is_picture or suffix in VIDEO_SUFFIXES else others
-            kind[clean_name(source)] = root / source
+            kind[source.as_posix()] = root / source
     return found, others
 
 
@@ -249,7 +249,7 @@ def match_videos(names, root, exact=False):
     several files, or several folders mean one file.
     """
     videos, others = find_videos(root)
-    files = others | videos
+    files = {clean_name(file): path for file, path in (others | videos).items()}
     written = below_folder(names, root)
     pictures = [own for own in written.values() if own.lower().endswith(IMAGE_SUFFIXES)]
     videos_named = [own for own in written.values() if not own.lower().endswith(IMAGE_SUFFIXES)]

@@ -318,7 +318,8 @@ def read_object(own, fields, image, part, reading):
     key = clean(fields.get("entry", f"annotation {own}"))
     ids = fields.get("image_id"), fields.get("category_id")
     name = image.name if image else ""
-    reading.counts["ids are text or have a fraction"] += sum(type(value) in (str, float) for value in ids)
+    are_odd = [type(value) is not int and read_number(value) is not None for value in ids]  # img_7 is sound
+    reading.counts["ids are text or have a fraction"] += sum(are_odd)
     if image is None or part is None:
         reason = f"image_id {ids[0]!r} or category_id {ids[1]!r} is unknown"
         if None in ids and is_coco:
@@ -677,7 +678,8 @@ def used_parts(found, images, known=None):
                f"It knows {', '.join(known)}.")
         return known, []
     if not used:
-        raise common.UserError("no box in the annotations: nothing to learn")
+        files = common.shorten_list(each.path for each in found)
+        raise common.UserError(f"no box in {files}: nothing to learn")
     named = dict.fromkeys(name for each in found for name in each.category_ids)
     unused = [name for name in named if name not in used]
     notes = [f"parts without a box, left out: {', '.join(unused)}"] if unused else []

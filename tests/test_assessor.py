@@ -646,7 +646,7 @@ def test_a_checkpoint_to_continue_is_no_model_to_predict_with(tmp_path, monkeypa
     with pytest.raises(common.CheckpointError, match=message):
         train_assessor.load_assessor(path, common.choose_compute("cpu", "off"))
     with pytest.raises(common.CheckpointError, match=message):
-        backbones.starting_weights(path, names=["Valence"])
+        backbones.starting_content(path, names=["Valence"])
 
 
 def test_further_fields_of_a_checkpoint_are_ignored(tmp_path):

@@ -440,6 +440,12 @@ def test_attributes_that_are_not_used_are_named_and_survive_a_conversion(tmp_pat
     content = with_states(lambda state: {"condition": state, "view": "side"})
     study = study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
     assert not study.truth.has_states()
+    said = []
+    monkeypatch.setattr(train_detector, "build_model", lambda *_: sys.exit(0))  # what is said before is enough
+    with pytest.raises(SystemExit):
+        train_detector.fit(SimpleNamespace(compute=None, say=said.append), flags("--state_class_weights", "balanced"),
+                           study, {"train": np.array([0]), "val": np.array([1])})
+    assert "note: no box has a state, so --state_class_weights balanced does nothing" in said
     for said in ("attribute condition of the boxes was not used: intact 2, damaged 2", "attribute view", "side 4"):
         assert any(said in note for note in study.notes)
     command = f"train_detector.py --mode convert --json {tmp_path}/a.json --output {tmp_path}/c.json"
@@ -452,6 +458,19 @@ def test_attributes_that_are_not_used_are_named_and_survive_a_conversion(tmp_pat
     unknown = with_states(lambda state: {"state": state if state == "intact" else "__undefined__"})
     study = study_of(tmp_path, flags, unknown, names=("0.jpg", "1.jpg"))
     assert [row.tolist() for row in study.truth.states] == [[0, UNKNOWN]] * 2
+
+
+def test_a_file_without_boxes_is_named(tmp_path, flags):
+    with pytest.raises(common.UserError, match="no box in .*a.json: nothing to learn"):
+        study_of(tmp_path, flags, coco(annotations=[]), names=("0.jpg", "1.jpg"))
+
+
+def test_ids_that_are_names_are_sound(tmp_path, flags):
+    content = each("annotations", lambda a: {"image_id": f"img_{a['image_id']}"})
+    for image in content["images"]:
+        image["id"] = f"img_{image['id']}"
+    study = study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
+    assert len(study.truth.boxes[0]) == 2 and not any("ids are" in note for note in study.notes)
 
 
 # --- boxes ------------------------------------------------------------------------------
@@ -650,9 +669,13 @@ def test_a_detector_to_start_from_keeps_its_anchors(tmp_path):
     path = tmp_path / "best_model.pth"
     learnt = [16, 24, 40, 56, 90, 130, 190, 260]
     common.save_checkpoint(path, {"format": common.FORMAT, "script": common.script_name(), "model": {},
-                                  "settings": {"anchor_sizes": learnt}})
+                                  "settings": {"model": train_detector.RESNET18, "anchor_sizes": learnt}})
     flags = SimpleNamespace(model=train_detector.RESNET18, anchor_sizes=None, init_from=path)
     assert train_detector.choose_anchors(flags, drawn_truth(np.full((4, 3), 300.0)), 400, 800) == learnt
+    flags.model = "fasterrcnn_resnet50_fpn"
+    with pytest.raises(common.UserError, match="--init_from .* model fasterrcnn_resnet18_fpn, expected fasterrcnn_resnet50_fpn"):
+        train_detector.choose_anchors(flags, drawn_truth(np.full((4, 3), 300.0)), 400, 800)
+    flags.model = train_detector.RESNET18
     flags.init_from = None
     assert train_detector.choose_anchors(flags, drawn_truth(np.full((4, 3), 300.0)), 400, 800) != learnt
 

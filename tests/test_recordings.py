@@ -314,6 +314,14 @@ def test_folders_of_recordings_differ_where_their_names_do(made, tmp_path):
         (run / "metrics.json").unlink()
 
 
+def test_names_that_differ_in_blanks_or_composition_are_two_recordings(tmp_path):
+    names = [" a.mp4", "a.mp4", "\u00fc.mp4", "u\u0308.mp4"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    found = video_files.find_recordings(tmp_path)
+    assert sorted(found) == sorted(names) and len(set(found.values())) == 4
+
+
 def test_recordings_shorter_than_a_window_and_broken_in_the_middle(made, tmp_path):
     """One frame is a window, and so are three; of a folder of pictures what can be read is written, the rest named."""
     frames = np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), dtype=np.uint8)

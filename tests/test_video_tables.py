@@ -250,6 +250,12 @@ def test_blank_paths_are_skipped_by_their_lines(tmp_path):
     assert [row["row"] for row in score_tables.read_sequences(path).skipped] == ["s.csv line 3"]
 
 
+def test_a_blank_video_path_falls_back_to_the_file_name(tmp_path):
+    put(tmp_path, "a.mp4", "b.mp4")
+    path = write(tmp_path / "m.csv", "video_path,video_filename,label\na.mp4,x.mp4,p\n,b.mp4,q\n")
+    assert list(event_tables.read_events({"": path}).videos) == ["a.mp4", "b.mp4"]
+
+
 @pytest.mark.parametrize("header, unit", [
     ("start_frame,duration_sec", None), ("start_sec,end_frame", None), ("t_start,duration_min", "frame")])
 def test_ends_in_another_unit_than_the_starts_stop(tmp_path, header, unit):
@@ -301,6 +307,14 @@ def test_clock_times_are_no_frames(tmp_path, header, unit):
 def test_windows_in_frames_under_other_names(tmp_path, header, cells):
     table = windows(tmp_path, header, cells, cells)
     assert table.windows.tolist() == [[10, 20]] * 2 and set(table.unit) == {"frame"}
+
+
+def test_each_row_has_the_unit_of_its_own_start_and_end(tmp_path):
+    """Tables of two people joined; a start without an end in seconds does not hide the end in frames."""
+    header = "start_sec,end_sec,start_frame,end_frame"
+    table = windows(tmp_path, header, "1,2,,", ",,10,20", "3,5,,", "4,,100,120", "6,7,150,175", "8,,,")
+    assert table.windows.tolist() == [[1, 2], [10, 21], [3, 5], [100, 121], [6, 7], [7.5, 8.5]] and not table.skipped
+    assert list(table.unit) == ["sec", "frame", "sec", "frame", "sec", "sec"]
 
 
 def test_the_unit_of_a_column_that_says_none_can_be_given(tmp_path):
@@ -607,6 +621,7 @@ def test_unmapped_labels_are_listed_with_their_counts(tmp_path):
     assert "'x' (1 rows)" in fails(event_tables.classes_of, ["ear", "x"], None, ["ear", "tail"])
     assert "'b' (1 rows)" in fails(event_tables.classes_of, ["a", "b"], {"a": "ear", "b": "other"}, ["ear", "tail"])
     assert event_tables.classes_of(["TAIL"], None, ["ear", "tail"]) == (["ear", "tail"], ["tail"])
+    assert event_tables.classes_of(["x"], None, ["NA", "x"]) == (["NA", "x"], ["x"]), "names of a trained model stay"
 
 
 def test_blank_labels_are_skipped_in_training_and_unknown_in_prediction(tmp_path):
