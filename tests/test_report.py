@@ -310,9 +310,10 @@ def test_a_rare_colour_is_kept(tmp_path):
 
 def test_plots_leave_pyplot_alone(tmp_path):
     program = f"""import sys
+from pathlib import Path
 from evidence import plotting
 assert "matplotlib" not in sys.modules, "plotting imports matplotlib only when it draws"
-plotting.plot_history([{{"epoch": 1, "val_loss": 1.0}}], {str(tmp_path / 'h.png')!r})
+plotting.plot_history([{{"epoch": 1, "val_loss": 1.0}}], Path({str(tmp_path / 'h.png')!r}))
 assert "matplotlib.pyplot" not in sys.modules, "no pyplot, no global state"
 """
     folder = Path(common.__file__).parent

@@ -18,7 +18,7 @@ import common
 FLAGS = dict(seed=1, epochs=2, lr=0.01, weight_decay=0.01, optimizer="adamw", scheduler="cosine", warmup_epochs=0.5,
              plateau_patience=5, min_lr=0.0, clip_grad=1.0, patience=0, min_epochs=0, min_delta=0.0, dry_run=False,
              save_minutes=0, save_every=0, save_top_k=0, num_workers=0, resume="auto", tensorboard=False, wandb=False,
-             compile=False)
+             compile=False, given=set())
 
 
 class Samples(torch.utils.data.Dataset):
