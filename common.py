@@ -346,8 +346,8 @@ def _check_flags(parser, flags, typed):
     output = flags.get("output")  # given or not, it must not be a file that another flag names
     for name, value in typed.items():
         named = value if isinstance(value, list) else [value]
-        paths = [path.resolve() for path in named if isinstance(path, Path)]
-        if output and name != "output" and output.resolve() in paths:
+        paths = [os.path.realpath(path) for path in named if isinstance(path, Path)]
+        if output and name != "output" and os.path.realpath(output) in paths:
             parser.error(f"--output and --{name} name the same file; name another one")
 
 

@@ -6,6 +6,7 @@ upright picture; in a file left, top, width, height.
 import collections
 import dataclasses
 import itertools
+import os
 import re
 from pathlib import Path
 
@@ -631,15 +632,15 @@ def find_pictures(found, folder, exact_names=False):
         raise common.UserError(f"none of the {len(names)} pictures named in {found.path} is in {folder} (first: "
                                f"{names[0]!r}); check the folder")
     root = folder.resolve()
-    leaving = [image.name for image in found.images if root not in image.path.resolve().parents]
+    leaving = [image.name for image in found.images if root not in Path(os.path.realpath(image.path)).parents]
     refuse(leaving, f"{found.path}: these links lead out of {folder}:", "Copy the pictures into the folder.")
     files = file_names.images_by_name(folder)
-    return {files[name].resolve(): name for name in unnamed}
+    return {os.path.realpath(files[name]): name for name in unnamed}
 
 
 def without_entry(surplus, images):
     """Dicts of the pictures that no file names: surplus of find_pictures, images of all files."""
-    named = {image.path.resolve() for image in images}
+    named = {os.path.realpath(image.path) for image in images}
     return [{"image": name, "reason": "no entry in the annotations"}
             for path, name in surplus.items() if path not in named]
 

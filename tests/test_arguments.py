@@ -56,6 +56,8 @@ def test_output_is_never_a_file_that_the_command_reads(tmp_path, capsys, monkeyp
         with pytest.raises(SystemExit):
             common.parse_arguments(parser, [flag, "predictions.csv", *written])
         assert f"--output and {flag} name the same file" in capsys.readouterr().err
+    (tmp_path / "loop").symlink_to("loop")
+    assert common.parse_arguments(parser, [flag, "loop"]), "found later, as a file that is not there"
 
 
 @pytest.mark.parametrize("spelled", ["--batch-size", "--batch_size"])

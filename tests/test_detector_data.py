@@ -559,9 +559,13 @@ def test_pictures_of_another_size_than_annotated(tmp_path, flags):
 
 
 def test_missing_and_surplus_pictures_are_listed(tmp_path, flags):
+    """A link that leads to itself is one of the surplus ones."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "loop.jpg").symlink_to("loop.jpg")
     study = study_of(tmp_path, flags, PARTS, names=("0.jpg", "2.jpg", "7.jpg"))
     assert {(each["image"], each["reason"]) for each in study.skipped} == {
-        ("1", "no such picture"), ("7.jpg", "no entry in the annotations")}
+        ("1", "no such picture"), ("7.jpg", "no entry in the annotations"),
+        ("loop.jpg", "no entry in the annotations")}
 
 
 def test_a_field_that_repeats_and_is_not_used_is_an_alarm_before_training(tmp_path, flags):
