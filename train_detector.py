@@ -314,10 +314,9 @@ def load_study(args, files, say, known_parts=None):
     images = []
     skipped = []
     notes = []
-    surplus = {}
     for origin, (path, folder) in files.items():
         found = part_boxes.read_annotations(path, args.box_format, args.state_attribute)
-        surplus |= part_boxes.find_pictures(found, folder, args.exact_names)
+        part_boxes.find_pictures(found, folder, args.exact_names)
         for image in found.images:
             image.origin = origin
         read[origin] = found
@@ -330,8 +329,8 @@ def load_study(args, files, say, known_parts=None):
     stored, bad = part_boxes.check_pictures(store.audit, images, args.on_bad_file)
     used = [images[i] for i in stored]
     parts, part_notes = part_boxes.used_parts(read.values(), used, known_parts)
-    listed = ", ".join(str(path) for path, _ in files.values())
-    part_boxes.refuse_other_convention(used, listed, args.box_format)
+    paths, folders = zip(*files.values())
+    part_boxes.refuse_other_convention(used, common.shorten_list(paths), args.box_format)
     if len({image.name for image in used}) < len(used):  # two files share names
         for image in used:
             image.name = f"{image.origin}/{image.name}"
@@ -346,7 +345,7 @@ def load_study(args, files, say, known_parts=None):
                       for origin, found in read.items()},
         store=store,
         stored=np.array(stored),
-        skipped=without_area + skipped + bad + part_boxes.without_entry(surplus, images),
+        skipped=without_area + skipped + bad + part_boxes.without_entry(folders, images),
         notes=notes + part_notes + box_notes)
     if args.drop_empty:
         study = without_empty(study)
@@ -663,7 +662,7 @@ def two_means(values):
     centres = np.quantile(values, [0.25, 0.75])
     for _ in range(100):
         is_upper = values > centres.mean()
-        if is_upper.all() or not is_upper.any():
+        if not is_upper.any():
             break
         centres = np.array([values[~is_upper].mean(), values[is_upper].mean()])
     return centres
@@ -1320,11 +1319,12 @@ def convert(args):
     """--mode convert: part annotations or COCO -> clean COCO with area, iscrowd, state, trust."""
     found = part_boxes.read_annotations(args.json, args.box_format, args.state_attribute)
     if args.images_dir:
-        surplus = part_boxes.find_pictures(found, args.images_dir, args.exact_names)
+        part_boxes.find_pictures(found, args.images_dir, args.exact_names)
+        unnamed = part_boxes.without_entry([args.images_dir], found.images)
         audits = [picture_files.audit_image(image.path, 32)[0] for image in found.images]
         good, bad = part_boxes.check_pictures(audits, found.images, args.on_bad_file)
         found.images = [found.images[k] for k in good]
-        found.skipped += bad + part_boxes.without_entry(surplus, found.images)
+        found.skipped += bad + unnamed
     part_boxes.refuse_other_convention(found.images, args.json, args.box_format)
     coco, dropped = part_boxes.as_coco(found.images, found.category_ids, args.images_dir)
     common.write_json(args.output, coco)

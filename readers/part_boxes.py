@@ -319,8 +319,8 @@ def read_object(own, fields, image, part, reading):
     key = clean(fields.get("entry", f"annotation {own}"))
     ids = fields.get("image_id"), fields.get("category_id")
     name = image.name if image else ""
-    are_odd = [type(value) is not int and read_number(value) is not None for value in ids]  # img_7 is sound
-    reading.counts["ids are text or have a fraction"] += sum(are_odd)
+    reading.counts["ids are text or have a fraction"] += sum(
+        type(value) is not int and read_number(value) is not None for value in ids)  # the name img_7 is sound
     if image is None or part is None:
         reason = f"image_id {ids[0]!r} or category_id {ids[1]!r} is unknown"
         if None in ids and is_coco:
@@ -619,10 +619,10 @@ def as_truth(images, parts, min_trust, **others):
 def find_pictures(found, folder, exact_names=False):
     """Give the images of Annotations their paths; those without a picture are skipped.
 
-    Returns {path: name} of the pictures without an entry, see without_entry. Links out of the folder are refused.
+    Links out of the folder are refused.
     """
     names = [image.name for image in found.images]
-    paths, unnamed, notes = file_names.match_images(names, folder, exact_names)
+    paths, _, notes = file_names.match_images(names, folder, exact_names)
     for image, path in zip(found.images, paths):
         image.path = path
     found.notes += notes
@@ -634,15 +634,15 @@ def find_pictures(found, folder, exact_names=False):
     root = folder.resolve()
     leaving = [image.name for image in found.images if root not in Path(os.path.realpath(image.path)).parents]
     refuse(leaving, f"{found.path}: these links lead out of {folder}:", "Copy the pictures into the folder.")
-    files = file_names.images_by_name(folder)
-    return {os.path.realpath(files[name]): name for name in unnamed}
 
 
-def without_entry(surplus, images):
-    """Dicts of the pictures that no file names: surplus of find_pictures, images of all files."""
+def without_entry(folders, images):
+    """Dicts of the pictures in these folders that no file names; images: of all files, after find_pictures."""
     named = {os.path.realpath(image.path) for image in images}
+    names = {os.path.realpath(path): name
+             for folder in folders for name, path in file_names.images_by_name(folder).items()}
     return [{"image": name, "reason": "no entry in the annotations"}
-            for path, name in surplus.items() if path not in named]
+            for path, name in names.items() if path not in named]
 
 
 def check_pictures(audits, images, on_bad_file):

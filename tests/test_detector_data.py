@@ -443,8 +443,8 @@ def test_attributes_that_are_not_used_are_named_and_survive_a_conversion(tmp_pat
     said = []
     monkeypatch.setattr(train_detector, "build_model", lambda *_: sys.exit(0))  # what is said before is enough
     with pytest.raises(SystemExit):
-        train_detector.fit(SimpleNamespace(compute=None, say=said.append), flags("--state_class_weights", "balanced"),
-                           study, {"train": np.array([0]), "val": np.array([1])})
+        train_detector.fit(SimpleNamespace(compute=SimpleNamespace(place=None), say=said.append),
+                           flags("--state_class_weights", "balanced"), study, {"train": np.array([0]), "val": np.array([1])})
     assert "note: no box has a state, so --state_class_weights balanced does nothing" in said
     for said in ("attribute condition of the boxes was not used: intact 2, damaged 2", "attribute view", "side 4"):
         assert any(said in note for note in study.notes)
