@@ -435,7 +435,7 @@ def read_config(path):
     nesting deeper than the parser can follow.
     """
     if not path.is_file():
-        raise UserError(f"no such file: {path} (expected a YAML or JSON file of flags)")
+        raise UserError(f"no such file: {path} (expected YAML or JSON)")
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     try:
         if path.suffix.lower() == ".json":

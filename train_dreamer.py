@@ -290,6 +290,7 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
     reasons = probe_poses.reasons_to_skip(rows, poses, needs_labels, imagines)  # for skipped.csv
     to_drop = probe_poses.reasons_to_skip(rows, poses, needs_labels, imagines, needs_frames)
     refuse_unusable(args, rows, to_drop)
+    owner = probe_poses.patients_of([row.sequence for row in rows], args.patient_map, args.patient_regex)
     usable = np.flatnonzero([reason is None for reason in to_drop])
     paths, frames = probe_poses.different_frames([rows[i] for i in usable])
     run.say(f"decoding {len(paths)} different frames")
@@ -304,7 +305,6 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
     places = usable[is_good]
     kept = [rows[i] for i in places]
     sequences = np.array([row.sequence for row in kept])
-    owner = probe_poses.patients_of([row.sequence for row in rows], args.patient_map, args.patient_regex)
     study = Study(
         names=probe_poses.unique_names([row.name for row in kept]),
         sequences=sequences,

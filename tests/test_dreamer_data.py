@@ -15,7 +15,7 @@ from evidence import baseline_models, pose_audit, pose_scores, prediction_tables
 import train_dreamer
 from conftest import only_run, run_script
 from readers.probe_poses import FIELDS
-from readers import probe_poses
+from readers import picture_files, probe_poses
 
 DRAWS = np.random.default_rng(11)
 
@@ -489,7 +489,8 @@ def test_without_a_map_folders_are_suspected(clinic):
         "p2_01": "p2", "p2_02": "p2", "scan3": "scan", "scan10": "scan"}
 
 
-def test_an_incomplete_map_names_what_it_lacks(clinic, tmp_path):
+def test_an_incomplete_map_names_what_it_lacks(clinic, tmp_path, monkeypatch):
+    monkeypatch.setattr(picture_files, "ImageStore", None)  # said before any picture is decoded
     (tmp_path / "map.json").write_text('{"p0_01": "p0"}')
     with pytest.raises(common.UserError, match="p1_01, p1_02"):
         load(clinic, "--patient_map", tmp_path / "map.json")
@@ -499,6 +500,8 @@ def test_an_incomplete_map_names_what_it_lacks(clinic, tmp_path):
     (tmp_path / "map.json").write_text('["p0_01"]')
     with pytest.raises(common.UserError, match="found list"):
         load(clinic, "--patient_map", tmp_path / "map.json")
+    with pytest.raises(common.UserError, match="no such file: .*none.json"):
+        load(clinic, "--patient_map", tmp_path / "none.json")
 
 
 @pytest.mark.parametrize("seed", range(5))
