@@ -275,7 +275,7 @@ NORMAL_SCALES = {  # to the scale, and back
     None: (np.asarray, np.asarray),
     "log": (_log, np.exp),
     "log1m": (lambda value: _log(1 - value), lambda scaled: 1 - np.exp(scaled))}
-NEAREST_DRAW = 3
+NEAREST_DRAW = 3  # a third of the value's way to 0 or 1
 SHARE_RANGES = {"logit": 0.0, "signed_logit": -1.0}  # scale of what lies between this and 1
 
 

@@ -175,13 +175,14 @@ def test_a_high_auc_covers_where_errors_cluster_by_subject():
     """One subject may make most of the errors: by the slope of the log odds at the value .90 and less were covered."""
     def draw(generator, subjects):
         names = np.repeat(np.arange(subjects), 18)
-        label = generator.integers(0, 2, len(names))
-        score = 4.4 * (label - 0.5) + generator.normal(size=subjects)[names] + generator.normal(size=len(names))
+        label = (generator.random(len(names)) < 0.3).astype(int)
+        own = 1.5 * generator.normal(size=subjects)[names]
+        score = 5 * (label - 0.5) + own + generator.normal(size=len(names))
         return class_scores.softmax(np.stack([0 * score, score], 1)), label, names
     probability, label, _ = draw(np.random.default_rng(0), 3000)
     truth = class_scores.classification_metrics(probability, label).overall["roc_auc"]
-    found = [subject_intervals.bootstrap_classification(*draw(np.random.default_rng((k, 9)), 8)).overall.model["roc_auc"]
-             for k in range(200)]
+    found = [subject_intervals.bootstrap_classification(*draw(np.random.default_rng((k, 9)), 10)).overall.model["roc_auc"]
+             for k in range(300)]
     assert 0.92 <= np.mean([each.low <= truth <= each.high for each in found]) <= 0.99
 
 
