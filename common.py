@@ -1,6 +1,6 @@
 """The shared shelf of the train scripts: what a run needs whatever it predicts. Imports no script.
 
-Sections, in the order in which a run meets them: Constants and user errors; Arguments and config; Run folder and log;
+Sections, in the order in which a run meets them: Errors and exit codes; Arguments and config; Run folder and log; Files;
 Device, seed and loaders; Several processes; Transforms; Optimiser and schedule; Early stopping; Checkpoints; Training;
 Metrics.
 
@@ -45,24 +45,141 @@ import torch.distributed as dist
 from torch import nn
 
 # ---------------------------------------------------------------------------
-# Constants and user errors
+# Errors and exit codes
 # ---------------------------------------------------------------------------
-# What every section may need; a UserError is one line for the user and never a traceback.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+# A user's mistake is one line and never a traceback; a stop signal saves and ends with an exit code of its own.
+
 EXIT_OK = 0
 EXIT_CRASH = 1
 EXIT_USER = 2
 EXIT_CHECKPOINT = 3
 EXIT_SAVED = 75
 EXIT_INTERRUPT = 130
-OPEN_SCHEDULES = ("none", "plateau", "warm_restarts")  # whose learning rate does not depend on the number of epochs
 
 
 class UserError(Exception):
     """A mistake the user can fix: printed as one line without traceback, exit code 2."""
     code = EXIT_USER
     said_by_first = False  # True on the other processes of a run, where the first one prints it
+
+
+def run_main(main):
+    """Run main() and exit with the contract's code: one line for a user's mistake, a traceback for ours."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+        # a terminal may lack the letters of a file's name, and a log is read while it grows
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    try:
+        main()
+        leave_processes()
+        return
+    except SystemExit:  # all of them stop here, as on a signal
+        leave_processes(wait=False)
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        code, text = _explain(error)
+        if code is None:
+            raise
+    finally:
+        StopSignals.leave()
+    if text:
+        sys.stderr.write(f"{_process_prefix()}{text}\n")
+    sys.exit(code)
+
+
+LOST_PROCESS = re.compile("gloo|nccl|TCPStore|connection (closed|reset)|broken pipe", re.IGNORECASE)
+LOST_WORKER = re.compile(r"DataLoader (worker \(|timed out)|</torch_")  # which cannot be shared: a full /dev/shm
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|Insufficient memory")  # of Apple GPUs, CPUs, OpenCV
+IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker .*\n\S+: ", re.DOTALL)  # torch's text up to the error's own
+
+
+def is_out_of_memory(error):
+    """True where the memory of a GPU or of the computer was too small, whichever library says so."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def _explain(error):
+    """(exit code, text for the user) of an exception; (None, None) for a programming mistake."""
+    text = str(error)
+    reason = one_line(error)
+    if isinstance(error, UserError):
+        message = IN_WORKER.sub("", text).rstrip()
+        return error.code, "" if error.said_by_first else f"error: {message}"
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPT, "interrupted"
+    if is_out_of_memory(error):
+        return EXIT_CRASH, f"error: out of memory ({reason})\n{_half_batch()}"
+    if "more than 1 value per channel" in reason:
+        return EXIT_USER, ("error: BatchNorm got a single value per channel: take a larger --batch_size or picture, or "
+                           "keep its statistics (--freeze_norm)")
+    if LOST_PROCESS.search(text) and launched_processes().size > 1:
+        return EXIT_CRASH, f"error: another process of this run has ended, see there ({reason})"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return EXIT_CRASH, f"error: {reason}: a full drive, or a full /dev/shm (then try --num_workers 0)"
+    if LOST_WORKER.search(text):
+        return EXIT_CRASH, (f"error: a loader worker died or hangs, or lacks shared memory ({reason}). The last "
+                            "checkpoint is whole: --resume auto continues. Try --num_workers 0, or a larger /dev/shm")
+    return None, None
+
+
+def _process_prefix():
+    with contextlib.suppress(UserError):  # the error may be that the rank is none
+        rank = launched_processes().rank
+        if rank > 0:
+            return f"[process {rank}] "
+    return ""
+
+
+def _half_batch():
+    """The command with half the batch and twice --accumulate: the same optimiser steps."""
+    command = shlex.join(["python", *map(_snake_case, sys.argv)])
+    batch = re.search(r"--batch_size[ =](\d+)", command)
+    accumulate = re.search(r"--accumulate(?:_grad_batches)?[ =](\d+)", command)
+    if not batch or batch[1] == "1":
+        return ("try again with a smaller --batch_size (in training with --accumulate: the same gradient) or "
+                "--val_batch_size, smaller pictures, or in predict_assessor.py a smaller --predict_batch_size")
+    half = int(batch[1]) // 2
+    doubled = 2 * int(accumulate[1]) if accumulate else 2
+    kept = re.sub(r" --(batch_size|accumulate(_grad_batches)?)[ =]\d+", "", command)
+    return (f"try: {kept} --batch_size {half} --accumulate {doubled}\n"
+            "(or, if it was in evaluation, with a smaller --val_batch_size)")
+
+
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+if hasattr(signal, "SIGUSR1"):  # not on Windows
+    STOP_SIGNALS |= {signal.SIGUSR1, signal.SIGUSR2}
+
+
+class StopSignals:
+    """TERM, USR1, USR2 and the first Ctrl-C ask for a save and a stop; another Ctrl-C stops at once.
+
+    While `armed` (in the epoch loop) a signal is only noted; elsewhere there is nothing to save and
+    it stops at once.
+    """
+
+    def __init__(self):
+        self.received = 0  # the number of a signal
+        self.armed = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, _):
+        is_second = self.received == signal.SIGINT
+        self.received = number
+        if number == signal.SIGINT and (is_second or not self.armed):
+            raise KeyboardInterrupt
+        if not self.armed:
+            self.leave()
+            sys.exit(EXIT_SAVED)
+
+    @staticmethod
+    def leave():
+        """From here on only Ctrl-C is obeyed: on the way out a signal could only change the exit code.
+
+        srun sends one to the tasks of a step that are slower to leave than the first, and Python
+        puts every handler but SIG_IGN back to the default before it ends.
+        """
+        for number in STOP_SIGNALS - {signal.SIGINT}:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def closest(name, known):
@@ -497,7 +614,7 @@ def _leaves(values):
 # ---------------------------------------------------------------------------
 # Run folder and log
 # ---------------------------------------------------------------------------
-# One folder a run, made with os.mkdir as the lock; every file in it appears whole or not at all.
+# One folder a run, made with os.mkdir as the lock.
 
 @dataclasses.dataclass(eq=False)
 class Run:
@@ -510,7 +627,7 @@ class Run:
     folder: Path
     args: argparse.Namespace
     compute: "Compute"
-    signals: "StopSignals"
+    signals: StopSignals
     resumed: bool = False
     wandb_works: bool = True  # False from its first failure on
     folds_after: int = 0  # how many folds are to be trained after this one
@@ -832,18 +949,6 @@ def has_metrics(folder, epochs):
     return bool(read_or_warn(path)) and read_json(folder / "args.json")["flags"]["epochs"] >= epochs
 
 
-def read_or_warn(path):
-    """The object in a JSON file; {} where there is none, with a WARNING where the file cannot be read."""
-    if not path.exists():
-        return {}
-    try:
-        content = read_json(path)
-    except UserError as error:
-        print(f"WARNING: {error}")
-        content = None
-    return content if isinstance(content, dict) else {}
-
-
 def is_finished(folder, args):
     """True where a run folder holds its metrics, made of all the epochs and folds that are asked for."""
     if not has_metrics(folder, args.epochs):
@@ -902,18 +1007,6 @@ def _git_commit():
     return None
 
 
-def json_safe(value):
-    """Plain JSON types: paths become text, arrays lists, and a number that is not finite null."""
-    text = json.dumps(value, default=_json_type)
-    return json.loads(text, parse_constant=lambda _: None)
-
-
-def _json_type(value):
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
-    return sorted(value) if isinstance(value, set) else str(value)
-
-
 def data_fingerprint(items):
     """sha256 (hex) over strings, bytes, numbers and arrays in this order."""
     digest = hashlib.sha256()
@@ -939,6 +1032,11 @@ def data_record(contents, split, **facts):
         "split": data_fingerprint(itertools.chain(*split.items())),
         **facts}
 
+
+# ---------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------
+# Every file appears whole or not at all.
 
 class CannotSave(UserError):
     """A file that cannot be written; the checkpoint before it stays whole. Exit code 1."""
@@ -1025,6 +1123,18 @@ def read_json(path, as_object=None):
         raise UserError(f"{path}: expected JSON ({one_line(error)})") from None
 
 
+def read_or_warn(path):
+    """The object in a JSON file; {} where there is none, with a WARNING where the file cannot be read."""
+    if not path.exists():
+        return {}
+    try:
+        content = read_json(path)
+    except UserError as error:
+        print(f"WARNING: {error}")
+        content = None
+    return content if isinstance(content, dict) else {}
+
+
 def write_table(path, rows):
     """CSV of a list of {column: value}, or of {column: values}; NaN and None are empty. Written whole.
 
@@ -1037,84 +1147,16 @@ def write_table(path, rows):
     write_whole(path, content.encode(encoding, errors="backslashreplace"))  # names of files may be no Unicode
 
 
-def run_main(main):
-    """Run main() and exit with the contract's code: one line for a user's mistake, a traceback for ours."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
-        # a terminal may lack the letters of a file's name, and a log is read while it grows
-        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    try:
-        main()
-        leave_processes()
-        return
-    except SystemExit:  # all of them stop here, as on a signal
-        leave_processes(wait=False)
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        code, text = _explain(error)
-        if code is None:
-            raise
-    finally:
-        StopSignals.leave()
-    if text:
-        sys.stderr.write(f"{_process_prefix()}{text}\n")
-    sys.exit(code)
+def json_safe(value):
+    """Plain JSON types: paths become text, arrays lists, and a number that is not finite null."""
+    text = json.dumps(value, default=_json_type)
+    return json.loads(text, parse_constant=lambda _: None)
 
 
-LOST_WORKER = re.compile(r"DataLoader (worker \(|timed out)|</torch_")  # which cannot be shared: a full /dev/shm
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|Insufficient memory")  # of Apple GPUs, CPUs, OpenCV
-IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker .*\n\S+: ", re.DOTALL)  # torch's text up to the error's own
-
-
-def is_out_of_memory(error):
-    """True where the memory of a GPU or of the computer was too small, whichever library says so."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(OUT_OF_MEMORY.search(str(error)))
-
-
-def _explain(error):
-    """(exit code, text for the user) of an exception; (None, None) for a programming mistake."""
-    text = str(error)
-    reason = one_line(error)
-    if isinstance(error, UserError):
-        message = IN_WORKER.sub("", text).rstrip()
-        return error.code, "" if error.said_by_first else f"error: {message}"
-    if isinstance(error, KeyboardInterrupt):
-        return EXIT_INTERRUPT, "interrupted"
-    if is_out_of_memory(error):
-        return EXIT_CRASH, f"error: out of memory ({reason})\n{_half_batch()}"
-    if "more than 1 value per channel" in reason:
-        return EXIT_USER, ("error: BatchNorm got a single value per channel: take a larger --batch_size or picture, or "
-                           "keep its statistics (--freeze_norm)")
-    if LOST_PROCESS.search(text) and launched_processes().size > 1:
-        return EXIT_CRASH, f"error: another process of this run has ended, see there ({reason})"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return EXIT_CRASH, f"error: {reason}: a full drive, or a full /dev/shm (then try --num_workers 0)"
-    if LOST_WORKER.search(text):
-        return EXIT_CRASH, (f"error: a loader worker died or hangs, or lacks shared memory ({reason}). The last "
-                            "checkpoint is whole: --resume auto continues. Try --num_workers 0, or a larger /dev/shm")
-    return None, None
-
-
-def _process_prefix():
-    with contextlib.suppress(UserError):  # the error may be that the rank is none
-        rank = launched_processes().rank
-        if rank > 0:
-            return f"[process {rank}] "
-    return ""
-
-
-def _half_batch():
-    """The command with half the batch and twice --accumulate: the same optimiser steps."""
-    command = shlex.join(["python", *map(_snake_case, sys.argv)])
-    batch = re.search(r"--batch_size[ =](\d+)", command)
-    accumulate = re.search(r"--accumulate(?:_grad_batches)?[ =](\d+)", command)
-    if not batch or batch[1] == "1":
-        return ("try again with a smaller --batch_size (in training with --accumulate: the same gradient) or "
-                "--val_batch_size, smaller pictures, or in predict_assessor.py a smaller --predict_batch_size")
-    half = int(batch[1]) // 2
-    doubled = 2 * int(accumulate[1]) if accumulate else 2
-    kept = re.sub(r" --(batch_size|accumulate(_grad_batches)?)[ =]\d+", "", command)
-    return (f"try: {kept} --batch_size {half} --accumulate {doubled}\n"
-            "(or, if it was in evaluation, with a smaller --val_batch_size)")
+def _json_type(value):
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 # ---------------------------------------------------------------------------
@@ -1429,51 +1471,12 @@ def _guard_worker(_):
     threading.Thread(target=wait, daemon=True).start()
 
 
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
-if hasattr(signal, "SIGUSR1"):  # not on Windows
-    STOP_SIGNALS |= {signal.SIGUSR1, signal.SIGUSR2}
-
-
-class StopSignals:
-    """TERM, USR1, USR2 and the first Ctrl-C ask for a save and a stop; another Ctrl-C stops at once.
-
-    While `armed` (in the epoch loop) a signal is only noted; elsewhere there is nothing to save and
-    it stops at once.
-    """
-
-    def __init__(self):
-        self.received = 0  # the number of a signal
-        self.armed = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
-
-    def _receive(self, number, _):
-        is_second = self.received == signal.SIGINT
-        self.received = number
-        if number == signal.SIGINT and (is_second or not self.armed):
-            raise KeyboardInterrupt
-        if not self.armed:
-            self.leave()
-            sys.exit(EXIT_SAVED)
-
-    @staticmethod
-    def leave():
-        """From here on only Ctrl-C is obeyed: on the way out a signal could only change the exit code.
-
-        srun sends one to the tasks of a step that are slower to leave than the first, and Python
-        puts every handler but SIG_IGN back to the default before it ends.
-        """
-        for number in STOP_SIGNALS - {signal.SIGINT}:
-            signal.signal(number, signal.SIG_IGN)
-
-
 # ---------------------------------------------------------------------------
 # Several processes
 # ---------------------------------------------------------------------------
 # torch.distributed for torchrun and srun: every process runs the whole script on its share of each
 # batch and of each evaluation; the first one alone writes. One alone never touches torch.distributed.
 
-LOST_PROCESS = re.compile("gloo|nccl|TCPStore|connection (closed|reset)|broken pipe", re.IGNORECASE)
 PROCESS_TIMEOUT = datetime.timedelta(minutes=30)  # how long they wait for one another
 
 
@@ -1679,6 +1682,8 @@ def first_process_only(function):
 # ---------------------------------------------------------------------------
 # Augmentation is drawn once and applied as one warp, one colour matrix and one erased rectangle.
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMA = np.array([0.299, 0.587, 0.114])
 # the cross product with the grey axis: turns colours about it
 HUE_TURN = np.array([
@@ -2018,6 +2023,9 @@ def build_optimizer(model, args, backbone=None):
         return optimizer
     kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, fused=True)
+
+
+OPEN_SCHEDULES = ("none", "plateau", "warm_restarts")  # whose learning rate does not depend on the number of epochs
 
 
 def schedule_factor(scheduler, progress, epochs, warmup_epochs):
