@@ -2843,8 +2843,9 @@ def regression_metrics(predicted, target):
     return {"n": sums[0].astype(np.int64), **metrics_from_sums(sums)}
 
 
-def mean_metrics(per_target):
-    """Means over targets, undefined ones left out: dict of (R,) -> dict of numbers."""
+def mean_metrics(predicted, target):
+    """Means of the regression_metrics over the targets, undefined ones left out: {name: number}."""
+    per_target = regression_metrics(predicted, target)
     return {name: float(mean_without_nan(per_target[name])) for name in REGRESSION_METRICS}
 
 

@@ -132,7 +132,7 @@ class Study(picture_files.StoredPictures):
 
     def mean_metrics(self, rows, predicted):
         """Means over the ratings of the metrics of predicted (M, R) for these rows."""
-        return common.mean_metrics(common.regression_metrics(predicted, self.ratings[rows]))
+        return common.mean_metrics(predicted, self.ratings[rows])
 
     def labels(self, rows):
         """A text for each of these rows: the picture's name, and its first ratings."""

@@ -753,7 +753,7 @@ class Scores(Objective):
 
     def history(self, predicted, rows):
         """{column: value} of the history for scores (M, R) of these rows, means over the scores."""
-        found = common.mean_metrics(common.regression_metrics(predicted, self.values[rows]))
+        found = common.mean_metrics(predicted, self.values[rows])
         predicted = torch.tensor(predicted, dtype=torch.float32)
         found["loss"] = self.loss(predicted, self.target[rows], self.weight[rows]).item()
         return {column: found[column] for column in self.columns}

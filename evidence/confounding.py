@@ -143,7 +143,7 @@ def within_level_r2(predicted, target, levels):
     scores = pd.DataFrame(np.hstack([np.where(np.isnan(target), np.nan, predicted), target]))
     from_mean = scores - scores.groupby(levels).transform("mean")
     predicted, target = np.hsplit(from_mean.to_numpy(), 2)
-    return common.mean_metrics(common.regression_metrics(predicted, target))["r2"]
+    return common.mean_metrics(predicted, target)["r2"]
 
 
 def prior_levels(table):

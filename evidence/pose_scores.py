@@ -170,7 +170,7 @@ def baseline_rows(results):
 def fold_numbers(table, sd):
     """What the fold table says of one fold: error of the model and of its best baseline in units of sd (6,), and R2."""
     def means(predicted):
-        return common.mean_metrics(common.regression_metrics(predicted / sd, table.target / sd))
+        return common.mean_metrics(predicted / sd, table.target / sd)
     model = means(table.predicted)
     return {
         "rows": len(table.target),

@@ -83,7 +83,7 @@ class ScoreTable(Rows):
     def quality(self, predicted):
         """Mean R2 of predictions (M, R) where there are any."""
         target = np.where(np.isnan(predicted), np.nan, self.target)
-        return common.mean_metrics(common.regression_metrics(predicted, target))["r2"]
+        return common.mean_metrics(predicted, target)["r2"]
 
     def compare(self):
         """subject_intervals.Result of the model, paired with the best baseline."""
@@ -98,7 +98,7 @@ class ScoreTable(Rows):
 
     def main_metrics(self):
         """{metric: mean over the scores}."""
-        return common.mean_metrics(common.regression_metrics(self.predicted, self.target))
+        return common.mean_metrics(self.predicted, self.target)
 
     def write(self, path):
         """The CSV, written whole."""
