@@ -40,8 +40,9 @@ from readers import backbones, picture_files, probe_poses
 
 GRIDS = (2, 4)  # cells a side over which the readout averages feature maps
 TIME_BLOCKS = 10  # of each sequence, for the inner folds of a single patient
-# What evaluate and predict take from the checkpoint, and what from the args.json beside it.
+# What evaluate and predict take from the checkpoint:
 MODEL_FLAGS = "encoder image_size token_type d_model n_layers n_heads feedforward dropout compose".split()
+# and from the args.json beside it:
 ENCODER_FLAGS = {"seed", "weights"}
 PATIENT_FLAGS = {"patient_map", "patient_regex"}  # unless one is given
 DATA_FLAGS = {"data_dir", "max_transitions", "split_by", "angle_unit", "euler_order"}  # unless --data_dir is given
@@ -65,26 +66,6 @@ def parse_args(argv=None):
     splitting.check_flags(parser, args)
     check_flags(parser, args)
     return args
-
-
-def flags_without_effect(args):
-    """Flags of the world model that are set although --token_type none has none."""
-    parser = common.Parser()
-    add_model_arguments(parser.group("model"))
-    names = WORLD_MODEL_FLAGS if args.token_type == "none" else ()
-    return [f"--{name} {getattr(args, name)}" for name in names if getattr(args, name) != parser.get_default(name)]
-
-
-def dependent_defaults(args):
-    """{flag: default} of flags whose default depends on another flag."""
-    defaults = {}
-    if args.folds:
-        defaults["test_ratio"] = 0.0
-    if args.mode == "audit":
-        defaults["on_bad_file"] = "skip"  # an audit lists them all
-    if args.checkpoint:
-        defaults |= flags_of_run(args)
-    return defaults
 
 
 def add_data_arguments(add):
@@ -185,6 +166,26 @@ def check_flags(parser, args):
         re.compile(args.patient_regex or "")
     except re.error as error:
         parser.error(f"--patient_regex {args.patient_regex!r} is no regular expression: {error}")
+
+
+def flags_without_effect(args):
+    """Flags of the world model that are set although --token_type none has none."""
+    parser = common.Parser()
+    add_model_arguments(parser.group("model"))
+    names = WORLD_MODEL_FLAGS if args.token_type == "none" else ()
+    return [f"--{name} {getattr(args, name)}" for name in names if getattr(args, name) != parser.get_default(name)]
+
+
+def dependent_defaults(args):
+    """{flag: default} of flags whose default depends on another flag."""
+    defaults = {}
+    if args.folds:
+        defaults["test_ratio"] = 0.0
+    if args.mode == "audit":
+        defaults["on_bad_file"] = "skip"  # an audit lists them all
+    if args.checkpoint:
+        defaults |= flags_of_run(args)
+    return defaults
 
 
 def flags_of_run(args):
@@ -480,9 +481,6 @@ class FrameReadout(nn.Module):
         self.grid_mean.copy_(torch.from_numpy(mean))
         self.grid_sd.copy_(torch.from_numpy(sd))
 
-    def look(self, frames):
-        """Nothing is imagined, so that there is nothing to compare it with."""
-
     def forward(self, frame_t1, motion):
         # uint8 (B, 1, S, S) or (B, P) of a frame, (B, 6) motion in mm and degrees
         grids = self.encoder(frame_t1)  # (B, P)
@@ -589,8 +587,8 @@ class Dreamer(nn.Module):
         return self.imagine(self.encoder(frame_t1), motion, motion)
 
     @torch.no_grad()
-    def look(self, frames):
-        """(B, 1, S, S) -> (B, F, G) float32 features that nothing learns from, the truth for what is imagined."""
+    def true_features(self, frames):
+        """(B, 1, S, S) at t2 -> (B, F, G) float32: what is to be imagined; the encoder learns nothing from it."""
         return self.encoder(frames).float()
 
     def imagine(self, features, motion, known_motion):
@@ -697,7 +695,7 @@ def train_one_epoch(model, loader, loss_function, training, compute):
         frame_t1, frame_t2, poses = to_device(batch, compute)
         with compute.autocast():
             imagined = model(frame_t1, poses["motion"])
-            features_t2 = model.look(frame_t2) if loss_function.uses_t2 else None
+            features_t2 = model.true_features(frame_t2) if loss_function.uses_t2 else None
         loss, parts = loss_function(imagined, poses, features_t2)
         training.step(loss, **parts)
     return training.epoch_means()
@@ -712,7 +710,6 @@ def evaluate(model, loader, loss_function, compute):
         frame_t1, frame_t2, poses = to_device(batch, compute)
         with compute.autocast():
             imagined = model(frame_t1, poses["motion"])
-            features_t2 = model.look(frame_t2)  # (B, F, G)
         batches.append({
             "at1": imagined.at1,
             "features": imagined.features_t1.mean(2) if model.imagines else imagined.features_t1,
@@ -720,6 +717,8 @@ def evaluate(model, loader, loss_function, compute):
             "main_task_loss": loss_function.of_pose("at1", imagined.at1, poses["at1"]),  # (B,)
             "t2_loss": loss_function.of_pose("at2", imagined.at2, poses["at2"])})
         if model.imagines:
+            with compute.autocast():
+                features_t2 = model.true_features(frame_t2)  # (B, F, G)
             batches[-1] |= pose_scores.latent_terms(imagined.features_t1, imagined.features_t2, features_t2)
     rows = join_batches(batches, compute)  # {name: (M, ...)}
     means = {name: rows[name].mean() for name in ("main_task_loss", "t2_loss")}
@@ -741,14 +740,14 @@ def join_batches(batches, compute):
 
 
 def fit(run, args, study, split, readout):
-    """Train on split['train'], choose the epoch on split['val'] -> (model, DreamLoss, {part: loader}, Training).
+    """Train on split['train'], choose the epoch on split['val'] -> (Training, DreamLoss).
 
     readout: of solve_readout on the train rows, with which a FrameReadout starts.
     """
     compute = run.compute
     scaler = fit_scaler(study, split["train"])
     train_loader = make_loader(study, split["train"], args, compute, train=True)
-    loaders = {part: make_loader(study, rows, args, compute) for part, rows in split.items() if len(rows)}
+    val_loader = make_loader(study, split["val"], args, compute)
     model = build_model(args, scaler, study.compose)
     if args.init_from:
         backbones.start_from(model, args.init_from, is_frozen=not model.imagines,
@@ -771,12 +770,12 @@ def fit(run, args, study, split, readout):
                 "published one")
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, loss_function, training, compute)
-        *_, numbers = evaluate(model, loaders["val"], loss_function, compute)
+        *_, numbers = evaluate(model, val_loader, loss_function, compute)
         row["train_total_loss"] = row["train_loss"]
         row |= {f"val_{name}": value for name, value in numbers.items()}
         training.end_epoch(row)
     training.save_model(training.model_file(), "final_model.pth")
-    return model, loss_function, loaders, training
+    return training, loss_function
 
 
 def keep_if_better(training, study, rows, readout, loss_function):
@@ -836,7 +835,7 @@ def use_of_inputs(model, loader, numbers, loss_function, compute, study, fitted,
         frame_t1, frame_t2, poses = to_device(batch, compute)
         with compute.autocast():
             true = model(frame_t1, poses["motion"])
-            features_t2 = model.look(frame_t2)  # (B, F, G)
+            features_t2 = model.true_features(frame_t2)  # (B, F, G)
             false = model.imagine(true.features_t1, poses["other_motion"], poses["motion"])
         batches.append({
             "false_loss": loss_function.of_pose("at1", false.at1, poses["at1"]),  # (B,)
@@ -852,7 +851,7 @@ def use_of_inputs(model, loader, numbers, loss_function, compute, study, fitted,
 
 
 @torch.no_grad()
-def look_at(study, rows, encoder, compute):
+def encode_frames(study, rows, encoder, compute):
     """float32 (frames in the store, ...): what an encoder makes of the frames of these rows, 0 for the others."""
     encoder = compute.place(encoder).eval()
     wanted = np.unique(study.frames[rows])
@@ -868,20 +867,20 @@ def look_at(study, rows, encoder, compute):
     return everywhere
 
 
-def see_frames(study, rows, args, compute, encoder=None):
+def with_features(study, rows, args, compute, encoder=None):
     """The Study with a GridEncoder's grids of the frames of these rows; maps where the model's encoder is frozen.
 
     encoder: None = as the flags describe it.
     """
     if encoder is None:
         encoder = build_encoder(args, GridEncoder)
-    grids = look_at(study, rows, encoder, compute)
+    grids = encode_frames(study, rows, encoder, compute)
     maps = None
     if args.mode == "train" and args.augment == "none" and not args.init_from:
         if args.token_type == "none":
             maps = grids
         elif args.freeze_layers == 5:
-            maps = look_at(study, rows, build_encoder(args, Encoder), compute)
+            maps = encode_frames(study, rows, build_encoder(args, Encoder), compute)
     return dataclasses.replace(study, grids=grids, blocks=encoder.scales.blocks, maps=maps)
 
 
@@ -1089,44 +1088,51 @@ def run_split(run, args, study, split):
     split = splitting.rows_to_try(split, args)
     run.write_record(study, split)
     if study.grids is None:
-        study = see_frames(study, np.concatenate(list(split.values())), args, run.compute)
-    fitted = split["train"]
-    readout = solve_readout(study, fitted)
+        study = with_features(study, np.concatenate(list(split.values())), args, run.compute)
+    readout = solve_readout(study, split["train"])
     run.say(f"solved readout: {', '.join(dict.fromkeys(readout.blocks))} of the encoder, by the inner folds")
-    model, loss_function, loaders, training = fit(run, args, study, split, readout)
+    training, loss_function = fit(run, args, study, split, readout)
+    judge_split(args, study, split, readout, training, loss_function)
+
+
+def judge_split(args, study, split, readout, training, loss_function):
+    """Judge what fit trained on the held-out rows; what is found out on the way is added to best_model.pth."""
+    run = training.run
+    model = training.model
 
     def score(of_part, baselines):
-        """Table of a part, features of its frames, numbers of evaluate."""
+        """(ScoreTable of a part, features of its frames, numbers of evaluate)."""
         own = split[of_part]
-        predicted, features, numbers = evaluate(model, loaders[of_part], loss_function, run.compute)
+        loader = make_loader(study, own, args, run.compute)
+        predicted, features, numbers = evaluate(model, loader, loss_function, run.compute)
         table = predictions_table(study, own, predicted, baselines, training.seen.words(study.hashes[own]))
         return table, features, numbers
 
     part = "val"
+    fitted = split["train"]
     rows = split["val"]
     best = keep_if_better(training, study, rows, readout, loss_function)
-    train, train_features, _ = score("train", {})
+    train_table, train_features, _ = score("train", {})
     table, features, numbers = score("val", predict_baselines(study, fitted, rows, readout))
     table.write(run.path("predictions_val.csv"))
     best["known_data"] = row_warnings.known_data(train_features, features)
     alarms = []
     if model.imagines:  # a readout always fits its own rows better
         alarms = verdicts.split_gap_alarms(
-            train.main_metrics(), table.main_metrics(),
+            train_table.main_metrics(), table.main_metrics(),
             remedy="Fewer trained layers (--freeze_layers), --augment full, more patients")
-
-    if "test" in loaders:
+    if len(split["test"]):
         part = "test"
         fitted = np.union1d(fitted, rows)  # validation has done its work
+        rows = split["test"]
         readout = solve_readout(study, fitted)
         best |= use_readout(training, study, fitted, readout)
-        rows = split["test"]
         table, _, numbers = score("test", predict_baselines(study, fitted, rows, readout))
         table.write(run.path("predictions_test.csv"))
     training.save_model(best)
-
     plot_training(run, training.progress.history, best["epoch"], part, pose_scores.fold_numbers(table, study.label_sd))
-    use = use_of_inputs(model, loaders[part], numbers, loss_function, run.compute, study, fitted, rows)
+    loader = make_loader(study, rows, args, run.compute)
+    use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, fitted, rows)
     judge(run, args, study, split, rows, table, part=part, use=use, alarms=alarms, best_epoch=best["epoch"])
 
 
@@ -1166,7 +1172,7 @@ def run_folds(run, args, study):
     folds = {f"fold_{k}": split[left_out] for k, split in enumerate(splits)}
     check_split(run, args, study, folds)
     run.write_record(study, folds)
-    study = see_frames(study, np.arange(len(study.names)), args, run.compute)
+    study = with_features(study, np.arange(len(study.names)), args, run.compute)
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
     tables = prediction_tables.read_folds(run, chosen, left_out)
     joined = prediction_tables.join(tables, chosen)
@@ -1251,7 +1257,7 @@ def evaluate_checkpoint(run, args):
     readout = None
     if len(fitted):
         encoder = None if model.imagines else model.encoder
-        study = see_frames(study, np.union1d(fitted, rows), args, run.compute, encoder)
+        study = with_features(study, np.union1d(fitted, rows), args, run.compute, encoder)
         readout = solve_readout(study, fitted)
     loader = make_loader(study, rows, args, run.compute)
     predicted, _, numbers = evaluate(model, loader, loss_function, run.compute)
@@ -1260,8 +1266,10 @@ def evaluate_checkpoint(run, args):
     table.write(run.path(f"predictions_{part}.csv"))
     use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, fitted, rows)
     known = sorted(set(table.groups) & set(content["train_patients"]))
-    alarms = [f"the model was trained on these patients: {common.shorten_list(known, 5)}. Score others "
-              "(--data_dir)"] if known else []
+    alarms = []
+    if known:
+        alarms = [f"the model was trained on these patients: {common.shorten_list(known, 5)}. Score others "
+                  "(--data_dir)"]
     judge(run, args, study, {part: rows}, rows, table,
           part=part, use=use, alarms=alarms, best_epoch=content["epoch"])
 

@@ -261,7 +261,7 @@ def test_folds_continue_fold_by_fold(folds):
 def test_a_run_that_is_stopped_while_its_frames_are_encoded_can_be_continued(slices, tmp_path, monkeypatch, more):
     def stopped(*_):
         raise SystemExit(common.EXIT_SAVED)
-    monkeypatch.setattr(train_dreamer, "see_frames", stopped)
+    monkeypatch.setattr(train_dreamer, "with_features", stopped)
     for _ in range(2):
         run_here("train_dreamer.py", *flags(slices, tmp_path, *more), "--resume", "auto", code=common.EXIT_SAVED)
     assert (only_run(tmp_path) / "args.json").exists()
@@ -450,7 +450,7 @@ def test_no_gradient_reaches_the_target_frame():
     frames = torch.randint(0, 256, (2, 3, 1, 32, 32), dtype=torch.uint8)
     poses = {name: torch.zeros(3, 6) for name in ("at1", "at2")}
     grads = []
-    for features_t2 in (model.look(frames[1]), model.encoder(frames[1]).detach().clone()):
+    for features_t2 in (model.true_features(frames[1]), model.encoder(frames[1]).detach().clone()):
         model.zero_grad()
         _, parts = loss_function(model(frames[0], torch.ones(3, 6)), poses, features_t2)
         parts["latent_loss"].backward()
@@ -508,7 +508,7 @@ def banded_batches(count, seed, model):
     for axis, (top, left) in enumerate(((0, 0), (0, 16), (16, 0), (16, 16))):
         pixels[:, top:top + 16, left:left + 16] += (100 + 3 * at1[:, axis]).clamp(0, 220)[:, None, None]
     frames = pixels.to(torch.uint8)[:, None]  # t2 looks like t1
-    maps = model.eval().look(frames)[:, None].expand(-1, 2, -1, -1)
+    maps = model.eval().true_features(frames)[:, None].expand(-1, 2, -1, -1)
     other = motion.roll(1, 0)
     return [{"frames": maps[i:i + 32], "motion": motion[i:i + 32], "other_motion": other[i:i + 32],
              "at1": at1[i:i + 32], "at2": at1[i:i + 32] + motion[i:i + 32]} for i in range(0, count, 32)]
@@ -912,7 +912,7 @@ def test_a_trained_readout_lends_its_encoder_to_the_baseline(slices):
     args = readout_args("--mode", "predict", "--checkpoint", "x")
     new, encoder = (train_dreamer.build_encoder(of_run, train_dreamer.GridEncoder) for of_run in (
         args, readout_args("--seed", 7)))
-    own, lent = (train_dreamer.see_frames(study, rows[:4], args, compute, lender).grids for lender in (new, encoder))
+    own, lent = (train_dreamer.with_features(study, rows[:4], args, compute, lender).grids for lender in (new, encoder))
     frame = torch.from_numpy(train_dreamer.to_grey(study.picture(study.frames[0, 0])[None]))
     np.testing.assert_allclose(lent[study.frames[0, 0]], encoder(frame)[0], rtol=1e-4, atol=1e-5)
     assert not np.allclose(own[study.frames[0, 0]], lent[study.frames[0, 0]])
