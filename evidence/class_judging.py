@@ -147,7 +147,7 @@ def key_figures(result, positive):
         f"Recall of {name}": result.each.model["recall"].at(positive),
         f"AUC of the {result.baseline_label}": result.overall.baseline["roc_auc"],
     }
-    return [reporting.key_figure(label, found, result) for label, found in estimates.items()]
+    return reporting.key_figures(estimates, result)
 
 
 def metric_blocks(run, setting, result):

@@ -19,7 +19,6 @@ class ClassMetrics:
     """Metrics of C classes."""
     overall: dict  # CLASSIFICATION_METRICS -> float
     per_class: dict  # CLASS_METRICS -> (C,), each class against the rest
-    confusion: np.ndarray  # (C, C) rows, true x predicted
 
 
 def classification_metrics(probability, label, threshold=None, positive=1):
@@ -34,11 +33,16 @@ def classification_metrics(probability, label, threshold=None, positive=1):
     """
     statistic = class_statistic(probability, label, threshold, positive)
     overall, per_class = statistic(np.ones((1, len(label))))
-    count = probability.shape[1]
-    cell = label * count + predicted_class(probability, threshold, positive)
     return ClassMetrics(overall={name: float(value[0]) for name, value in overall.items()},
-                        per_class={name: value[0] for name, value in per_class.items()},
-                        confusion=np.bincount(cell, minlength=count ** 2).reshape(count, count))
+                        per_class={name: value[0] for name, value in per_class.items()})
+
+
+def confusion_matrix(probability, label, threshold=None, positive=1):
+    """(C, C) rows, true x predicted; arguments as in classification_metrics."""
+    count = probability.shape[1]
+    confusion = np.zeros((count, count), int)
+    np.add.at(confusion, (label, predicted_class(probability, threshold, positive)), 1)
+    return confusion
 
 
 def predicted_class(probability, threshold, positive):

@@ -269,14 +269,14 @@ def key_figures(result):
     """[(label, value, remark)] for the top of the report."""
     model = result.overall.model
     baseline = result.overall.baseline
-    figures = {"AP": model["map"], "Joint AP": model.get("joint_map")}
+    estimates = {"AP": model["map"], "Joint AP": model.get("joint_map")}
     usual = baseline.get("balanced_accuracy")
     if usual and usual.value != 1:  # with one state nothing to tell
-        figures["State balanced accuracy"] = model["balanced_accuracy"]
-    figures[f"AP of the {result.baseline_label}"] = baseline["map"]
-    figures["Hallucination rate anywhere"] = model["hallucination_rate_anywhere"]
-    return [reporting.key_figure(label, found, result) for label, found in figures.items()
-            if found is not None and math.isfinite(found.value)]
+        estimates["State balanced accuracy"] = model["balanced_accuracy"]
+    estimates[f"AP of the {result.baseline_label}"] = baseline["map"]
+    estimates["Hallucination rate anywhere"] = model["hallucination_rate_anywhere"]
+    known = {label: found for label, found in estimates.items() if found and math.isfinite(found.value)}
+    return reporting.key_figures(known, result)
 
 
 def metric_blocks(run, setting, result, part_rows, threshold):

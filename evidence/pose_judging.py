@@ -76,9 +76,12 @@ def key_figures(result, predictors):
     model = of_name["model"]
     baseline = of_name[result.baseline_name]
     shown = result.baseline_label
+    errors = {
+        "Error in label sds": result.overall.model["mae"],
+        f"The same of {shown}": result.overall.baseline["mae"],
+    }
     return [
-        reporting.key_figure("Error in label sds", result.overall.model["mae"], result),
-        reporting.key_figure(f"The same of {shown}", result.overall.baseline["mae"], result),
+        *reporting.key_figures(errors, result),
         ("MAE, translations", f"{model['mae_mm']:.2f} mm", f"{shown}: {baseline['mae_mm']:.2f} mm"),
         ("MAE, angles", f"{model['mae_deg']:.2f} deg", f"{shown}: {baseline['mae_deg']:.2f} deg"),
     ]

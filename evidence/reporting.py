@@ -148,14 +148,18 @@ def html_cases(cases):
     return '<div class="cases">' + "\n".join(figures) + "</div>"
 
 
-def key_figure(label, estimate, result):
-    """(label, value, remark) texts of an Estimate of this Result, for the top of the report."""
-    remark = f"95 % interval {estimate.low:.3f} to {estimate.high:.3f}"
-    if math.isnan(estimate.low):
-        remark = f"no interval: it rests on too few of the {result.subjects} {result.unit}, or is too uncertain"
+def key_figures(estimates, result):
+    """{label: Estimate} of a Result -> [(label, value, remark)] texts for the top of the report."""
+    figures = []
+    for label, found in estimates.items():
         if not result.has_intervals:
             remark = result.method
-    return label, metric_names.number_text(estimate.value), remark
+        elif math.isnan(found.low):
+            remark = f"no interval: it rests on too few of the {result.subjects} {result.unit}, or is too uncertain"
+        else:
+            remark = f"95 % interval {found.low:.3f} to {found.high:.3f}"
+        figures.append((label, metric_names.number_text(found.value), remark))
+    return figures
 
 
 def leakage_blocks(run):

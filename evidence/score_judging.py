@@ -126,9 +126,12 @@ def estimates_of_moments(table, moments):
 def key_figures(result, target, best_r2):
     """[(label, value, remark)] for the top of the report; target: (M, R)."""
     model = result.overall.model
-    estimates = {"Mean R2": model["r2"], "Mean r": model["pearson_r"],
-                 f"R2 of {result.baseline_label}": result.overall.baseline["r2"]}
-    figures = [reporting.key_figure(label, found, result) for label, found in estimates.items()]
+    estimates = {
+        "Mean R2": model["r2"],
+        "Mean r": model["pearson_r"],
+        f"R2 of {result.baseline_label}": result.overall.baseline["r2"],
+    }
+    figures = reporting.key_figures(estimates, result)
     sd = np.nanstd(target, axis=0)
     error = common.mean_without_nan(result.each.model["mae"].value / np.where(sd > 0, sd, np.nan))
     figures.append(("Mean absolute error", f"{metric_names.number_text(error)} sd",

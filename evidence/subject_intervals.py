@@ -408,7 +408,7 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, thr
     subjects, index = np.unique(owners, return_inverse=True)
     support = _class_support(label, index, n_classes)
     statistic = class_scores.class_statistic(probability, label, threshold, positive, index)
-    confusion = class_scores.classification_metrics(probability, label, threshold, positive).confusion
+    confusion = class_scores.confusion_matrix(probability, label, threshold, positive)
     of_baseline = None
     if baseline is not None:
         of_baseline = class_scores.class_statistic(baseline, label, baseline_threshold, positive, index)
@@ -419,7 +419,7 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, thr
         result.exceptions = "; accuracy, recall and precision: Wilson"
         _take_wilson_intervals(result.overall.model, result.each.model, confusion)
         if baseline is not None:
-            confusion = class_scores.classification_metrics(baseline, label, baseline_threshold, positive).confusion
+            confusion = class_scores.confusion_matrix(baseline, label, baseline_threshold, positive)
             _take_wilson_intervals(result.overall.baseline, result.each.baseline, confusion)
     return result
 

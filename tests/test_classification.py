@@ -74,7 +74,8 @@ def test_metrics_equal_sklearn_with_and_without_ties(classes, digits):
     assert set(theirs) == set(ours.per_class) == set(class_scores.CLASS_METRICS)
     for name, values in theirs.items():
         np.testing.assert_allclose(ours.per_class[name], values, rtol=1e-9, err_msg=name)
-    np.testing.assert_array_equal(ours.confusion, judge.confusion_matrix(label, chosen))
+    ours = class_scores.confusion_matrix(probability, label)
+    np.testing.assert_array_equal(ours, judge.confusion_matrix(label, chosen))
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -324,10 +325,11 @@ def test_bootstrap_classification_holds_values_and_pairs_the_baseline():
             np.testing.assert_array_equal(comparison.baseline[name].value, value)
             assert (model.low < value).all() and (value < model.high).all(), name
             assert not np.any([difference.low, difference.high]), name
-    assert result.rows == result.subjects == direct.confusion.sum() and result.method.endswith("rows")
+    confusion = class_scores.confusion_matrix(probability, label)
+    assert result.rows == result.subjects == confusion.sum() and result.method.endswith("rows")
     recall = result.each.model["recall"].at(2)
     assert (recall.low, recall.high) == subject_intervals.share_interval(
-        direct.confusion[2, 2], direct.confusion[2].sum())
+        confusion[2, 2], confusion[2].sum())
 
 
 def test_classes_may_be_called_as_anything():
@@ -762,12 +764,14 @@ def test_verdict_of_a_classifier_names_the_metric_and_the_direction():
     assert verdicts.verdict_sentence(swapped, "accuracy").endswith(f"in {(right[0] > right[1]).sum()} of 9 subjects.")
     nine.overall.difference["roc_auc"].low = np.nan
     assert "[no interval: too few to resolve it]" in verdicts.verdict_sentence(nine, "roc_auc")
-    figure = reporting.key_figure("ROC AUC", subject_intervals.Estimate(0.9, np.nan, np.nan), nine)
-    assert figure == ("ROC AUC", "0.900", "no interval: it rests on too few of the 9 subjects, or is too uncertain")
+
+    def key_figure(estimate, result):
+        return reporting.key_figures({"ROC AUC": estimate}, result)[0]
+    assert key_figure(subject_intervals.Estimate(0.9, np.nan, np.nan), nine) == (
+        "ROC AUC", "0.900", "no interval: it rests on too few of the 9 subjects, or is too uncertain")
     few = subject_intervals.bootstrap_classification(model[:72], label[:72], names[:72])
-    assert reporting.key_figure("ROC AUC", few.overall.model["roc_auc"], few)[2] == "no interval: only 4 subjects"
-    assert reporting.key_figure("ROC AUC", subject_intervals.Estimate(0.9, 0.8, 1.0), nine)[2] == (
-        "95 % interval 0.800 to 1.000")
+    assert key_figure(few.overall.model["roc_auc"], few)[2] == "no interval: only 4 subjects"
+    assert key_figure(subject_intervals.Estimate(0.9, 0.8, 1.0), nine)[2] == "95 % interval 0.800 to 1.000"
 
 
 def test_risk_over_coverage_ends_at_the_errors_of_the_confusion_matrix(tmp_path, monkeypatch):
@@ -778,7 +782,7 @@ def test_risk_over_coverage_ends_at_the_errors_of_the_confusion_matrix(tmp_path,
     table = prediction_tables.ClassTable(
         keys={"id": np.arange(200)}, names=["ear", "tail"], baselines={}, positive=1, label=label,
         probability=np.stack([1 - p, p], 1), threshold=np.full(200, 0.35))
-    confusion = class_scores.classification_metrics(table.probability, label, table.threshold, 1).confusion
+    confusion = class_scores.confusion_matrix(table.probability, label, table.threshold, 1)
     drawn = []
     monkeypatch.setattr(plotting, "plot_risk_coverage", lambda confidence, correct, path: drawn.append(correct))
     class_judging.plot_classes(SimpleNamespace(path=lambda name: tmp_path / name), table, confusion)
@@ -791,7 +795,7 @@ def test_risk_over_coverage_ends_at_the_errors_of_the_confusion_matrix(tmp_path,
 def test_plots_are_written_and_survive_absent_classes(tmp_path):
     _, probability, label = scored_rows(rows=60)
     p, t = probability[label != 2], label[label != 2]
-    confusion = class_scores.classification_metrics(p, t).confusion
+    confusion = class_scores.confusion_matrix(p, t)
     plotting.plot_confusion(confusion, NAMES, tmp_path / "confusion.png")
     plotting.plot_reliability(p, t, tmp_path / "reliability.png", before=p)
     plotting.plot_risk_coverage(p.max(1), p.argmax(1) == t, tmp_path / "risk.png")
