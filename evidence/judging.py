@@ -48,8 +48,10 @@ class Setting:
 
 
 def fold_table(folds):
-    """One dict of numbers for each fold -> the same with two more rows, the mean and the SD over the folds."""
+    """One dict of numbers for each fold -> the same with two more rows, the mean and the SD over the folds; [] for []."""
     import pandas as pd
+    if not folds:
+        return []
     numbers = pd.DataFrame(folds).drop(columns=NO_RESULTS, errors="ignore").astype(float)
     return [*folds, {"fold": "mean", **numbers.mean()}, {"fold": "SD", **numbers.std()}]
 
@@ -201,6 +203,25 @@ def headline(result, metric, level):
     }
 
 
+def page_sections(run, setting, blocks, sections, metrics):
+    """[(heading, HTML blocks)] of the page of a run, in order; arguments as in close_run, metrics: what it returns."""
+    marked = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]]
+    marked += [reporting.html_text(doubt, "caution") for doubt in metrics["doubts"]]
+    criteria = reporting.html_table(metrics["criteria"], digits=".4g", caption="Criteria")
+    folds = reporting.html_table(fold_table(setting.folds), digits=".4g", caption="Folds")
+    return [
+        ("Alarms and doubts", marked),
+        ("Data and split", setting.data),
+        ("Leakage", [*reporting.leakage_blocks(run), *setting.similar]),
+        ("Metrics", [*blocks, criteria, folds]),
+        *sections,
+        ("Learning curves", reporting.history_blocks(run)),
+        ("Best and worst cases", setting.cases),
+        ("Limits", [reporting.html_list(setting.limits)]),
+        ("Command and versions", reporting.command_blocks(run.args)),
+    ]
+
+
 def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figures, blocks, sections, numbers,
               doubts, further_estimates=None):
     """Write report.html and metrics.json of a run, and say its verdict; returns what metrics.json holds.
@@ -234,25 +255,9 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
         "criteria": criteria,
         "folds": setting.folds,
     }
-    marked = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in alarms]
-    marked += [reporting.html_text(doubt, "caution") for doubt in doubts]
-    blocks.append(reporting.html_table(criteria, digits=".4g", caption="Criteria"))
-    if setting.folds:
-        blocks.append(reporting.html_table(fold_table(setting.folds), digits=".4g", caption="Folds"))
-    sections = [
-        ("Alarms and doubts", marked),
-        ("Data and split", setting.data),
-        ("Leakage", [*reporting.leakage_blocks(run), *setting.similar]),
-        ("Metrics", blocks),
-        *sections,
-        ("Learning curves", reporting.history_blocks(run)),
-        ("Best and worst cases", setting.cases),
-        ("Limits", [reporting.html_list(setting.limits)]),
-        ("Command and versions", reporting.command_blocks(run.args)),
-    ]
     reporting.write_report(
         run.path("report.html"), f"{setting.title}: {run.folder.name}", reached,
-        sections, run.compute.text, figures)
+        page_sections(run, setting, blocks, sections, metrics), run.compute.text, figures)
     common.write_json(run.path("metrics.json"), metrics)  # last: its presence says that the run is finished
     if "sample" in metrics:
         run.say(f"effective sample: {sample_sentence(metrics['sample'])}")
