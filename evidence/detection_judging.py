@@ -158,49 +158,45 @@ def general_limits(judged):
 
 def per_part_rows(judged, result):
     """One dict per part: boxes, AP with interval and baseline, precision, recall, hallucinations."""
-    counts = {name: values.sum(0).astype(int) for name, values in judged.counts.items()}
-    rows = []
-    for label, part in enumerate(result.names):
-        rates = judged.rates(parts=label)
-        hallucination = subject_intervals.Estimate(
-            rates["hallucination_rate_anywhere"],
-            *subject_intervals.share_interval(counts["claimed"][label], counts["absent"][label]))
-        rows.append({
-            "target": part,
-            "boxes": counts["truth"][label],
-            **result.each.model["ap"].at(label).columns("ap"),
-            "ap50": result.each.model["ap50"].value[label],
-            "baseline_ap": result.each.baseline["ap"].value[label],
-            "baseline_ap50": result.each.baseline["ap50"].value[label],
-            "precision": rates["precision"],
-            "recall": rates["recall"],
-            "absent": counts["absent"][label],
-            "hallucinated": counts["claimed"][label],
-            **hallucination.columns("hallucination_rate_anywhere"),
-            "absent_boxes": counts["absent_boxes"][label],
-            "hallucinated_there": counts["claimed_there"][label]})
-    return rows
+    import pandas as pd
+    counts = {name: values.sum(0).astype(int) for name, values in judged.counts.items()}  # (P,) each
+    rates = detection_scores.rates_of(counts)
+    ends = zip(*map(subject_intervals.share_interval, counts["claimed"], counts["absent"]))
+    hallucination = subject_intervals.Estimate(rates["hallucination_rate_anywhere"], *ends)
+    columns = {
+        "target": result.names,
+        "boxes": counts["truth"],
+        **result.each.model["ap"].columns("ap"),
+        "ap50": result.each.model["ap50"].value,
+        "baseline_ap": result.each.baseline["ap"].value,
+        "baseline_ap50": result.each.baseline["ap50"].value,
+        "precision": rates["precision"],
+        "recall": rates["recall"],
+        "absent": counts["absent"],
+        "hallucinated": counts["claimed"],
+        **hallucination.columns("hallucination_rate_anywhere"),
+        "absent_boxes": counts["absent_boxes"],
+        "hallucinated_there": counts["claimed_there"]}
+    return pd.DataFrame(columns).to_dict("records")
 
 
 def per_state_rows(judged):
     """One dict per state: how often it is true, what it is called, recall, precision, F1, AP."""
     if not judged.has_states:
         return []
-    confusion = judged.confusions.sum(0)
+    import pandas as pd
+    confusion = judged.confusions.sum(0).astype(int)
     _, each = class_scores.confusion_metrics(confusion[None])  # {metric: (1, S)}
     matching = judged.matching["joint_map"]
     ap = detection_scores.average_precision(matching, judged.every)  # (T, C)
     state_of = (np.array(matching.params.catIds, int) - 1) % detection_scores.N_STATES  # (C,)
-    rows = []
-    for k, state in enumerate(part_boxes.STATES):
-        called = zip(part_boxes.STATES, confusion[k].astype(int))
-        rows.append({
-            "state": state,
-            "found": confusion[k].sum().astype(int),
-            **{f"called {other}": count for other, count in called},
-            **{name: each[name][0, k] for name in ("recall", "precision", "f1")},
-            "joint_ap": common.mean_without_nan(ap[:, state_of == k], axis=None)})
-    return rows
+    columns = {
+        "state": part_boxes.STATES,
+        "found": confusion.sum(1),
+        **{f"called {state}": counts for state, counts in zip(part_boxes.STATES, confusion.T)},
+        **{name: each[name][0] for name in ("recall", "precision", "f1")},
+        "joint_ap": [common.mean_without_nan(ap[:, state_of == k], axis=None) for k in range(len(confusion))]}
+    return pd.DataFrame(columns).to_dict("records")
 
 
 def calibration_rows(judged):

@@ -197,6 +197,16 @@ def state_scores(confusion):
         "balanced_accuracy": found["balanced_accuracy"][0]}
 
 
+def rates_of(counts):
+    """Precision, recall and the rates of hallucination, of counts that are numbers or (P,); NaN where nothing counts."""
+    with common.undefined_is_nan():
+        return {
+            "precision": counts["right"] / (counts["right"] + counts["wrong"]),
+            "recall": counts["right"] / counts["truth"],
+            "hallucination_rate": counts["claimed_there"] / counts["absent_boxes"],
+            "hallucination_rate_anywhere": counts["claimed"] / counts["absent"]}
+
+
 class Judged:
     """Detections of M pictures against their boxes: every number over any of them, and intervals.
 
@@ -233,20 +243,10 @@ class Judged:
         columns = ("map", "map50", "joint_map", "state_accuracy")
         return {name: overall[name] for name in columns if name in overall}
 
-    def rates(self, pictures=slice(None), parts=slice(None)):
-        """Precision, recall and the rates of hallucination over these pictures and parts, NaN where nothing counts."""
-        sums = {name: counts[pictures][:, parts].sum() for name, counts in self.counts.items()}
-        with common.undefined_is_nan():
-            return {
-                "precision": sums["right"] / (sums["right"] + sums["wrong"]),
-                "recall": sums["right"] / sums["truth"],
-                "hallucination_rate": sums["claimed_there"] / sums["absent_boxes"],
-                "hallucination_rate_anywhere": sums["claimed"] / sums["absent"]}
-
     def values(self, pictures):
         """({metric: float}, {ap, ap50: (P,)}) of the model over these pictures, repeats count."""
         overall, each = average_precisions(self.matching, pictures)
-        overall |= self.rates(pictures)
+        overall |= rates_of({name: counts[pictures].sum() for name, counts in self.counts.items()})
         if self.has_states:
             overall |= state_scores(self.confusions[pictures].sum(0))
         return overall, each
