@@ -80,6 +80,11 @@ class ScoreTable(Rows):
         """(M, R) true scores."""
         return self.target
 
+    @property
+    def is_known(self):
+        """(M, R) bool, True = there is a true score."""
+        return ~np.isnan(self.target)
+
     def quality(self, predicted):
         """Mean R2 of predictions (M, R) where there are any."""
         target = np.where(np.isnan(predicted), np.nan, self.target)
@@ -145,6 +150,11 @@ class ClassTable(Rows):
     def truth(self):
         """(M,) true class indices."""
         return self.label
+
+    @property
+    def is_known(self):
+        """(M, 1) bool, True = there is a true class."""
+        return self.label[:, None] >= 0
 
     def scores_of(self, probability, threshold=None):
         """class_scores.ClassMetrics of probabilities (M, C)."""
@@ -274,8 +284,7 @@ def take(table, rows):
 
 def labelled(table):
     """The table of the rows with a true value."""
-    is_labelled = ~np.isnan(table.truth).all(1) if isinstance(table, ScoreTable) else table.label >= 0
-    return take(table, is_labelled)
+    return take(table, table.is_known.any(1))
 
 
 def combine(records, function):
@@ -349,11 +358,10 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     }
     predicted = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
     names = [name for name in predicted if f"{name}_true" in table]
-    starts = tuple(f"{name}_" for name in names)
-    lacking = [  # A_human_predicted is a baseline of A
-        f"{name}_true beside {name}_predicted" for name in predicted
-        if name not in names and not name.startswith(starts) and f"{name}_predicted" != baseline]
     if names:
+        starts = tuple(f"{name}_" for name in names)  # of which A_human_predicted is a baseline
+        lacking = [f"{name}_true beside {name}_predicted" for name in predicted
+                   if name not in names and not name.startswith(starts) and f"{name}_predicted" != baseline]
         if lacking:
             raise common.UserError(
                 f"{path}: no column {common.shorten_list(lacking, 5)}; name its truth so, or leave it out")
@@ -378,15 +386,13 @@ def refuse_useless(table, path):
     judged = labelled(table)
     if isinstance(table, ScoreTable):
         predicted = table.predicted
-        is_known = ~np.isnan(table.target)  # (M, R)
-        flat = [f"{name}_true" for name, column in zip(table.names, table.target.T)
-                if len(set(column[~np.isnan(column)])) < 2]
+        flat = [f"{name}_true" for name, column, known in zip(table.names, table.target.T, table.is_known.T)
+                if len(set(column[known])) < 2]
     else:
         predicted = table.probability
-        is_known = (table.label >= 0)[:, None]  # (M, 1)
         flat = ["the true label"] if len(set(judged.label)) < 2 else []
     for name, block in {"the model": predicted, **table.baselines}.items():
-        rows = np.flatnonzero((is_known & np.isnan(block)).any(1)) + 1
+        rows = np.flatnonzero((table.is_known & np.isnan(block)).any(1)) + 1
         if len(rows):
             raise common.UserError(
                 f"{path}: {len(rows)} of {len(block)} rows have a true value and no prediction of {name} (rows "
@@ -436,7 +442,8 @@ def _read_scores(table, path, names, baseline, shared):
     predicted = blocks.pop("predicted")
     found = ScoreTable(
         names=names, target=target, predicted=predicted, spread=blocks.get("sd"), baselines=blocks, **shared)
-    return dataclasses.replace(found, baselines=_score_baselines(found, table, baseline, path))
+    found.baselines = _score_baselines(found, table, baseline, path)
+    return found
 
 
 def _score_baselines(found, table, baseline, path):
@@ -478,7 +485,8 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
         baseline_thresholds=_known({kind: _threshold(table, f"{kind}_threshold", label_column, path) for kind in kinds}),
         logits=_block(table, [f"logit_{name}" for name in names], path))
     if stated not in (None, names[found.positive]):  # the thresholds are of another class
-        return dataclasses.replace(found, threshold=None, baseline_thresholds={})
+        found.threshold = None
+        found.baseline_thresholds = {}
     return found
 
 
