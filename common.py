@@ -44,9 +44,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-# ---------------------------------------------------------------------------
-# Errors and exit codes
-# ---------------------------------------------------------------------------
+# --- Errors and exit codes -------------------------------------------------
 # A user's mistake is one line and never a traceback; a stop signal saves and ends with an exit code of its own.
 
 EXIT_OK = 0
@@ -144,21 +142,16 @@ def _half_batch():
             "(or, if it was in evaluation, with a smaller --val_batch_size)")
 
 
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
-if hasattr(signal, "SIGUSR1"):  # not on Windows
-    STOP_SIGNALS |= {signal.SIGUSR1, signal.SIGUSR2}
+STOP_SIGNALS = {  # Windows has the first two
+    number for number in signal.Signals if number.name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")}
 
 
 class StopSignals:
-    """TERM, USR1, USR2 and the first Ctrl-C ask for a save and a stop; another Ctrl-C stops at once.
-
-    While `armed` (in the epoch loop) a signal is only noted; elsewhere there is nothing to save and
-    it stops at once.
-    """
+    """TERM, USR1, USR2 and the first Ctrl-C ask for a save and a stop; another Ctrl-C stops at once."""
 
     def __init__(self):
         self.received = 0  # the number of a signal
-        self.armed = False
+        self.armed = False  # True in the epoch loop; elsewhere nothing is to be saved
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
@@ -175,8 +168,8 @@ class StopSignals:
     def leave():
         """From here on only Ctrl-C is obeyed: on the way out a signal could only change the exit code.
 
-        srun sends one to the tasks of a step that are slower to leave than the first, and Python
-        puts every handler but SIG_IGN back to the default before it ends.
+        srun sends one to tasks that are slower to leave than the first, and Python puts every handler
+        but SIG_IGN back to the default before it ends.
         """
         for number in STOP_SIGNALS - {signal.SIGINT}:
             signal.signal(number, signal.SIG_IGN)
@@ -210,11 +203,8 @@ def rows_by_key(keys):
     return rows_of
 
 
-# ---------------------------------------------------------------------------
-# Arguments and config
-# ---------------------------------------------------------------------------
-# A flag is declared once; config file, flags of a resumed run and command line all pass through
-# its own type.
+# --- Arguments and config --------------------------------------------------
+# A flag is declared once; config file, flags of a resumed run and command line all pass through its type.
 
 class Help(argparse.RawDescriptionHelpFormatter):
     """Shows the default of each flag that has one and does not tell it itself."""
@@ -225,15 +215,11 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose error is one line, with exit code 2.
-
-    may_change: names of the flags that a resumed run may be given anew. They decide where and how
-    fast it runs, never what is computed.
-    """
+    """ArgumentParser whose error is one line, with exit code 2."""
 
     def __init__(self, description=None, **options):
         super().__init__(description=description, allow_abbrev=False, formatter_class=Help, **options)
-        self.may_change = set()
+        self.may_change = set()  # flags that may change on resume: where and how fast, never what
 
     def group(self, title):
         """add_argument of a new group of flags, which also takes may_change=True."""
@@ -423,10 +409,9 @@ def add_shared_arguments(parser, augments=None, **defaults):
 def parse_arguments(parser, argv):
     """Parse the command line over --config over the flags of the --resume run over the defaults.
 
-    Returns the Namespace of the flags in force, with three sets of their names beside them: `given`,
-    those typed on the command line, `may_change` (see Parser), and of these `data_paths`, which say
-    where the data are. Nothing changes it later. Raises UserError for an unreadable config, an
-    unknown key (closest flag named) or a value that its flag refuses.
+    Returns a Namespace of the flags and three sets of their names: `given`, those that were typed;
+    `may_change` (see Parser); and of these `data_paths`, which say where the data are. UserError for a
+    config that cannot be read, an unknown key, or a value that its flag refuses.
     """
     words = [_snake_case(word) for word in (sys.argv[1:] if argv is None else argv)]
     typed, others = _read_flags(parser, words)
@@ -471,12 +456,11 @@ def _check_flags(parser, flags, typed):
 def _read_flags(parser, words, **options):
     """({flag: value} of the flags among these words, each read by its own type; list of the other words)."""
     reader = Parser(add_help=False, **options)
-    for action in parser._actions:
-        if action.dest != "help":
-            reader._add_action(copy.copy(action))
-    for action in reader._actions:
+    for action in map(copy.copy, parser._actions):
         action.required = False
         action.default = argparse.SUPPRESS
+        if action.dest != "help":
+            reader._add_action(action)
     found, others = reader.parse_known_args(words)
     return vars(found), others
 
@@ -545,11 +529,10 @@ def _words_of(action, name, value, where):
 
 
 def read_config(path):
-    """Flat {flag name: value} of a YAML or JSON file, its sections dropped; an args.json gives its flags but --resume.
+    """{flag name: text or list of texts} of a YAML or JSON file, without its sections.
 
-    Values are the texts that stand there, and lists of them: a flag's own type reads them. Raises
-    UserError for files that are missing, not a mapping, or that hold duplicate keys, anchors or
-    nesting deeper than the parser can follow.
+    Of an args.json: its flags but --resume. UserError for what is no mapping, and for duplicate keys,
+    anchors and deep nesting.
     """
     if not path.is_file():
         raise UserError(f"no such file: {path} (expected YAML or JSON)")
@@ -611,17 +594,15 @@ def _leaves(values):
             yield key, value
 
 
-# ---------------------------------------------------------------------------
-# Run folder and log
-# ---------------------------------------------------------------------------
+# --- Run folder and log ----------------------------------------------------
 # One folder a run, made with os.mkdir as the lock.
 
 @dataclasses.dataclass(eq=False)
 class Run:
     """An open run folder: `say` writes to terminal and log.txt; leaving the `with` block closes it.
 
-    A user error or a stop signal before args.json is written removes the folder again, so that a
-    typing mistake leaves nothing behind. Of several processes only the first one says and writes.
+    A user error or a stop signal before args.json is written removes the folder again. Of several
+    processes only the first one says and writes.
     """
 
     folder: Path
@@ -643,8 +624,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace):
-        # A full disk must not hide the error that led here.
-        with contextlib.suppress(OSError), self._lock, self._log:
+        with contextlib.suppress(OSError), self._lock, self._log:  # a full disk must not hide it
             if error and not isinstance(error, SystemExit):
                 self._log.write(f"{kind.__name__}: {error}\n")
         if not error and self.is_writer and self.path("metrics.json").exists():
@@ -654,10 +634,7 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)  # the disk it is on may be what was lost
 
     def _drop_checkpoints(self):
-        """Remove what a finished run, and a baseline that it trained in baseline/, need no more.
-
-        last.pth is for more epochs, where the schedule allows them.
-        """
+        """Of a finished run and its baseline/, keep last.pth alone, and only where it may go on."""
         for last in self.path("last.pth"), self.path("baseline/last.pth"):
             if last.exists() and not self.args.keep_last:
                 last.with_suffix(".pth.prev").unlink(missing_ok=True)
@@ -684,10 +661,7 @@ class Run:
         return dataclasses.replace(self, folder=self.path(name), args=args or self.args, folds_after=0)
 
     def each_fold(self, splits, run_split):
-        """run_split(run, split) in fold_K/ for the folds that --fold asks for, but for finished ones.
-
-        Returns the numbers of the folds asked for.
-        """
+        """run_split(run, split) in fold_K/ for each fold of --fold; returns their numbers."""
         chosen = range(len(splits)) if self.args.fold == "all" else [self.args.fold]
         for k in chosen:
             with self.child(f"fold_{k}") as child:
@@ -788,11 +762,10 @@ def optional_package(name):
 
 
 def start_run(args, fp32_on_cpu=False, fixed_shapes=False):
-    """Processes, device, threads, stop signals and the run folder (new, or the one to resume).
+    """Set up processes, device, threads and stop signals -> Run in a new folder, or the one to resume.
 
-    fixed_shapes: batches are alike, so that cuDNN may try out what is fastest for them. Returns
-    Run. Raises UserError for a missing device or an output folder that cannot be written;
-    SystemExit(0) when the run to resume is finished.
+    fixed_shapes: batches are alike, so that cuDNN may try out what is fastest for them. UserError for
+    a missing device, SystemExit(0) where the run to resume is finished.
     """
     for flag in ("tensorboard", "wandb"):
         if getattr(args, flag):
@@ -820,8 +793,7 @@ def start_run(args, fp32_on_cpu=False, fixed_shapes=False):
     if "patience" in args.given and args.patience and args.select == "last":
         run.say(f"note: --select last trains all {args.epochs} epochs: --patience {args.patience} has no effect")
     if processes.size > 1:
-        run.say(f"processes: {processes.size}; each takes its share of the {args.batch_size} samples "
-                "of a batch")
+        run.say(f"processes: {processes.size}; they share the {args.batch_size} samples of a batch")
     return run
 
 
@@ -833,14 +805,14 @@ def new_folder(parent):
         name += f"_job{job}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            folder = parent / (name if number == 1 else f"{name}_{number}")
+        folder = parent / name
+        for number in itertools.count(2):
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 return folder
+            folder = parent / f"{name}_{number}"
     except OSError as error:
-        raise UserError(f"--output_dir {parent} cannot be written: {error.strerror}; "
-                        "name another folder") from None
+        raise UserError(f"--output_dir {parent} cannot be written: {error.strerror}; name another") from None
 
 
 def slurm_job_id():
@@ -856,12 +828,10 @@ def lock_folder(folder):
     handle = open(folder / ".lock", "w")
     try:
         import fcntl
-        # Not flock, which loader workers would inherit.
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader workers would inherit
     except (BlockingIOError, PermissionError):
         handle.close()
-        raise UserError(f"{folder} is being written by another process; wait for it or start a new "
-                        "run") from None
+        raise UserError(f"{folder} is being written by another process; wait, or start a new run") from None
     except (ImportError, OSError):
         pass  # Windows, or a network drive without locks: a second writer is not detected there
     return handle
@@ -917,29 +887,33 @@ def _newest_folder(args):
 
     Where there is none, a note names the newest unfinished one with these flags, and why it is not continued.
     """
-    before = {}  # folder -> its flags
-    for path in sorted(args.output_dir.glob("run_*/args.json"), key=os.path.getmtime, reverse=True):
-        record = read_or_warn(path)
-        if record.get("script") == script_name():
-            before[path.parent] = record["flags"]
     now = json_safe(flags_of(args))
-    lasting = now.keys() - args.may_change
-
-    def alike(names):
-        return [folder for folder, flags in before.items() if all(flags.get(name) == now[name] for name in names)]
-    same_data = alike(lasting | args.data_paths)
     job = slurm_job_id()
-    for folder in same_data:
-        if job and re.search(rf"_job{job}(_\d+)?$", folder.name):
+    unfinished = []  # the newest first
+    unfinished_elsewhere = []  # whose data have other paths
+    for path in sorted(args.output_dir.glob("run_*/args.json"), key=os.path.getmtime, reverse=True):
+        folder = path.parent
+        record = read_or_warn(path)
+        if record.get("script") != script_name():
+            continue
+        different = {name for name, value in now.items() if record["flags"].get(name) != value}
+        if different - args.may_change:
+            continue
+        has_same_data = not different & args.data_paths
+        if has_same_data and job and re.search(rf"_job{job}(_\d+)?$", folder.name):
             return folder
-    unfinished = [folder for folder in alike(lasting)
-                  if not is_finished(folder, args) and not is_being_written(folder)]
-    for folder in unfinished:
-        if folder in same_data:
-            return folder
+        if is_finished(folder, args) or is_being_written(folder):
+            continue
+        if has_same_data:
+            unfinished.append(folder)
+        else:
+            unfinished_elsewhere.append(folder)
     if unfinished:
-        print(f"note: a new run; the paths of the data are not those of {unfinished[0]}, which is unfinished. If its "
-              f"data have only moved, --resume {unfinished[0]} continues it")
+        return unfinished[0]
+    if unfinished_elsewhere:
+        folder = unfinished_elsewhere[0]
+        print(f"note: a new run; the paths of the data are not those of {folder}, which is unfinished. If "
+              f"its data have only moved, --resume {folder} continues it")
     return None
 
 
@@ -1033,9 +1007,7 @@ def data_record(contents, split, **facts):
         **facts}
 
 
-# ---------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------
+# --- Files -----------------------------------------------------------------
 # Every file appears whole or not at all.
 
 class CannotSave(UserError):
@@ -1070,8 +1042,7 @@ def write_whole(path, content, keep_previous=False):
 def replace_file(path, content, temporary, keep_previous=False):
     """Write bytes into a temporary file, which then takes the path; an OSError leaves nothing of it.
 
-    keep_previous: an older file at the path stays as .prev. The path is never without a file, unless the drive knows no
-    hard links.
+    keep_previous: an older file stays as .prev. With hard links there is a file at every moment.
     """
     try:
         with open(temporary, "wb") as handle:
@@ -1110,9 +1081,9 @@ def write_json(path, value):
 
 
 def read_json(path, as_object=None):
-    """The content of a JSON file of any origin: control characters in texts are allowed.
+    """The content of a JSON file of any origin, with control characters in texts, or UserError.
 
-    as_object: [(key, value)] of an object -> what stands for it; None: a dict. Raises UserError.
+    as_object: [(key, value)] of an object -> what stands for it; None: a dict.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -1125,13 +1096,12 @@ def read_json(path, as_object=None):
 
 def read_or_warn(path):
     """The object in a JSON file; {} where there is none, with a WARNING where the file cannot be read."""
-    if not path.exists():
-        return {}
-    try:
-        content = read_json(path)
-    except UserError as error:
-        print(f"WARNING: {error}")
-        content = None
+    content = {}
+    if path.exists():
+        try:
+            content = read_json(path)
+        except UserError as error:
+            print(f"WARNING: {error}")
     return content if isinstance(content, dict) else {}
 
 
@@ -1159,14 +1129,10 @@ def _json_type(value):
     return sorted(value) if isinstance(value, set) else str(value)
 
 
-# ---------------------------------------------------------------------------
-# Device, seed and loaders
-# ---------------------------------------------------------------------------
-# Every draw is a pure function of (seed, epoch, sample): no random state to save, and any worker
-# count agrees.
+# --- Device, seed and loaders ----------------------------------------------
+# Every draw is a pure function of (seed, epoch, sample): no random state to save, any worker count agrees.
 
-# macOS can fork, but its numeric libraries do not survive it.
-CAN_FORK = sys.platform not in ("win32", "darwin")
+CAN_FORK = sys.platform not in ("win32", "darwin")  # the numeric libraries of macOS do not survive it
 
 
 @dataclasses.dataclass
@@ -1205,8 +1171,8 @@ def choose_compute(device, use_amp, processes=None, fp32_on_cpu=False):
     if processes is None:
         processes = launched_processes()
         if processes.size > 1:
-            raise UserError(f"this command works in one process, started were {processes.size}; "
-                            "start it without torchrun, or with srun --ntasks=1")
+            raise UserError(f"this command works in one process, started were {processes.size}; start it "
+                            "without torchrun, or with srun --ntasks=1")
     device = _choose_device(device, processes)
     precision = fast_precision(device)
     if use_amp == "on" and precision == "fp32":
@@ -1234,21 +1200,22 @@ def announce_compute(args, fp32_on_cpu=False):
 
 
 def _choose_device(name, processes):
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    known = ["cpu", *gpus]
+    if gpus:
+        known.append("cuda")
+    if torch.backends.mps.is_available():
+        known.append("mps")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"  # not mps: nobody has run these scripts there yet
-    device = None
-    with contextlib.suppress(RuntimeError):
-        device = torch.device(name)
-    own_index = 0 if processes.size > 1 else getattr(device, "index", 0) or 0  # srun may show each process its own GPU
-    if device is None or own_index >= counts.get(device.type, 0):
+    if gpus and name.split(":")[0] == "cuda" and processes.size > 1:
+        name = gpus[processes.local_rank % len(gpus)]  # srun may show each process its own GPU alone
+        torch.cuda.set_device(name)
+    if name not in known:
         raise UserError(
-            f"--device {name}: expected auto, cpu, cuda, cuda:N or mps; this torch sees {counts['cuda']} CUDA GPUs and "
-            f"{counts['mps']} Apple ones. Use --device cpu, or run verify_setup.py to see why")
-    if device.type == "cuda" and processes.size > 1:
-        device = torch.device("cuda", processes.local_rank % counts["cuda"])  # srun may show each its own
-        torch.cuda.set_device(device)
-    return device
+            f"--device {name}: expected auto, cpu, cuda, cuda:N or mps; this torch sees {len(gpus)} CUDA GPUs and "
+            f"{known.count('mps')} Apple ones. Use --device cpu, or run verify_setup.py to see why")
+    return torch.device(name)
 
 
 def keep_freed_memory():
@@ -1306,24 +1273,21 @@ def generator_for(*integers):
 
 @dataclasses.dataclass(eq=False)
 class EpochBatches(torch.utils.data.Sampler):
-    """Batches of (epoch, index): a permutation seeded by (seed, epoch), cut, from batch `start` on.
+    """Batches of (epoch, index), the key of a sample: a permutation seeded by (seed, epoch), cut.
 
-    The dataset's __getitem__ takes the pair, so that augmentation is seeded by it. Set `epoch` and
-    `start` before iterating. In training a single leftover sample joins the batch before it, since
-    BatchNorm cannot take one alone. weights: (N,) chances of being drawn, with replacement, instead
-    of a permutation. rank of size processes: in training each takes its slice of every batch; else
-    a block of the rows, so that the results of all processes, one after the other, are those of all
-    rows (`Processes.gather`).
+    In training each process takes its slice of every batch, and a single leftover sample joins the
+    batch before it, since BatchNorm cannot take one alone. Else each takes a block of the rows, so
+    that the results of all, one after the other, are those of all rows (`Processes.gather`).
     """
     n_samples: int
     batch_size: int
     seed: int
     train: bool
-    weights: np.ndarray | None = None
-    rank: int = 0
-    size: int = 1
-    epoch: int = 0
-    start: int = 0
+    weights: np.ndarray | None = None  # (N,) chances of being drawn, with replacement; None: a permutation
+    rank: int = 0  # of this process
+    size: int = 1  # number of processes
+    epoch: int = 0  # to begin with
+    start: int = 0  # first batch of that epoch
     goes_on: bool = False  # with the epochs after it, for ever: loader workers need not stop between two
 
     def __post_init__(self):
@@ -1359,11 +1323,10 @@ class EpochBatches(torch.utils.data.Sampler):
             yield [(epoch, order[position]) for position in span]
 
     def own_span(self, batch):
-        """range of sample positions of this process's slice of a batch.
+        """range of sample positions of this process's slice of a batch: for BatchNorm 2 or more where possible.
 
-        A slice holds 2 samples or more where the batch size allows, for BatchNorm. Where none is left for this process
-        the range is empty, and the iteration gives samples that must count for nothing, so that every process takes
-        every step.
+        Where none is left the range is empty, and the iteration gives samples that must count for
+        nothing, so that every process takes every step.
         """
         whole = self.step_span(batch, 1)
         if not self.train:
@@ -1382,8 +1345,8 @@ class EpochBatches(torch.utils.data.Sampler):
 class Samples(torch.utils.data.Dataset):
     """Base of the scripts' datasets, with a sample for each of their `rows`.
 
-    Without loader workers a thread for each core prepares samples. A sample depends on its key
-    alone, so the batch is the same; decoding and warping do not hold Python's lock.
+    Without loader workers a thread for each core prepares samples, which depend on their key alone;
+    decoding and warping do not hold Python's lock.
     """
 
     def __len__(self):
@@ -1452,10 +1415,9 @@ def resolve_workers(num_workers, cached):
 
 
 def _guard_worker(_):
-    """Loader workers ignore a scheduler's stop signals to every process; they obey their parent's TERM.
+    """Loader workers ignore stop signals that a scheduler sends to all; they obey their parent's TERM.
 
-    SIG_IGN would make the loader's own shutdown hang, so the signals are blocked and one thread
-    waits for them.
+    The loader's own shutdown hangs with SIG_IGN, so they are blocked and a thread waits for them.
     """
     load_opencv()
     if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
@@ -1471,11 +1433,9 @@ def _guard_worker(_):
     threading.Thread(target=wait, daemon=True).start()
 
 
-# ---------------------------------------------------------------------------
-# Several processes
-# ---------------------------------------------------------------------------
-# torch.distributed for torchrun and srun: every process runs the whole script on its share of each
-# batch and of each evaluation; the first one alone writes. One alone never touches torch.distributed.
+# --- Several processes -----------------------------------------------------
+# For torchrun and srun: every process runs the whole script on its share of each batch and of each
+# evaluation; the first one alone writes. One alone never touches torch.distributed.
 
 PROCESS_TIMEOUT = datetime.timedelta(minutes=30)  # how long they wait for one another
 
@@ -1500,13 +1460,10 @@ def launched_processes(env=os.environ):
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes that share one run: this is `rank` of `size`, `local_rank` of those on its machine.
-
-    With one of them every method is a no-op.
-    """
-    rank: int = 0
+    """The processes that share one run; with one of them every method is a no-op."""
+    rank: int = 0  # of this one
     size: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # among the local_size ones on its machine
     local_size: int = 1
 
     @property
@@ -1515,10 +1472,9 @@ class Processes:
         return self.rank == 0
 
     def join(self, device):
-        """Meet the other processes at MASTER_ADDR and MASTER_PORT; stop signals end the waiting at once.
+        """Meet the other processes at MASTER_ADDR and MASTER_PORT, or UserError; stop signals end the waiting.
 
-        torchrun and train_assessor.sh set both; on one machine they may be left out. Raises
-        UserError where the processes do not come together.
+        torchrun and train_assessor.sh set both; on one machine they may be left out.
         """
         if self.size == 1:
             return
@@ -1596,8 +1552,7 @@ class Processes:
 def leave_processes(wait=True):
     """Part from the others, where `wait` once all have come this far; alone, nothing.
 
-    It ends the threads of the group: one that lets go of a tensor while the interpreter ends would
-    abort the process, with exit code 134 in place of its own.
+    It ends the threads of the group, one of which may abort an interpreter that ends (exit code 134).
     """
     if dist.is_available() and dist.is_initialized():
         if wait:
@@ -1677,16 +1632,13 @@ def first_process_only(function):
     return wrapped
 
 
-# ---------------------------------------------------------------------------
-# Transforms
-# ---------------------------------------------------------------------------
+# --- Transforms ------------------------------------------------------------
 # Augmentation is drawn once and applied as one warp, one colour matrix and one erased rectangle.
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMA = np.array([0.299, 0.587, 0.114])
-# the cross product with the grey axis: turns colours about it
-HUE_TURN = np.array([
+HUE_TURN = np.array([  # the cross product with the grey axis: turns colours about it
     [0, -1, 1],
     [1, 0, -1],
     [-1, 1, 0]]) / math.sqrt(3)
@@ -1738,41 +1690,34 @@ def load_opencv():
 
 @dataclasses.dataclass
 class Augmentation:
-    """One draw of augment parameters; the defaults change nothing and crop the centre.
-
-    crop and the last two of erase (area, height / width, x, y): position as a fraction of the free margin;
-    resized: (part of the picture's area, width / height) of a crop that is scaled to the output, None = no scaling;
-    translate: of the output size; corners: x, y clockwise from the top left, of the largest inward shift; blur: sigma
-    in pixels; noise: (sd in grey levels, seed); channels: which colour becomes R, G and B.
-    """
-    crop: tuple = (0.5, 0.5)
-    resized: tuple | None = None
+    """One draw of augment parameters; the defaults change nothing and crop the centre."""
+    crop: tuple = (0.5, 0.5)  # x, y as parts of the free margin
+    resized: tuple | None = None  # (part of the area, width / height) of a crop that is scaled to the output
     flip: bool = False
     rotation_deg: float = 0.0
-    translate: tuple = (0.0, 0.0)
+    translate: tuple = (0.0, 0.0)  # x, y as parts of the output size
     scale: float = 1.0
     shear_deg: float = 0.0
-    corners: tuple | None = None
+    corners: tuple | None = None  # x, y clockwise from the top left, as parts of the largest inward shift
     brightness: float = 1.0
     contrast: float = 1.0
     saturation: float = 1.0
-    hue: float = 0.0
+    hue: float = 0.0  # turns of the colour circle
     jitter_order: tuple = ("brightness", "contrast", "saturation", "hue")
     greyscale: bool = False
-    erase: tuple | None = None
-    channels: tuple = (0, 1, 2)
+    erase: tuple | None = None  # (part of the area, height / width, x, y as parts of the free margin)
+    channels: tuple = (0, 1, 2)  # which colour becomes R, G and B
     autocontrast: bool = False
-    blur: float = 0.0
-    noise: tuple | None = None
+    blur: float = 0.0  # sigma in pixels
+    noise: tuple | None = None  # (sd in grey levels, seed)
 
 
 def sample_augmentation(preset, generator):
-    """Draw an Augmentation for a preset of AUGMENTATIONS from a torch.Generator; every draw takes 48 numbers from it.
+    """Draw an Augmentation for a preset of AUGMENTATIONS; every draw takes 48 numbers from the torch.Generator.
 
-    "full" has the distributions of torchvision's RandomCrop, RandomHorizontalFlip, RandomRotation(15),
-    RandomAffine(0, (.1, .1), (.9, 1.1), 10), ColorJitter(.3, .3, .3, .1), RandomGrayscale(.1),
-    RandomPerspective(.2, .3), RandomErasing(.2, (.02, .15)); "heavy" those of RandomResizedCrop(scale=(.6, 1)),
-    GaussianBlur(sigma=(.1, 2)), RandomAutocontrast and others in their place.
+    The distributions are those of torchvision: RandomCrop or RandomResizedCrop, RandomHorizontalFlip, RandomRotation,
+    RandomAffine, ColorJitter, RandomGrayscale, RandomPerspective(.2), RandomErasing(scale=(.02, .15)),
+    RandomAutocontrast, GaussianBlur(sigma=(.1, 2)).
     """
     numbers = iter(torch.rand(48, generator=generator).tolist())
     if preset == "none":
@@ -1880,9 +1825,8 @@ def moved_corners(corners, size):
 def _colour_matrix(drawn, mean):
     """(3, 4) matrix [M | offset] of all colour operations on RGB in 0..255; mean (3,): mean colour of the picture.
 
-    The formulas are torchvision's; the grey mean that contrast needs is carried through the operations before it.
-    Two differences: hue is a rotation about the grey axis (Rodrigues), which agrees with HSV's hue at multiples of a
-    third and keeps R + G + B, not max and min; and values are cut to 0..255 once, at the end.
+    The formulas are torchvision's, with two differences: hue is a rotation about the grey axis (Rodrigues), which agrees
+    with HSV's at multiples of a third and keeps R + G + B; and values are cut to 0..255 once, at the end.
     """
     matrix = np.eye(3, 4)
     for name in drawn.jitter_order:
@@ -1912,9 +1856,8 @@ def jitter_colours(image, drawn):
 def augment_clip(frames, drawn, size):
     """Apply one Augmentation to all frames of a clip alike: uint8 (T, H, W, 3) -> (T, size, size, 3).
 
-    H and W at least `size`. Means and extremes that colour operations need are those of the whole clip, so that nothing
-    flickers. One bilinear warp; pixels from outside the picture are 0. What the crop cut off comes back where a
-    rotation or shift needs it: fewer black corners than with separate steps. Erased pixels are 0 after to_input.
+    H and W at least `size`. Colour operations use means and extremes of the whole clip, so that nothing flickers. What
+    the crop cut off comes back where a rotation or shift needs it; pixels from outside the picture are 0.
     """
     if drawn == Augmentation():
         return eval_crop(frames, size)
@@ -1959,7 +1902,7 @@ def _stretch_contrast(pixels):
 
 
 def _erase(clip, area, ratio, x, y):
-    """Paint a rectangle of uint8 (T, S, S, 3) in ImageNet's mean colour, in place."""
+    """Paint a rectangle of uint8 (T, S, S, 3) in ImageNet's mean colour, 0 after to_input; in place."""
     size = clip.shape[1]
     height = round(size * math.sqrt(area * ratio))
     width = round(size * math.sqrt(area / ratio))
@@ -1997,9 +1940,7 @@ def to_input(batch, compute, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return pixels if compute.channels_last else pixels.contiguous()
 
 
-# ---------------------------------------------------------------------------
-# Optimiser and schedule
-# ---------------------------------------------------------------------------
+# --- Optimiser and schedule ------------------------------------------------
 # The learning rate is a pure function of the progress of the run; only `plateau` remembers anything.
 
 def build_optimizer(model, args, backbone=None):
@@ -2039,7 +1980,7 @@ def schedule_factor(scheduler, progress, epochs, warmup_epochs):
     if scheduler == "step":
         return 0.1 ** (int(progress) // max(1, epochs // 3))
     passed = progress - warmup_epochs
-    part = passed / max(epochs - warmup_epochs, 1e-9)
+    part = passed / (epochs - warmup_epochs)
     if scheduler == "cosine":
         return _cosine(part)
     if scheduler == "onecycle":
@@ -2060,9 +2001,7 @@ def _cosine(part):
     return 0.5 * (1 + math.cos(math.pi * part))
 
 
-# ---------------------------------------------------------------------------
-# Early stopping
-# ---------------------------------------------------------------------------
+# --- Early stopping --------------------------------------------------------
 # Counts epochs without a gain; a score that is not a number is never a gain.
 
 @dataclasses.dataclass
@@ -2088,9 +2027,7 @@ class EarlyStopping:
         return 0 < self.patience <= self.bad_epochs and epoch >= self.min_epochs
 
 
-# ---------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------
+# --- Checkpoints -----------------------------------------------------------
 # What is written survives a kill at any moment; what is read is checked to the last byte before anything is trusted.
 
 FORMAT = 1
@@ -2146,16 +2083,14 @@ def read_checkpoint(path):
         _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         _check_plain(content)
-    except pickle.UnpicklingError:  # torch's own text advises to load with weights_only=False
-        raise CheckpointError(f"{path} is no usable checkpoint (it holds more than tensors, numbers and texts: objects "
-                              "whose loading could run code)") from None
+        return content
     except CheckpointError:
         raise
+    except pickle.UnpicklingError:  # torch's own text advises to load with weights_only=False
+        fault = "it holds more than tensors, numbers and texts: objects whose loading could run code"
     except Exception as error:  # torch and zipfile raise nearly every kind for a damaged file
-        raise CheckpointError(f"{path} is no usable checkpoint ({type(error).__name__}: {one_line(error)})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no usable checkpoint (expected a dict, found {type(content).__name__})")
-    return content
+        fault = f"{type(error).__name__}: {one_line(error)}"
+    raise CheckpointError(f"{path} is no usable checkpoint ({fault})")
 
 
 def _check_archive(path):
@@ -2186,13 +2121,17 @@ def _kind_of_file(path, size):
 
 
 def _check_plain(value):
-    """Dense, materialised tensors and plain Python values only. Iterative, since nesting may be hostile."""
+    """ValueError but for a dict of dense tensors and plain values. Iterative, since nesting may be hostile."""
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a dict, found {type(value).__name__}")
     todo = [value]
     seen = set()
     while todo:
         item = todo.pop()
         if isinstance(item, torch.Tensor):
-            _check_dense(item)
+            is_dense = item.layout == torch.strided and not item.is_meta and not item.is_quantized
+            if not is_dense or item.nbytes > item.untyped_storage().nbytes():
+                raise ValueError(f"a tensor is not dense ({item.layout}, shape {tuple(item.shape)})")
         elif isinstance(item, (dict, list, tuple)):
             if id(item) in seen:
                 continue
@@ -2204,17 +2143,8 @@ def _check_plain(value):
             raise ValueError(f"it holds a {type(item).__name__}")
 
 
-def _check_dense(tensor):
-    is_dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
-    if not is_dense or tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise ValueError(f"a tensor is not dense ({tensor.layout}, shape {tuple(tensor.shape)})")
-
-
 def load_model_file(path, script=None):
-    """Checkpoint of `script`, None: of the running one -> dict.
-
-    Raises UserError for another script's file, CheckpointError for damage.
-    """
+    """Checkpoint of `script`, None: of the running one -> dict. UserError for another's, CheckpointError for damage."""
     content = read_checkpoint(path)
     if content.get("format") != FORMAT or "model" not in content:
         raise CheckpointError(f"{path} is no checkpoint of this project (format {content.get('format')!r})")
@@ -2274,9 +2204,8 @@ def load_state(model, state, source):
 class Checkpoints:
     """Writes the files that a run continues from: last.pth, the one before it, best_model.pth, training_history.csv.
 
-    They are written as often as time allows: a save may take at most a tenth (SAVING_TIME) of the time since the last
-    one. A best model that waits for the next save is lost in a kill together with its epoch, which is then repeated to
-    the same bits.
+    They are written as often as SAVING_TIME allows. A best model that waits for the next save is lost in a kill together
+    with its epoch, which is then repeated to the same bits.
     """
 
     def __init__(self, run):
@@ -2338,9 +2267,7 @@ def read_last(run, folder):
                           f"({'; '.join(faults) or 'last.pth is lost'}); {advice}")
 
 
-# ---------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------
 # The steps that are easy to get wrong, and a state from which a killed run repeats the same bits.
 
 class NotFinite(UserError):
@@ -2411,29 +2338,24 @@ class EpochState:
 class Training:
     """The training of one model: optimiser steps, learning rate, history, best epoch, early stopping, saving, stopping.
 
-    run, model, optimizer, args: of this run. select: history column that chooses the best epoch, or 'last'.
-    metadata: function () -> dict of what predict needs beside the weights, stored in best_model.pth.
-    seen: what every checkpoint says of the rows behind it, as evidence/seen_rows.py reads it.
-
     for epoch in training.epochs():              # the epochs still to do
         for batch in training.batches(loader):   # the batches still to do: seeds dropout, sets the learning rate
             training.step(loss)                  # scale, backward, unscale, clip, check, step, zero, save, stop
         training.end_epoch(row)                  # history, best, early stopping, checkpoints
 
-    Several processes take every step together: gradients, means, stop signals and non-finite losses are those of all,
-    and so the result depends on the number of processes in the last bits alone. Not so with BatchNorm on the CPU, which
-    sees a slice of the batch (on GPUs it is made to see all), with dropout, and with losses that sample (detector).
-    DistributedDataParallel is not used: it would have to be called in the model's place, whose methods scripts call.
-    Nor does a step wait for the device: what one gave is looked at when the next one is queued.
+    Several processes take every step together: gradients, means, stop signals and non-finite losses are those of all
+    (docs/survival.md says where their number counts all the same). DistributedDataParallel is not used: it would have
+    to be called in the model's place, whose methods scripts call. No step waits for the device: what one gave is looked
+    at when the next one is queued.
     """
     run: Run
     model: nn.Module
     optimizer: torch.optim.Optimizer
     args: argparse.Namespace
-    select: str
-    metadata: typing.Callable
+    select: str  # history column that chooses the best epoch, or 'last'
+    metadata: typing.Callable  # () -> dict of what predict needs beside the weights, stored in best_model.pth
     higher_is_better: bool = True
-    seen: object = None
+    seen: object = None  # what every checkpoint says of the rows behind it, as evidence/seen_rows.py reads it
 
     def __post_init__(self):
         run = self.run
@@ -2519,8 +2441,7 @@ class Training:
         """Add a batch's gradient so that every sample of the optimiser step counts the same; step when it is full.
 
         loss: mean over this process's samples of the batch; parts: further tensors to average into the history. A step
-        whose loss or gradient is not finite is not taken: the device leaves it out, and the next call, or the end of
-        the epoch, raises NotFinite. So nothing here waits for the device but the look at the step before.
+        whose loss or gradient is not finite is not taken, and the next call or the end of the epoch raises NotFinite.
         """
         current = self.current
         sampler = current.sampler
@@ -2725,13 +2646,12 @@ class Training:
     def load_best(self):
         """Give the model the weights of the best epoch; returns all that best_model.pth holds.
 
-        Raises NotFinite where no epoch has a score, CheckpointError where the file holds another epoch: one from before
-        a resume that did not repeat it.
+        Raises NotFinite where no epoch has a score, CheckpointError where the file holds another epoch.
         """
         if not self.progress.best_epoch:
-            raise NotFinite(f"{self.select} is a number after none of the {self.progress.epoch} epochs, so none is the "
-                            "best. Look at the validation part (one class, equal ratings?), choose by another column "
-                            "(--select) or by none (--select last)")
+            raise NotFinite(f"{self.select} is a number after none of the {self.progress.epoch} epochs. Look at the "
+                            "validation part (one class, equal ratings?), choose by another column (--select) or by "
+                            "none (--select last)")
         best = load_model_file(self.run.path("best_model.pth"))
         if best["history"]["epoch"] != self.progress.best_epoch:  # best["epoch"] is 0 where a script kept none
             raise CheckpointError(
@@ -2779,9 +2699,7 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# ---------------------------------------------------------------------------
-# Metrics
-# ---------------------------------------------------------------------------
+# --- Metrics ---------------------------------------------------------------
 # Of ratings and other numbers, in their unit, on the whole split at once; see evidence/class_scores.py for classes.
 
 REGRESSION_METRICS = ("pearson_r", "r2", "mae", "mse", "rmse")
@@ -2790,8 +2708,8 @@ REGRESSION_METRICS = ("pearson_r", "r2", "mae", "mse", "rmse")
 def regression_moments(predicted, target):
     """(8, N, R) terms whose sums over rows give every regression metric: 1, p, t, pp, tt, pt, |p - t|, (p - t)^2.
 
-    predicted, target: (N, R), NaN in target = missing (zero in all eight terms). p and t are taken about their means
-    over the labelled rows, which changes neither r nor R2 and keeps the digits of large offsets.
+    predicted, target: (N, R), NaN in target = missing (zero in all eight terms). p and t are taken about their means,
+    which changes neither r nor R2 and keeps the digits of large offsets.
     """
     predicted = np.asarray(predicted, np.float64)
     target = np.asarray(target, np.float64)
