@@ -13,8 +13,8 @@ import torch
 import common
 from evidence import class_scores, splitting
 
-RIDGE_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 13))
-LOGISTIC_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 11))
+RIDGE_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 13))  # .1 to a million
+LOGISTIC_LAMBDAS = RIDGE_LAMBDAS[:-2]
 FEATURE_SD_FLOOR = 0.01  # sd_floor for features of one network, see standardisation
 
 
@@ -37,9 +37,9 @@ def standardisation(features, sd_floor):
     """
     mean = features.mean(0)
     sd = features.std(0)
-    is_constant = sd <= 1e-10 * (np.abs(mean) + 1e-300)
-    varied = sd[~is_constant] if not is_constant.all() else np.ones(1)
+    is_constant = sd <= 1e-10 * np.abs(mean)
     sd = np.where(is_constant, 1.0, sd)
+    varied = sd if is_constant.all() else sd[~is_constant]
     return mean, np.hypot(sd, sd_floor * math.sqrt(np.mean(varied**2)))
 
 
@@ -279,9 +279,9 @@ def time_baselines(values, times, sequences, train, rows):
 
 def place_weights(place, sequences, train, rows):
     """(M, N_train) weights, rows adding up to 1, by nearness of place (0 to 1) in a sequence; the own one's, if any."""
-    apart = (place[rows][:, None] - place[train][None]) / 0.05  # a twentieth of the sequence
+    apart = (place[rows][:, None] - place[train]) / 0.05  # a twentieth of the sequence
     logits = -0.5 * apart ** 2
-    same = sequences[rows][:, None] == sequences[train][None]
+    same = sequences[rows][:, None] == sequences[train]
     logits[~same & same.any(1, keepdims=True)] = -np.inf
     weights = np.exp(logits - logits.max(1, keepdims=True))
     return weights / weights.sum(1, keepdims=True)

@@ -107,7 +107,7 @@ def class_statistic(probability, label, threshold=None, positive=1, owners=slice
     confidence = probability.max(1)
     gap = confidence - (probability.argmax(1) == label)
     bins = {name: confidence_bins(confidence, adaptive) for name, adaptive in ECE_METRICS.items()}
-    unknown = 0.0 if np.isfinite(probability).all() else np.nan
+    unknown = 0.0 if np.isfinite(probability).all() else np.nan  # added to every metric
 
     def statistic(weights):
         weights = weights[:, owners]  # (D, N)

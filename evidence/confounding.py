@@ -176,7 +176,7 @@ def judged_rows(table):
             continue
         judged = splitting.make_folds(table.clip_ids, 5, strata, units)
         train = [np.setdiff1d(np.arange(len(table)), held) for held in judged]
-        kind = units[0].split()[0]
+        kind = units[0].split()[0]  # a unit is spelled "event NAME", "video NAME" or "group NAME"
         ways[f"{kind}s"] = (train, judged)
     return ways
 

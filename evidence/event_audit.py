@@ -155,7 +155,9 @@ def _renamed_copies(table, file_keys):
 
 def count_classes(table):
     """{class: how many rows are of it}; {} where the names are those of scores."""
-    return {name: (table.label == c).sum() for c, name in enumerate(table.names) if table.label is not None}
+    if table.label is None:
+        return {}
+    return {name: (table.label == c).sum() for c, name in enumerate(table.names)}
 
 
 def describe_part(table):

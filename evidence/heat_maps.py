@@ -79,14 +79,16 @@ def show(cases, pixels, maps, shown):
             {"image": learnt, "title": "where it looks"},
             {"image": random, "title": "with random weights", "lines": [f"rank correlation {correlation:.2f}"]}]))
     mean = correlations.mean()
-    level, meaning = "good", "they change, so what was learnt decides where the network looks"
-    if mean > 0.3:
-        level, meaning = "caution", "they change in part: what was learnt does not alone decide them"
-    if mean > 0.6:
-        meaning = "they hardly change: they show the picture and its edges, not what was learnt"
+    level = "caution"
     if not maps[0].any():
-        level = "caution"
         meaning = "they are empty: this network has no feature map on which its output rests"
+    elif mean > 0.6:
+        meaning = "they hardly change: they show the picture and its edges, not what was learnt"
+    elif mean > 0.3:
+        meaning = "they change in part: what was learnt does not alone decide them"
+    else:
+        level = "good"
+        meaning = "they change, so what was learnt decides where the network looks"
     sentence = (f"Heat maps of {shown}, each beside that of the network with random weights: mean rank correlation "
                 f"{mean:.2f}; {meaning}.")
     return grids, verdicts.Verdict(level, "Where it looks", sentence)

@@ -237,35 +237,23 @@ def mean(tables):
 
     Probabilities are averaged after calibration; scores get the sd over the models beside them.
     """
-    first = tables[0]
     if len(tables) == 1:
-        return first
-    shared = {
-        "seen": seen_rows.worst_of_each(table.seen for table in tables),
-        "baselines": _means([table.baselines for table in tables]),
-        "warning": None,
-    }
-    if isinstance(first, ScoreTable):
-        predicted = np.stack([table.predicted for table in tables])  # (models, M, R)
-        spread = predicted.std(0, ddof=1)
-        return dataclasses.replace(first, predicted=predicted.mean(0), spread=spread, **shared)
-    probability = np.mean([table.probability for table in tables], axis=0)
-    threshold = None
-    if all(table.threshold is not None for table in tables):
-        threshold = np.mean([table.threshold for table in tables], axis=0)
-    return dataclasses.replace(
-        first,
-        probability=probability,
-        logits=class_scores.log_of(probability),
-        uncalibrated=None,
-        threshold=threshold,
-        baseline_thresholds=_means([table.baseline_thresholds for table in tables]),
-        **shared)
+        return tables[0]
+    found = combine(tables, _mean_of_numbers)
+    found.seen = seen_rows.worst_of_each(table.seen for table in tables)
+    found.warning = None
+    if isinstance(found, ScoreTable):
+        found.target = tables[0].target
+        found.spread = np.std([table.predicted for table in tables], axis=0, ddof=1)
+    else:
+        found.logits = class_scores.log_of(found.probability)
+        found.uncalibrated = None
+    return found
 
 
-def _means(blocks):
-    """Dicts of arrays -> one of their means."""
-    return {name: np.mean([block[name] for block in blocks], axis=0) for name in blocks[0]}
+def _mean_of_numbers(parts):
+    """Mean of arrays of numbers; of names and class indices, which all the tables have alike, the first one."""
+    return np.mean(parts, axis=0) if parts[0].dtype.kind == "f" else parts[0]
 
 
 def rows_of(table, names):
@@ -289,12 +277,14 @@ def labelled(table):
 
 def combine(records, function):
     """Records of one dataclass as one: function(arrays of a field) in place of arrays, of dicts of arrays in place of
-    each of these; all else is that of the first.
+    each of these; None where one has None; all else is that of the first.
     """
     fields = {}
     for name, first in vars(records[0]).items():
         parts = [getattr(record, name) for record in records]
-        if isinstance(first, dict):
+        if any(part is None for part in parts):
+            fields[name] = None
+        elif isinstance(first, dict):
             fields[name] = {key: function([np.asarray(part[key]) for part in parts]) for key in first}
         elif isinstance(first, np.ndarray):
             fields[name] = function(parts)

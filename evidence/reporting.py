@@ -79,13 +79,13 @@ def _cell_text(value, digits):
 def html_table(rows, columns=None, digits=".3f", caption=""):
     """Table that scrolls sideways on a narrow screen, numbers right aligned; "" without rows.
 
-    rows: dicts; columns: {key: heading} (default: those of the first row); digits: format of the numbers that are not
-    whole.
+    rows: dicts; columns: {key: heading}, left out where no row has them (default: all that the rows have); digits:
+    format of the numbers that are not whole.
     """
     if not rows:
         return ""
-    if columns is None:
-        columns = {key: key.replace("_", " ") for key in rows[0]}
+    known = {key: key.replace("_", " ") for row in rows for key in row}
+    columns = {key: heading for key, heading in (columns or known).items() if key in known}
     cells = [[_cell_text(row.get(key), digits) for key in columns] for row in rows]
     align = [""] * len(columns)
     for j, column in enumerate(zip(*cells)):

@@ -147,20 +147,14 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
                "r2_high": "R2 high", "mae": "MAE", "rmse": "RMSE", "bias": "bias", "slope": "slope",
                "baseline_r2": "baseline R2", "baseline_mae": "baseline MAE", "icc_1_1": "ICC(1,1)",
                "icc_1_k": "ICC(1,k)", "ceiling_r2": "ceiling R2", "share_of_ceiling_r2": "share"}
-
-    def table(rows, caption):
-        known = {name: heading for name, heading in columns.items() if name in rows[0]}
-        return reporting.html_table(rows, known, caption=caption)
     caption = (f"Each score on {setting.rows_judged}, in its unit; baseline: {result.baseline_label}; "
                f"{result.method}. R2: share of the variance explained, 0 = as good as the mean, below 0 = worse; r: "
                "correlation")
     shown = plotting.first_of(len(rows), "scores")
-    blocks = [
+    return [
         reporting.html_image(run.path(plot_file), "r and R2 of each score, with baseline, and interval and noise ceiling "
                              f"where they are known{shown}"),
         reporting.html_image(run.path("predicted_against_true.png"), f"Predicted against true{shown}"),
-        table(rows, caption),
+        reporting.html_table(rows, columns, caption=caption),
+        reporting.html_table(moment_rows, columns, caption="The rows of each moment alone"),
     ]
-    if moment_rows:
-        blocks.append(table(moment_rows, "The rows of each moment alone"))
-    return blocks

@@ -213,7 +213,7 @@ def folds_of_flags(args, keys, strata=None, groups=None):
 
 
 def rows_to_try(split, args, truth=None):
-    """{part: rows} as it is; in a dry run two batches of each part, and what makes each score vary, or one of every class.
+    """{part: rows} as it is; in a dry run two batches of each part with two values of each score, or every class.
 
     truth: (N, R) scores, NaN = missing, or (N,) labels; None: two batches alone.
     """

@@ -41,15 +41,19 @@ def regression_alarms(predicted, target, names):
     ]
     alarms = [f"{fault}: {', '.join(itertools.compress(names, flags))}. {remedy}"
               for fault, flags, remedy in faults if flags.any()]
-    # what is cut to the scale of the labels stands at its ends, about as often as they do
-    ends = np.stack([np.fmin.reduce(target), np.fmax.reduce(target)])[:, None]  # (2, 1, R)
-    is_end = predicted == ends  # (2, N, R)
-    is_usual = is_end.sum(1) <= 3 * (target == ends).sum(1)  # (2, R)
-    is_cut = (is_end & is_usual[:, None]).any(0).all(1)
-    most = np.unique(predicted[~is_cut], axis=0, return_counts=True)[1].max(initial=0)
+    rows_with_same = np.unique(predicted[~_cut_to_scale(predicted, target)], axis=0, return_counts=True)[1]
+    most = rows_with_same.max(initial=0)
     if most >= _fewest_repeats(predicted, min(modal)) and not is_constant.all():
         alarms.append(f"the same prediction for {most} of {len(predicted)} rows. {REPEATS_REMEDY}")
     return alarms
+
+
+def _cut_to_scale(predicted, target):
+    """(N,) bool, True = all R predictions stand at ends of the labels' scale, about as often as labels do."""
+    ends = np.stack([np.fmin.reduce(target), np.fmax.reduce(target)])[:, None]  # (2, 1, R)
+    is_end = predicted == ends  # (2, N, R)
+    is_usual = is_end.sum(1) <= 3 * (target == ends).sum(1)  # (2, R)
+    return (is_end & is_usual[:, None]).any(0).all(1)
 
 
 def _fewest_repeats(predicted, modal):
@@ -261,10 +265,11 @@ OUTCOMES = {
     "worse": ("The model does worse than", "poor", "Worse than the baseline"),
     "not resolvable": ("Not resolvable whether the model beats", "caution", "Not resolvable"),
 }
-# they look at no input
+# baselines that look at no input: of a table, of which other columns may be anything, and of all
 TRIVIAL_COLUMNS = {"mean_of_these_rows", "shares_of_these_rows", "train_mean", "train_prior", "moment_mean", "zero"}
 TRIVIAL_BASELINES = TRIVIAL_COLUMNS | {"mean box"}
-KNOWN_BASELINES = {*metric_names.BASELINES, "copy", "motion_ridge", "motion_readout", "grid_readout"}  # they do
+# baselines that are known to look at the input
+KNOWN_BASELINES = {*metric_names.BASELINES, "copy", "motion_ridge", "motion_readout", "grid_readout"}
 
 
 @dataclasses.dataclass(frozen=True)
