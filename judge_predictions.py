@@ -15,7 +15,6 @@ the newest against each other on the rows that both have predicted.
 
 Units: those of the table.
 """
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +125,8 @@ def main():
     tables = []
     for path in args.predictions:
         table = table_judging.read_table(path, args, args.baseline)
-        tables.append(dataclasses.replace(table, seen=as_stated(table.seen, args)))
+        table.seen = as_stated(table.seen, args)
+        tables.append(table)
     tables = table_judging.same_rows(tables, args.predictions)
     with common.start_run(args) as run:
         run.write_args(predictions=args.predictions)

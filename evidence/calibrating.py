@@ -133,7 +133,7 @@ def fit_threshold(probability, label, positive=1):
         return 0.5
     n_called, hits = class_scores.hits_by_threshold(score, is_positive)
     f1 = 2 * hits / (n_called + is_positive.sum())
-    edges = np.concatenate([[1.0], np.unique(score)[::-1], [0.0]])
+    edges = np.array([1.0, *np.unique(score)[::-1], 0.0])
     cuts = (edges[:-1] + edges[1:]) / 2
     best = cuts[f1 >= f1.max() - 1e-12]
     return float(best[np.abs(best - 0.5).argmin()])

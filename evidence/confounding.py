@@ -80,8 +80,14 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
             main = result.overall.model["r2"]
             further = result.overall.model["mae"].columns("mae")
         found.append({
-            "name": name, "n_levels": codes.max() + 1, metric: main.value, "low": main.low, "high": main.high, **further,
-            "subjects": result.subjects})
+            "name": name,
+            "n_levels": codes.max() + 1,
+            metric: main.value,
+            "low": main.low,
+            "high": main.high,
+            **further,
+            "subjects": result.subjects,
+        })
     return sorted(found, key=lambda row: -np.nan_to_num(row[metric], nan=-math.inf))
 
 
@@ -115,9 +121,9 @@ def flagged_doubts(rows):
 def confound_blocks(rows):
     """HTML of the section Without a pixel: what metadata alone predict, beside the model."""
     shown = [{**row, "red_flag": "reaches the model" if row["red_flag"] else ""} for row in rows]
-    columns = {name: name.replace("_", " ") for row in shown for name in row if name != "subjects"}
-    return [reporting.html_table(
-        shown, columns, caption="The train rate (or mean) of each level of a column as the prediction")]
+    for row in shown:
+        del row["subjects"]
+    return [reporting.html_table(shown, caption="The train rate (or mean) of each level of a column as the prediction")]
 
 
 def within_level_auc(score, label, positive, levels):

@@ -29,8 +29,8 @@ class Detections:
 
     def take(self, chosen):
         """The detections of a mask (D,) or of places."""
-        states = None if self.states is None else self.states[chosen]
-        return Detections(self.boxes[chosen], self.labels[chosen], self.scores[chosen], states)
+        known = {name: values[chosen] for name, values in vars(self).items() if values is not None}
+        return dataclasses.replace(self, **known)
 
     def called(self):
         """(D,) most probable state; UNKNOWN for a plain detector."""

@@ -271,8 +271,8 @@ def plot_scatter(predicted, target, names, path):
         x = target[known[:, j], j]  # (n,)
         y = predicted[known[:, j], j]
         axis.plot(x, y, "o", color=BLUE, markersize=3, alpha=0.4, markeredgewidth=0)
-        ends = [min([*x, *y], default=0), max([*x, *y], default=1)]
-        _draw_diagonal(axis, ends)
+        both = [*x, *y] or [0, 1]
+        _draw_diagonal(axis, [min(both), max(both)])
         axis.locator_params(nbins=4)
         set_title(axis, names[j][:18])
         facts = f"r {pearson_r[j]:.2f}\nn {len(x)}"

@@ -85,9 +85,15 @@ def compare(table, blocks, sd):
     if len(set(units)) < subject_intervals.FEWEST_FOR_INTERVAL:
         units = blocks
         unit = subject_intervals.TIME_BLOCKS
-    return {name: subject_intervals.bootstrap_regression(
-        table.predicted / sd, table.target / sd, units, baseline / sd, unit=unit, names=table.names, baseline_name=name,
-        folds=table.n_folds) for name, baseline in table.baselines.items()}
+    results = {}
+    for name, baseline in table.baselines.items():
+        results[name] = subject_intervals.bootstrap_regression(
+            table.predicted / sd, table.target / sd, units, baseline / sd,
+            unit=unit,
+            names=table.names,
+            baseline_name=name,
+            folds=table.n_folds)
+    return results
 
 
 def in_units(result, sd):

@@ -207,7 +207,7 @@ def split_of_flags(args, keys, strata=None, groups=None):
 
 def folds_of_flags(args, keys, strata=None, groups=None):
     """{train, val, test: (n,) int rows} for each of --folds; no row is in a test part."""
-    none = np.array([], dtype=int)
+    none = np.array([], int)
     return [{"train": np.setdiff1d(np.arange(len(keys)), left_out), "val": left_out, "test": none}
             for left_out in make_folds(keys, args.folds, strata, groups, args.seed)]
 

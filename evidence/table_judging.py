@@ -156,5 +156,6 @@ def write_runs_page(run, parent, listed, most_compared):
 def flags_that_differ(folders):
     """A dict for each run folder, of the flags that are not the same in all."""
     import pandas as pd
-    flags = pd.DataFrame({folder.name: common.read_json(folder / "args.json")["flags"] for folder in folders}).astype(str)
+    of_run = {folder.name: common.read_json(folder / "args.json")["flags"] for folder in folders}
+    flags = pd.DataFrame(of_run).astype(str)
     return flags[flags.nunique(axis=1) > 1].T.reset_index(names="folder").to_dict("records")

@@ -72,8 +72,10 @@ def _fewest_repeats(predicted, modal):
         rest = rest[np.abs(rest - rest.astype(np.float16)) > 1e-6 * np.abs(rest)]
     if any(float(f"{value:.4g}") != value for value in rest):
         return max(3, rows // 300)
-    is_few_points = len(values) <= MOST_POINTS and not (values % 1).any()  # one of 7 may well stand for a third
-    return math.ceil(min(0.95 * rows, max(3, rows / (2 if is_few_points else 5), 3 * modal)))
+    usual = rows / 5
+    if len(values) <= MOST_POINTS and not (values % 1).any():  # one of 7 points may well stand for a third
+        usual = rows / 2
+    return math.ceil(min(0.95 * rows, max(3, usual, 3 * modal)))
 
 
 def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
