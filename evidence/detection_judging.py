@@ -294,7 +294,7 @@ def metric_blocks(run, setting, result, part_rows, threshold):
                     "share"),
         reporting.html_image(
             run.path("per_part.png"), "AP and AP50 of each part that has boxes here, and the baseline's"
-            f"{plotting.first_of(sum(row['boxes'] > 0 for row in part_rows), 'parts')}"),
+            f"{plotting.note_if_cut(sum(row['boxes'] > 0 for row in part_rows), 'parts')}"),
     ]
 
 

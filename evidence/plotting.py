@@ -22,7 +22,7 @@ YELLOW = "#E69F00"
 MOST_TARGETS = 40  # of one plot
 
 
-def first_of(n, what):
+def note_if_cut(n, what):
     """What a caption says of a plot of n scores or other rows where it does not show all; else ""."""
     return f": the first {MOST_TARGETS} of {n} {what}" if n > MOST_TARGETS else ""
 

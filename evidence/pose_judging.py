@@ -103,7 +103,7 @@ def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
             caption="Mean over the axes of MAE in label sds: each baseline, and model - baseline"),
         reporting.html_table(predictors, digits=".2f", caption="In mm and degrees"),
         reporting.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the baseline's"
-                             f"{plotting.first_of(len(patients), 'patients')}"),
+                             f"{plotting.note_if_cut(len(patients), 'patients')}"),
         reporting.html_table(patients, of_patient, ".2f"),
         reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true, at t1"),
     ]

@@ -150,7 +150,7 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
     caption = (f"Each score on {setting.rows_judged}, in its unit; baseline: {result.baseline_label}; "
                f"{result.method}. R2: share of the variance explained, 0 = as good as the mean, below 0 = worse; r: "
                "correlation")
-    shown = plotting.first_of(len(rows), "scores")
+    shown = plotting.note_if_cut(len(rows), "scores")
     return [
         reporting.html_image(run.path(plot_file), "r and R2 of each score, with baseline, and interval and noise ceiling "
                              f"where they are known{shown}"),

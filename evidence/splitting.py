@@ -327,13 +327,17 @@ def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
         for row in rows:
             parts_of[row].append(part)
     readable = [row for row in parts_of if pixels[row]]
+    # {what: sets of rows that are alike}
     alike = {"exact_duplicates": _rows_by_value(pixels, readable).values(), **(pairs or {})}
     if phash is not None:
         alike["near_duplicates"] = _near_duplicates(readable, pixels, phash)
-    held = {what: _rows_by_value(column, parts_of) for what, column in (values or {}).items() if column is not None}
+    held = {}  # {what: {text: its rows}}
+    for what, column in (values or {}).items():
+        if column is not None:
+            held[what] = _rows_by_value(column, parts_of)
     for what, sets in alike.items():
         held[what] = {" = ".join(sorted(keys[row] for row in rows)): rows for rows in sets}
-    counts = {}  # in which parts each of them stands how often
+    counts = {}  # {what: {text: how often it stands in each part}}
     for what, found in held.items():
         counts[what] = {text: collections.Counter(part for row in rows for part in parts_of[row])
                         for text, rows in found.items()}

@@ -278,7 +278,7 @@ def test_plot_scatter(tmp_path, n_targets):
     check_png(tmp_path / "s.png", 200)
     with Image.open(tmp_path / "s.png") as picture:
         assert picture.height < 8 * 300, "the first 40 alone are drawn, six in a row"
-    assert plotting.first_of(n_targets, "scores") == (": the first 40 of 60 scores" if n_targets > 40 else "")
+    assert plotting.note_if_cut(n_targets, "scores") == (": the first 40 of 60 scores" if n_targets > 40 else "")
 
 
 def test_names_of_a_dataset_are_no_formulas(tmp_path):
