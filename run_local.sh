@@ -123,13 +123,13 @@ has_flag() {  # "NAME|NAME|..." FLAGS...: is one of them given, written with - o
     shift
     for word in "$@"; do
         word=${word%%=*}
-        if [[ ${word//-/_} =~ ^__($names)$ ]]; then return 0; fi
+        if [[ ${word//-/_} =~ ^__?($names)$ ]]; then return 0; fi
     done
     return 1
 }
 
 names_data() {  # FLAGS...: true where they say what is read; --resume RUN does, --resume auto does not
-    has_flag "images_dir|ratings_file|manifest|train_manifest|video_root|config|mode|help" "$@" ||
+    has_flag "images_dir|ratings_file|manifest|train_manifest|video_root|config|mode|help|h" "$@" ||
         { [[ "$*" =~ --resume[^=\ ]*[=\ ][^-\ ] ]] && [[ ! "$*" =~ --resume[^=\ ]*[=\ ]auto ]]; }
 }
 
@@ -176,8 +176,7 @@ say "no data given$reason: using SAMPLE DATA in $sample; the results say nothing
 verify
 if [ "$task" = video ]; then
     set -- --config "$here/configs/video_small_data.yaml" --manifest "$sample/manifests/all.csv" \
-        --video_root "$sample/videos" --label_map "$sample/manifests/label_map.json" --test_ratio 0.25 \
-        --train_ratio 0.5 --val_ratio 0.25 "$@"
+        --video_root "$sample/videos" --label_map "$sample/manifests/label_map.json" "$@"
 else  # takes about two minutes on two cores, with random weights too
     set -- --images_dir "$sample/images" --ratings_file "$sample/ratings/$published" --group_column subject \
         --backbone resnet18 --image_size 96 --epochs 20 --batch_size 8 --lr 5e-4 --dropout 0 --augment none "$@"

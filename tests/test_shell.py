@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import train_video
+
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = ("run_local.sh", "train_assessor.sh", "tests/run.sh", ".ci/run")
 TABLE = "per_image_Slider_mean_sd_from_wide.csv"
@@ -182,13 +184,16 @@ def test_video_without_data_makes_samples(repo, tmp_path):
     assert "SAMPLE DATA" in result.stderr
     assert value(flags, "manifest") == str(repo / "sample_data/video/manifests/all.csv")
     assert value(flags, "config") == str(repo / "configs/video_small_data.yaml") and value(flags, "epochs") == "3"
+    real = [flag.replace(str(repo), str(REPO)) for flag in flags[:-2]]
+    for split in ("--folds=4", "--val_ratio=0.1", "--test_ratio=0.3", "--split_file=s.json", "--test_groups=1,2"):
+        assert train_video.parse_args([*real, split]), split
     assert calls(result, "make_sample_data.py") == [["--task", "video", "--output_dir", str(repo / "sample_data")]]
     set_verify(repo, missing=1)
     flags = calls(run([repo / "run_local.sh", "train_video.py"], tmp_path), "train_video.py")[0]
     assert "--no_pretrained" in flags
 
 
-@pytest.mark.parametrize("flags", [["--config", "c.yaml"], ["--mode", "predict", "--checkpoint", "x"],
+@pytest.mark.parametrize("flags", [["-h"], ["--config", "c.yaml"], ["--mode", "predict", "--checkpoint", "x"],
                                    ["--resume=outputs/run_1"], ["--train-manifest", "t.csv"]])
 def test_video_with_data_passes_through(repo, tmp_path, flags):
     result = run([repo / "run_local.sh", "train_video.py", *flags], tmp_path)
