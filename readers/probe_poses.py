@@ -120,25 +120,24 @@ def geodesic_degrees(predicted, target):
 
 @dataclasses.dataclass
 class Convention:
-    """How at1, motion and at2 hang together; each function takes and gives poses (..., 6)."""
-    at2: object  # (at1, motion) -> at2
-    at1: object  # (motion, at2) -> at1
-    motion: object  # (at1, at2) -> motion
+    """at2 is the product of at1 and motion: three poses (..., 6), each of which follows from the other two."""
+    product: object  # of two poses
+    inverse: object  # of a pose
+
+    def at2(self, at1, motion):
+        return self.product(at1, motion)
+
+    def at1(self, motion, at2):
+        return self.product(at2, self.inverse(motion))
+
+    def motion(self, at1, at2):
+        return self.product(self.inverse(at1), at2)
 
 
 CONVENTIONS = {
-    "additive": Convention(
-        at2=add_poses,
-        at1=lambda motion, at2: pose_error(at2, motion),
-        motion=lambda at1, at2: pose_error(at2, at1)),
-    "se3_left": Convention(  # T(at2) = T(motion) T(at1)
-        at2=lambda at1, motion: compose(motion, at1),
-        at1=lambda motion, at2: compose(invert(motion), at2),
-        motion=lambda at1, at2: compose(at2, invert(at1))),
-    "se3_right": Convention(  # T(at2) = T(at1) T(motion)
-        at2=compose,
-        at1=lambda motion, at2: compose(at2, invert(motion)),
-        motion=lambda at1, at2: compose(invert(at1), at2)),
+    "additive": Convention(add_poses, torch.neg),
+    "se3_left": Convention(lambda at1, motion: compose(motion, at1), invert),  # T(at2) = T(motion) T(at1)
+    "se3_right": Convention(compose, invert),  # T(at2) = T(at1) T(motion)
 }
 
 
@@ -188,15 +187,13 @@ def centre_and_spread(poses):
 
 @dataclasses.dataclass
 class Transition:
-    """One row of a file; a pose is (6,) float64, NaN = missing."""
+    """One row of a file."""
     name: str  # sequence/frame_t1-frame_t2
     sequence: str  # its folder below the data
     number: int  # of the row in its file, from 1
     ft1: str  # pictures as the file names them, ft2 '' where there is none
     ft2: str
-    at1: np.ndarray
-    motion: np.ndarray
-    at2: np.ndarray
+    poses: dict  # {at1, motion, at2: (6,) float64, NaN = missing}
     path_t1: Path | None = None  # None where there is no such picture
     path_t2: Path | None = None
 
@@ -265,7 +262,7 @@ def _read_row(entry, sequence, number):
     if not ft1:
         raise ValueError("expected the path of a picture under ft1_image_path, found none")
     poses = {name: _read_pose(entry, key) for name, key in FIELDS.items()}
-    return Transition(f"{sequence}/{frame_t1}-{frame_t2}", sequence, number, ft1, ft2, **poses)
+    return Transition(f"{sequence}/{frame_t1}-{frame_t2}", sequence, number, ft1, ft2, poses)
 
 
 def _read_frame(entry, which):
@@ -448,7 +445,7 @@ def complete_rows(transitions, asked_unit, asked_composition, asked_order="auto"
     data, residuals (of composition_residuals) and notes.
     """
     usual = usual or {}
-    poses = {name: np.stack([getattr(row, name) for row in transitions]) for name in FIELDS}
+    poses = {name: np.stack([row.poses[name] for row in transitions]) for name in FIELDS}
     notes = check_positions(poses)
     unit, why = choose_unit(poses, asked_unit, usual.get("angle_unit"))
     notes += [f"angles are read as {unit} ({why})", *mask_labels(poses, unit)]
@@ -487,14 +484,12 @@ def patients_of(sequences, patient_map=None, patient_regex=None):
     patient_map: file of csv_tables.read_pairs, folder and patient; a folder may stand without the folders above it.
     """
     folders = sorted(set(sequences))
-    if patient_regex:
-        found = {folder: re.search(patient_regex, folder) for folder in folders}
-        patients = {folder: match[min(1, match.re.groups)] for folder, match in found.items() if match}
-    elif patient_map:
+    if patient_map:
         named = csv_tables.read_pairs(patient_map, "--patient_map", ("folder", "patient"))
         patients = {folder: named.get(folder, named.get(folder.rsplit("/", 1)[-1])) for folder in folders}
     else:
-        patients = dict(zip(folders, folders))
+        found = {folder: re.search(patient_regex or "(?s).*", folder) for folder in folders}
+        patients = {folder: match[min(1, match.re.groups)] for folder, match in found.items() if match}
     unknown = [folder for folder in folders if not patients.get(folder)]
     if unknown:
         raise common.UserError(

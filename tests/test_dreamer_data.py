@@ -275,7 +275,7 @@ def test_data_that_do_not_tell_their_unit_are_read_as_the_training_data(usual):
     assert (facts["angle_unit"], facts["euler_order"]) == (usual, "xyz")
     assert "WARNING" in facts["notes"][0] and "as in the training data, --angle_unit" in facts["notes"][0]
     assert any(note.startswith("angles are read as R = Rx Ry Rz") for note in facts["notes"])
-    motion = np.stack([row.motion for row in rows])
+    motion = np.stack([row.poses["motion"] for row in rows])
     motion[:, 3:] *= 1.0 if usual == "deg" else 180 / np.pi
     np.testing.assert_allclose(found["motion"], probe_poses.from_order({"motion": motion}, "xyz")["motion"])
 
