@@ -348,7 +348,7 @@ def plan_videos(n_events, rng):
         group = pen + 1
         day = turn // 2 + 1  # two turns a day
         suffix = ("mp4", "avi")[(v + turn) % 2]
-        n_filled = (n_events + n_videos - 1 - v) // n_videos
+        n_filled = math.ceil((n_events - v) / n_videos)
         videos.append(Video(
             group=group, day=day,
             file=f"Group {group} Day {day}/Cam 8/N{860 + v}_ch8_main.{suffix}",

@@ -316,13 +316,14 @@ def check_by_script(task, flags, temporary):
     if not flags:
         return
     output = temporary / f"audit_{task}"
-    output_flag = "--output_dir" if task == "dreamer" else "--output"
-    small = ["--min_size", "128"] if task == "detector" else []  # quicker, and shows as well what is there twice
-    done = run_script(f"train_{task}.py", "--mode", "audit", *small, *flags, output_flag, output)
-    report = common.read_json(next(output.glob("run_*/audit.json"), output))
     if task == "dreamer":
-        yield from (Check(**check) for check in report["checks"])
+        run_script("train_dreamer.py", "--mode", "audit", *flags, "--output_dir", output)
+        [path] = output.glob("run_*/audit.json")
+        yield from (Check(**check) for check in common.read_json(path)["checks"])
         return
+    small = ["--min_size", "128"] if task == "detector" else []  # quicker, and shows as well what is there twice
+    done = run_script(f"train_{task}.py", "--mode", "audit", *small, *flags, "--output", output)
+    report = common.read_json(output)
     row = Check("OK", "data", done.stdout.strip().removesuffix(f"; written to {output}"))
     if counts_anything(report) or report.get("damaged") or "WARNING" in done.stdout:
         row = row._replace(status="WARN", remedy="correct what is counted or marked WARNING; keep copies, and the levels "
