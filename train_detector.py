@@ -56,8 +56,6 @@ ENVIRONMENT = {
     "VAL_CLEANED": "val_images",
     "OUTPUT_DIR": "output_dir",
 }
-
-
 RESNET18 = "fasterrcnn_resnet18_fpn"
 COCO_ANCHORS = (32, 64, 128, 256, 512)  # sides of the square ones, in input pixels
 LEVEL_STRIDES = (8, 16, 32, 64)  # input pixels of a cell on each level of RESNET18's pyramid
@@ -67,15 +65,6 @@ MODELS = {  # and their --min_size, --max_size
     "fasterrcnn_resnet50_fpn_v2": (800, 1333),
     "fasterrcnn_mobilenet_v3_large_320_fpn": (320, 640),
     RESNET18: (384, 640),
-}
-# For a CPU: no level of stride 4, and a quarter of torchvision's proposals, plenty for twenty parts.
-SMALL_HEADS = {
-    "box_batch_size_per_image": 128,
-    "rpn_batch_size_per_image": 128,
-    "rpn_pre_nms_top_n_train": 500,
-    "rpn_pre_nms_top_n_test": 300,
-    "rpn_post_nms_top_n_train": 500,
-    "rpn_post_nms_top_n_test": 250,
 }
 # Inputs are padded to multiples of the coarsest stride, 64 in each of MODELS: torchvision takes input // map for the
 # stride of the anchors, which would otherwise depend on the other pictures of a batch.
@@ -93,7 +82,7 @@ NEEDED_FLAGS = {
     "evaluate": ("checkpoint", "json", "images_dir"),
     "audit": ("json", "images_dir"),
 }
-CHECKPOINT_FLAGS = ("model", "min_size", "max_size", "anchor_sizes", "pixel_range", "absent")  # it decides them
+CHECKPOINT_FLAGS = ("model", "min_size", "max_size", "anchor_sizes", "pixel_range", "absent")  # what --checkpoint decides
 
 
 def parse_args(argv=None):
@@ -209,11 +198,13 @@ def check_flags(parser, args):
     if args.compile:
         parser.error("--compile: the detector's inputs vary in size; leave it out")
     anchors = args.anchor_sizes or []
-    is_small = args.model == RESNET18
-    fewest = N_LEVELS if is_small else len(COCO_ANCHORS)
-    fits = len(anchors) % fewest == 0 and (is_small or len(anchors) <= fewest)
+    if args.model == RESNET18:
+        number = f"{N_LEVELS}, {2 * N_LEVELS}, ..."
+        fits = len(anchors) % N_LEVELS == 0
+    else:
+        number = len(COCO_ANCHORS)
+        fits = len(anchors) in (0, number)
     if not fits or anchors != sorted(anchors):
-        number = f"{fewest}, {2 * fewest}, ..." if is_small else fewest
         parser.error(f"--anchor_sizes {anchors}: {args.model} takes {number} sides, smallest first")
     if args.baseline == "heads" and not (starts_trained(args) and args.trainable_layers):
         parser.error("--baseline heads needs trained weights to start from and --trainable_layers over 0: "
@@ -229,10 +220,11 @@ def settle_split(parser, args):
     asked = [way for way in SPLIT_WAYS if getattr(args, way)]
     if not asked:
         return args
-    way = min(asked, key=lambda name: name not in args.given)  # the first typed one, else the first
-    idle = {name for other, flags in SPLIT_WAYS.items() if other != way for name in flags if getattr(args, name)}
-    # --train_ratio may stand as 1 - val_ratio, as in all scripts
-    refused = sorted(idle & args.given - {"train_ratio"})
+    typed = [way for way in asked if way in args.given]
+    way = (typed or asked)[0]
+    others = [name for other in SPLIT_WAYS if other != way for name in SPLIT_WAYS[other]]
+    idle = {name for name in others if getattr(args, name)}
+    refused = sorted(idle & args.given - {"train_ratio"})  # which may stand as 1 - val_ratio, as in all scripts
     if refused:
         parser.error(f"--{way} {getattr(args, way)} makes the split; leave out --{' and --'.join(refused)}")
     given_up = sorted(idle - args.given)
@@ -285,7 +277,7 @@ class Study(picture_files.StoredPictures):
     @property
     def strata(self):
         """(N,) rarest part and state of each picture, so that a split deals those out evenly."""
-        cells = [list(zip(*picture)) for picture in zip(self.truth.labels, self.truth.states)]
+        cells = [list(zip(labels, states)) for labels, states in zip(self.truth.labels, self.truth.states)]
         counts = collections.Counter(itertools.chain.from_iterable(cells))
 
         def rareness(cell):
@@ -530,8 +522,8 @@ class PartDetector(nn.Module):
         """Maps of the pyramid in float32: anchors take their precision, and bf16 rounds them."""
         return {name: each.float() for name, each in self.backbone(inputs).items()}
 
-    def look(self, features, sizes):
-        """(B, 256) on the CPU: the maps as the boxes see them, in a box around each picture, on average."""
+    def picture_features(self, features, sizes):
+        """(B, 256) on the CPU: means of the maps in a box around each picture, pooled as those of the parts are."""
         whole = [features["0"].new_tensor([[0, 0, width, height]]) for height, width in sizes]
         return self.roi_heads.box_roi_pool(features, whole, sizes).mean((2, 3)).cpu()
 
@@ -591,9 +583,8 @@ class PartDetector(nn.Module):
     def train(self, mode=True):
         super().train(mode)
         if self.settings["frozen_norm"]:
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):  # also the one of several GPUs
-                    module.eval()
+            for module in backbones.batch_norms(self):
+                module.eval()
         return self
 
 
@@ -620,6 +611,7 @@ def build_rcnn(settings):
         rcnn = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=2)
         rcnn.rpn.anchor_generator = anchors
         return rcnn
+    # for a CPU: no level of stride 4, and a quarter of torchvision's proposals, plenty for twenty parts
     backbone = detection.backbone_utils.resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5,
         returned_layers=[2, 3, 4])
@@ -628,7 +620,12 @@ def build_rcnn(settings):
         rpn_anchor_generator=anchors,
         box_head=TwoMLPHead(256 * 7 ** 2, 512),
         box_predictor=FastRCNNPredictor(512, 2),
-        **SMALL_HEADS)
+        box_batch_size_per_image=128,
+        rpn_batch_size_per_image=128,
+        rpn_pre_nms_top_n_train=500,
+        rpn_pre_nms_top_n_test=300,
+        rpn_post_nms_top_n_train=500,
+        rpn_post_nms_top_n_test=250)
 
 
 def fit_anchors(truth, min_size, max_size):
@@ -750,9 +747,8 @@ def load_pretrained(model, state, source):
 def freeze_layers(body, n_trained):
     """Train the last n_trained of the five resolutions of a backbone, and no BatchNorm."""
     backbones.freeze_stages(body, 5 - n_trained, torch.zeros(1, 3, 64, 64))
-    for module in body.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.requires_grad_(False)
+    for module in backbones.batch_norms(body):
+        module.requires_grad_(False)
 
 
 def state_weights(args, truth):
@@ -839,20 +835,20 @@ def evaluate(model, loader, args, compute):
 
 @torch.no_grad()
 def mean_features(model, loader, compute):
-    """Whole split -> (M, 256) of model.look, without detecting anything."""
+    """Whole split -> (M, 256) of model.picture_features, without detecting anything."""
     model.eval()
     looks = []
     for batch in itertools.chain.from_iterable(loader):
         inputs = to_inputs(batch, compute, model.settings)
         with compute.autocast():
             maps = model.features(inputs)  # (B, 3, H, W) -> maps
-        looks.append(model.look(maps, batch["sizes"]))
+        looks.append(model.picture_features(maps, batch["sizes"]))
     return torch.cat(compute.processes.gather(looks)).numpy()
 
 
 @torch.no_grad()
 def detect(model, loader, compute):
-    """Whole split at once -> lists of M: {detections, features (256,) of model.look, of Pictures also hashes, errors}."""
+    """Whole split at once -> lists of M: {detections, picture_features (256,), of Pictures also hashes, errors}."""
     model.eval()
     parts = []
     for batch in itertools.chain.from_iterable(loader):
@@ -862,7 +858,7 @@ def detect(model, loader, compute):
             found = model.heads(maps, inputs, batch["sizes"])
         parts.append({
             "detections": on_disk(found, batch["scale"]),
-            "features": list(model.look(maps, batch["sizes"]).numpy()),
+            "picture_features": list(model.picture_features(maps, batch["sizes"]).numpy()),
             "hashes": batch.get("hashes", []),
             "errors": batch.get("error", []),
         })
@@ -918,19 +914,20 @@ def fit(run, args, study, split):
     return training, finish_best_model(training, val_truth, train_loader, val_loader)
 
 
-def finish_best_model(training, truth, train_loader, val_loader):
-    """Give the model its best epoch; returns the content of best_model.pth, which gets what the train pictures are like.
+def finish_best_model(training, val_truth, train_loader, val_loader):
+    """Give the model its best epoch and write best_model.pth; returns its content.
 
-    Also the temperature of the states of the boxes found in the val pictures. truth: of these.
+    New in it are what the features of the train pictures are like, and the temperature of the states of the boxes found
+    in the val pictures.
     """
     model = training.model
     run = training.run
     best = training.load_best()
     train_features = mean_features(model, train_loader, run.compute)
     found = detect(model, val_loader, run.compute)
-    best["known_data"] = row_warnings.known_data(train_features, np.stack(found["features"]))
+    best["known_data"] = row_warnings.known_data(train_features, np.stack(found["picture_features"]))
     if model.settings["states"]:
-        matching = detection_scores.coco_match(truth, found["detections"], "map")
+        matching = detection_scores.coco_match(val_truth, found["detections"], "map")
         states = detection_scores.found_states(matching, found["detections"])
         temperature = calibrating.fit_temperature(np.log(states.probabilities), states.true)
         run.say(f"temperature of the states: {temperature:.3g}, from {len(states.true)} boxes found in the val "
@@ -1085,7 +1082,7 @@ def make_folds(args, study):
 
 
 def examine_split(study, split):
-    """The leakage report of a split, which is refused where it teaches nothing."""
+    """The leakage report of a split; UserError where no box trains, or none chooses the epoch."""
     truth = study.truth
     for part, rows in split.items():
         if part in ("train", "val") and not any(truth.judged(row).any() for row in rows):
@@ -1287,7 +1284,7 @@ def predict(args):
     loader = common.make_loader(dataset, args, compute, False, collate=collate_alike)
     found = detect(model, loader, compute)
     detections = limit_detections(found["detections"], args)
-    features = np.stack(found["features"])
+    features = np.stack(found["picture_features"])
     bad = np.flatnonzero(found["errors"])
     features[bad] = np.nan
     words = seen_rows.of_checkpoint(content).words(np.stack(found["hashes"]))

@@ -28,7 +28,7 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
     if name.startswith(TIMM):
         return _timm_backbone(name, pretrained, weights, image_size)
     from torchvision import models
-    classifiers = models.list_models(module=getattr(models, family, models))
+    classifiers = models.list_models(module=models.video if family == "video" else models)
     if name not in classifiers:
         raise common.UserError(f"{name} is no torchvision classifier of {family}{common.closest(name, classifiers)}")
     options = {"image_size": image_size} if name.startswith("vit_") else {}
@@ -439,6 +439,11 @@ def freeze_stages(backbone, n_stages, example):
             parameter.requires_grad_(False)
 
 
+def batch_norms(model):
+    """Its BatchNorm layers, also those of several GPUs."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 def starting_content(path, **expected):
     """--init_from -> checkpoint of another run of this script. UserError where a field differs from `expected`."""
     content = common.load_model_file(path)
@@ -499,10 +504,9 @@ class BackboneModel(nn.Module):
         super().train(mode)
         if not any(p.requires_grad for p in self.trainable):
             self.backbone.eval()
-        for module in self.backbone.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                if self.freeze_norm or not module.weight.requires_grad:
-                    module.eval()
+        for module in batch_norms(self.backbone):
+            if self.freeze_norm or not module.weight.requires_grad:
+                module.eval()
         return self
 
 

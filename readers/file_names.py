@@ -206,7 +206,8 @@ def match_images(names, images_dir, exact=False, spelling=str):
     for name, fit in fits.items():
         names_of[tuple(fit.files)].append(name)
     unclear = [f"{common.shorten_list(sorted(meant))} -> {common.shorten_list(hit)}"
-               for hit, meant in names_of.items() if len(set(map(spelling, meant))) * len(hit) > 1]
+               for hit, meant in names_of.items()
+               if len(hit) > 1 or (hit and len(set(map(spelling, meant))) > 1)]
     if unclear:
         raise common.UserError(f"expected one file for one image name in {images_dir}, found "
                                f"{common.shorten_list(unclear)}. Write folder and suffix.")

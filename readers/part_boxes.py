@@ -19,6 +19,7 @@ STATES = ("intact", "damaged", "absent", "occluded")
 INTACT = 0
 ABSENT = 2
 UNKNOWN = -1
+STATE_NUMBERS = {word: number for number, state in enumerate(STATES) for word in (state, str(number))}
 NO_STATE = ("", "unknown", "none", "undefined", "__undefined__")  # the last is what CVAT writes
 BOX_FORMATS = ("xywh", "xyxy", "cxcywh", "fractions")
 SIDES = {"left": "right", "right": "left"}
@@ -38,10 +39,10 @@ class AnnotatedImage:
     path: Path | None = None  # of its picture, once it is found
 
     def as_judged(self, min_trust, keeps_absent):
-        """The image whose file gives the scores of its run: no trust is left to weigh.
+        """The image as a run judged it, to be written: its file gives the same scores without the flags of that run.
 
-        A box that is trusted less than min_trust is a crowd; that of an absent part, where not keeps_absent, is left out
-        and the part is one without a box.
+        A box that is trusted less than min_trust becomes a crowd, all others are trusted. Unless keeps_absent, that of
+        an absent part is left out, and the part is one without a box.
         """
         absent = {part: 1.0 for part, trust in self.absent.items() if trust >= min_trust}
         objects = []
@@ -273,10 +274,10 @@ def read_records(content, key, reading):
     records = {}
     nameless = {}  # annotation without an id -> what stands for it
     for place, record in enumerate(listed):
-        own = record.get("id") if isinstance(record, dict) else ()
-        if own is None and key == "annotations":
+        is_object = isinstance(record, dict)
+        own = read_id(record.get("id")) if is_object else None
+        if is_object and record.get("id") is None and key == "annotations":
             own = nameless.setdefault(str(record), f"number {place}")
-        own = read_id(own)
         if own is None:
             reading.faults.append(f"{key}[{place}]: expected an object with an id, found {str(record)[:60]}")
         elif own not in records:
@@ -433,10 +434,8 @@ def read_state(values, where, faults):
     found = set()
     for value in values:
         text = clean(value).lower().removesuffix(".0")
-        if text in STATES:
-            found.add(STATES.index(text))
-        elif text in map(str, range(len(STATES))):
-            found.add(int(text))
+        if text in STATE_NUMBERS:
+            found.add(STATE_NUMBERS[text])
         elif text not in NO_STATE:
             faults.append(
                 f"{where}: state {str(value)[:30]!r} is none of {', '.join(STATES)} or 0 to 3"

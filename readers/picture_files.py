@@ -205,9 +205,9 @@ def _decode(path, short_side, pixel_range):
     with _open_picture(path) as image:
         whole = image.size
         scaled_size(*whole, short_side)  # refuses before anything is allocated
-        if short_side is not None and image.format in ("JPEG", "MPO"):
+        if short_side is not None:
             least = math.ceil(1.5 * short_side)
-            image.draft(None, (least, least))  # decodes at 1/2, 1/4 or 1/8, never below this
+            image.draft(None, (least, least))  # a JPEG is decoded at 1/2, 1/4 or 1/8, never below this
         drafted = image.size
         image.load()
         with contextlib.suppress(*PILLOW_ERRORS):  # damaged EXIF does not damage the picture

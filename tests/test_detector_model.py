@@ -387,7 +387,7 @@ def test_mean_features_are_those_of_predict_and_need_no_detection(monkeypatch):
         with torch.no_grad():
             maps = model.features(train_detector.to_inputs(batch, FP32, model.settings))
             own = {name: each[k:k + 1] for name, each in maps.items()}
-            assert features == pytest.approx(model.look(own, batch["sizes"][k:k + 1])[0].numpy(), rel=1e-4, abs=1e-6)
+            assert features == pytest.approx(model.picture_features(own, batch["sizes"][k:k + 1])[0].numpy(), rel=1e-4, abs=1e-6)
 
 
 def test_the_validation_loss_is_the_training_loss_without_dropout():
