@@ -241,7 +241,7 @@ def bounded(kind, low=-math.inf, high=math.inf, word=None):
         if text == word:
             return text
         value = kind(text)
-        if not low <= value <= high or math.isinf(value):
+        if not low <= value <= high or abs(value) > sys.float_info.max:
             raise argparse.ArgumentTypeError(f"{text} is outside [{low:g}, {high:g}]")
         return value
     parse.__name__ = f"{word} or {kind.__name__}" if word else kind.__name__
@@ -413,7 +413,7 @@ def parse_arguments(parser, argv):
     `may_change` (see Parser); and of these `data_paths`, which say where the data are. UserError for a
     config that cannot be read, an unknown key, or a value that its flag refuses.
     """
-    words = [_snake_case(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = list(map(_snake_case, sys.argv[1:] if argv is None else argv))
     typed, others = _read_flags(parser, words)
     for word in others:  # said before flags that are missing, of which it may be a misspelling
         flag = word.partition("=")[0]
@@ -491,8 +491,7 @@ def config_values(parser, path):
     for key, value in read_config(path).items():
         name = f"--{key.replace('-', '_')}"
         if name not in declared:
-            near = closest(key, [other[2:] for other in declared])
-            raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script "
+            raise UserError(f"{path}: unknown key {key!r}{closest(name, declared)}; a key is a flag of this script "
                             "without its dashes, and a run has those of the script that made it")
         if value in (None, "", "~", "null"):
             continue
@@ -536,8 +535,8 @@ def read_config(path):
     """
     if not path.is_file():
         raise UserError(f"no such file: {path} (expected YAML or JSON)")
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
     try:
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
         if path.suffix.lower() == ".json":
             values = json.loads(text, object_pairs_hook=unique_keys, parse_int=str, parse_float=str,
                                 parse_constant=str)
@@ -548,7 +547,7 @@ def read_config(path):
         return unique_keys(_leaves({} if values is None else values))
     except RecursionError:
         raise UserError(f"{path} is nested too deeply to be a config file ({len(text)} characters)") from None
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a config file: {one_line(error)}") from None
 
 
@@ -1358,7 +1357,7 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitems__(self, keys):
         """Samples of a batch, for the loader."""
-        if cores_of_process() == 1 or torch.utils.data.get_worker_info():
+        if torch.utils.data.get_worker_info():
             return [self[key] for key in keys]
         return list(self._threads.map(self.__getitem__, keys))
 
@@ -1450,11 +1449,11 @@ def launched_processes(env=os.environ):
     else:
         return Processes()
     given = [env.get(name, "0") for name in names]
-    digits = [re.match(r"\d+", text) for text in given]  # 2(x3),1 tasks on the nodes
-    if not all(digits) or int(digits[0][0]) >= int(digits[1][0]):
+    digits = [re.sub(r"\D.*", "", text) for text in given]  # 2(x3),1 tasks on the nodes -> 2
+    if not all(digits) or int(digits[0]) >= int(digits[1]):
         raise UserError(f"{names[0]}={given[0]} and {names[1]}={given[1]} are no rank of a number of processes; start "
                         "with torchrun or srun, or unset them")
-    rank, size, local_rank, local_size = (int(found[0]) for found in digits)
+    rank, size, local_rank, local_size = map(int, digits)
     return Processes(rank, size, local_rank, max(local_size, 1))
 
 
@@ -1512,15 +1511,11 @@ class Processes:
                 result = function()
             except (UserError, SystemExit) as caught:
                 error = caught
-        result, error = self.from_first((result, error))
+        result, error = self.gather([(result, error)])[0]
         if error is None:
             return result
         error.said_by_first = not self.is_first
         raise error
-
-    def from_first(self, value):
-        """The first process's value, for all."""
-        return self.gather([value])[0]
 
     def gather(self, parts):
         """Lists of parts (CPU tensors, arrays, dicts of them, ...) of all processes, joined in their order."""
@@ -2534,7 +2529,7 @@ class Training:
     def end_epoch(self, row):
         """Close an epoch: its history row, the best model, early stopping, and the checkpoints that are due."""
         progress = self.progress
-        numbers = self.processes.from_first(row)
+        numbers = self.processes.on_first(lambda: row)
         progress.history.append(
             {"epoch": progress.epoch + 1, "learning_rate": self.current.learning_rate, **numbers})
         progress.next_epoch()
@@ -2736,8 +2731,8 @@ def undefined_is_nan():
 def metrics_from_sums(sums):
     """Metrics from summed regression_moments: (..., 8, R) -> dict of name -> (..., R) float64.
 
-    n = 0: all NaN; n < 2 or constant target: r and R2 NaN; constant prediction: r = 0. R2 = 1 - SSE / SST about the
-    mean of these same rows.
+    n = 0: all NaN; constant target, as with n = 1: r and R2 NaN; constant prediction: r = 0. R2 = 1 - SSE / SST about
+    the mean of these same rows.
     """
     n, p, t, pp, tt, pt, absolute, squared = np.moveaxis(sums, -2, 0)
     with undefined_is_nan():
@@ -2745,7 +2740,7 @@ def metrics_from_sums(sums):
         spread_t = tt - t * t / n
         joint = pt - p * t / n
         # 1e-12 of the raw sum is the rounding that a subtraction of equal sums leaves behind
-        defined = (n >= 2) & (spread_t > 1e-12 * tt)
+        defined = spread_t > 1e-12 * tt
         correlation = np.where(spread_p <= 1e-12 * pp, 0.0, joint / np.sqrt(spread_p * spread_t))
         mse = squared / n
         return {"pearson_r": np.where(defined, np.clip(correlation, -1.0, 1.0), np.nan),

@@ -278,9 +278,17 @@ def test_missing_config(tmp_path):
         parse("--config", str(tmp_path / "none.yaml"))
 
 
+def test_a_config_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(common.UserError, match="c.yaml cannot be read as a config file: .*Permission denied"):
+        parse_config(tmp_path, "lr: 1")
+
+
 @pytest.mark.parametrize("argv, words", [
     (["--epoch", "3"], ["--epoch", "--epochs"]),
-    (["--epochs", "0"], ["--epochs", "outside"]),
+    (["--epochs", "0"], ["--epochs", "outside"]), (["--epochs", "9" * 400], ["--epochs", "outside"]),
     (["--lr", "nan"], ["--lr", "outside"]),
     (["--folds", "x"], ["--folds", "invalid int value"]),
     (["--pixel_range", "255", "0"], ["--pixel_range 255 0", "black"]), (["--pixel_range", "0", "inf"], ["outside"]),
