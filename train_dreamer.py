@@ -966,13 +966,14 @@ def judge(run, args, study, split, rows, table, *, part, use, alarms, best_epoch
         alarms=pose_scores.use_alarms(use, motion, scores_one_block) + alarms,
         data=data_blocks(run, study, split, table),
         cases=judging.case_blocks(table, lambda i: study.picture(study.frames[rows[i], 0])),
-        limits=limits(args, study),
+        limits=limits(study),
         folds=folds)
     pose_judging.judge_poses(
         run, table, setting,
         blocks=pose_scores.time_blocks(table, study.sequences[rows], study.order[rows]),
         label_sd=study.label_sd,
         has_patients=study.has_patients,
+        doubts=split_doubts(args, study),
         compose=study.compose,
         use=use)
 
@@ -998,14 +999,21 @@ def data_blocks(run, study, split, table):
     return blocks
 
 
-def limits(args, study):
+def split_doubts(args, study):
+    """Sentences on a split that does not tell how the model does on another patient."""
+    doubts = []
+    if args.split_by == "time":
+        doubts.append("The parts are blocks of time of the same sequences: nothing is said about another patient. "
+                      "Where there are several, split by them (--split_by patient)")
+    if not study.has_patients:
+        doubts.append("Nobody said which patient a folder belongs to: two folders of one patient may stand on two sides "
+                      "of the split. Give --patient_map or --patient_regex")
+    return doubts
+
+
+def limits(study):
     """Sentences on what a reader must not conclude from this run."""
     lines = ["Valid for probes, views and patients like these; nothing else was tested."]
-    if args.split_by == "time":
-        lines.append("The parts are blocks of time of the same sequences: nothing is said about another patient.")
-    if not study.has_patients:
-        lines.append("Nobody said which patient a folder belongs to: two folders of one patient may stand on two sides "
-                     "of the split. Give --patient_map or --patient_regex.")
     if study.compose == "additive":
         lines.append("at2 = at1 + motion here: at1 and at2 carry the same information, and the loss on at2 adds none.")
     return lines

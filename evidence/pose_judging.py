@@ -3,7 +3,7 @@
 Letters: M transitions scored. Units: errors of an axis in mm or degrees; means over the axes in label sds.
 """
 import common
-from evidence import judging, plotting, pose_scores, reporting, verdicts
+from evidence import judging, plotting, pose_scores, reporting, subject_intervals, verdicts
 from readers import probe_poses
 
 USE_MEANINGS = {
@@ -18,13 +18,13 @@ WITHIN_PATIENTS = ("Fewer than five patients were scored. Intervals, if any, are
                    "about others.")
 
 
-def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, compose, use):
+def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, doubts, compose, use):
     """Judge a table of pose_scores, write tables, plots, report.html and metrics.json; returns the metrics.
 
-    blocks: (M,) of pose_scores.time_blocks; label_sd: (6,); has_patients False: each folder counts as one; compose: the
-    name of a Convention; use: numbers of USE_MEANINGS.
+    blocks: (M,) of pose_scores.time_blocks; label_sd: (6,); has_patients False: each folder counts as one; doubts:
+    sentences on the split; compose: the name of a Convention; use: numbers of USE_MEANINGS.
     """
-    results = pose_scores.compare(table, blocks, label_sd)
+    results = pose_scores.compare(table, blocks, label_sd, "patients" if has_patients else "folders")
     best = min(results.values(), key=lambda result: result.overall.baseline["mae"].value)
     result = pose_scores.in_units(best, label_sd)
     axes = pose_scores.axis_rows(result, table)
@@ -41,12 +41,14 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, compose,
 
     alarms = verdicts.regression_alarms(table.predicted, table.target, table.names)
     alarms += pose_scores.place_alarms(results)
+    if result.unit == subject_intervals.TIME_BLOCKS:
+        doubts = [*doubts, WITHIN_PATIENTS]
     return judging.close_run(
         run, setting,
         verdict=pose_scores.verdict(result, patients, has_patients, setting.worst_seen),
         result=result,
         metric="mae",
-        doubts=verdicts.baseline_doubts(results) + ([] if result.unit == "patients" else [WITHIN_PATIENTS]),
+        doubts=verdicts.baseline_doubts(results) + doubts,
         alarms=alarms,
         meanings=criteria_names(),
         figures=key_figures(result, predictors),

@@ -75,13 +75,13 @@ def time_blocks(table, sequences, order):
     return place * n_blocks // len(place)
 
 
-def compare(table, blocks, sd):
+def compare(table, blocks, sd, unit="patients"):
     """The model against each baseline, errors in units of sd (6,): {baseline: Result}.
 
-    Resampled are patients; with fewer than five, `blocks` of time, which say nothing about other patients.
+    Resampled are the groups, which are patients or folders (`unit`); with fewer than five, `blocks` of time, which say
+    nothing about other patients.
     """
     units = table.groups
-    unit = "patients"
     if len(set(units)) < subject_intervals.FEWEST_FOR_INTERVAL:
         units = blocks
         unit = subject_intervals.TIME_BLOCKS
@@ -192,7 +192,7 @@ def verdict(result, per_patient, has_patients, seen="new"):
     per_patient: rows of patient_rows; has_patients False: each folder counted as a patient; seen: see verdict_sentence.
     """
     text = verdicts.verdict_sentence(result, "mae", seen=seen, label="mean error in label sds")
-    if result.unit == "patients":
+    if result.unit != subject_intervals.TIME_BLOCKS:
         return text
     n = len(per_patient)
     if n == 1:
