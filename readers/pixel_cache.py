@@ -74,7 +74,7 @@ class PixelStore:
     cache_keys(rows) -> [JSON types that decide the pixels of each row]; decode_again(row) -> pixels.
     """
 
-    windows = itertools.repeat("")  # a clip has one in its file, a picture has none
+    places = (itertools.repeat(""),)  # K of N: where an item lies in its file; a picture is all of it
     pixel_range = None  # values that become 0 and 255, of pictures of more than 8 bits
 
     def load_all(self, rows_of_files, cache):
@@ -114,9 +114,9 @@ class PixelStore:
 
     @property
     def hashes(self):
-        """(N, 2) content_hashes of the items: of their files and windows, and of their pixels at this size."""
-        pieces = [f"{audit.file_sha}{window}" for audit, window in zip(self.audit, self.windows)]
-        return content_hashes(pieces, [audit.pixel_sha for audit in self.audit])
+        """(N, K + 1) content_hashes of the items: of their files and each of `places`, and of their pixels at this size."""
+        pieces = [[f"{audit.file_sha}{place}" for audit, place in zip(self.audit, each)] for each in self.places]
+        return content_hashes(*pieces, [audit.pixel_sha for audit in self.audit])
 
     @property
     def description(self):

@@ -317,6 +317,13 @@ def test_predict_says_which_clips_were_trained_on_and_which_are_unlike_them(made
     rows = read_csv(tmp_path / "p.csv")
     assert {row["warning"] for row in rows} == {"trained on; unlike the training clips"}
     assert f"warning: {len(rows)} of {len(rows)} clips: unlike the training clips" in text
+    rounded = [{"path": row["video"], **{name: round(float(row[name]), 1) for name in ("start_sec", "end_sec")}}
+               for row in rows]  # training read frames around each window (--jitter_sec)
+    common.write_table(tmp_path / "rounded.csv", rounded)
+    video("--mode", "predict", "--checkpoint", behaviours, "--manifest", tmp_path / "rounded.csv", "--video_root",
+          made.folder / "videos", "--output", tmp_path / "p.csv", "--num_workers", 0)
+    found = read_csv(tmp_path / "p.csv")
+    assert len(found) == len(rows) and {row["seen"] for row in found} == {"train"}
 
 
 def test_predict_needs_no_labels(made, behaviours, tmp_path):
