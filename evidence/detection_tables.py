@@ -124,6 +124,7 @@ def results_as_coco(entries, annotated, reading):
     image_ids = {file_names.clean_name(image.name): image.id for image in annotated.images}
     names = {file_name(entry) for entry in entries if isinstance(entry, dict)}
     fits = file_names.NameIndex(image_ids, file_names.IMAGE_SUFFIXES).match(names, exact=False)
+    fits_any = any(fit.files for fit in fits.values())
     annotations = []
     for number, entry in enumerate(entries):
         name = f"result {number}"
@@ -132,6 +133,9 @@ def results_as_coco(entries, annotated, reading):
             continue
         written = entry.get("image_id")
         fitting = fits[file_name(entry)].files
+        if fits_any and file_name(entry) and not fitting:
+            reading.counts["results are of pictures that are not annotated, and left out"] += 1
+            continue
         image_id = image_ids[fitting[0]] if len(fitting) == 1 else written
         is_other = part_boxes.read_id(image_id) != part_boxes.read_id(written)
         reading.counts["results have the image_id of another image than their file_name, which decides"] += is_other

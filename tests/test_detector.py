@@ -243,7 +243,10 @@ def test_the_file_name_of_a_result_decides_where_its_image_id_is_of_the_other_pr
 
 
 def test_file_names_decide_by_all_of_their_folders_and_then_by_unique_base_names(tmp_path):
-    """One base name in two folders is decided by the folder, or else by the image id; other pictures by their names."""
+    """One base name in two folders is decided by the folder, or else by the image id; other pictures by their names.
+
+    What is not annotated is left out, unless no name is that of an annotated picture: then the image ids count.
+    """
     as_files(tmp_path, *random_case(3))
     truth = json.loads((tmp_path / "truth.json").read_text())
     names = ["d1/a.jpg", "d2/a.jpg", *(f"{k}.jpg" for k in range(2, len(truth["images"])))]
@@ -252,14 +255,18 @@ def test_file_names_decide_by_all_of_their_folders_and_then_by_unique_base_names
     common.write_json(tmp_path / "truth.json", truth)
     ids = [image["id"] for image in truth["images"]]
     found = part_boxes.read_annotations(tmp_path / "truth.json")
-    written = {"d2/a.jpg": 1, "/data/d2/a.jpg": 1, "a.jpg": 0, "val/2.jpg": 2, "elsewhere.jpg": 0, None: 0, 7: 7}
-    entries = [{**RESULT, "image_id": ids[0], "file_name": name} for name in written]
+    written = {"d2/a.jpg": 1, "/data/d2/a.jpg": 1, "a.jpg": 0, "val/2.jpg": 2, None: 0, 7: 7}
+    elsewhere = {**RESULT, "image_id": ids[0], "file_name": "elsewhere.jpg"}
+    entries = [elsewhere, *({**elsewhere, "file_name": name} for name in written)]
     n_notes = len(found.notes)
     content = detection_tables.results_as_coco(entries, found, part_boxes.Reading("xywh", "state"))
     assert [ids.index(each["image_id"]) for each in content["annotations"]] == list(written.values())
     common.write_json(tmp_path / "results.json", entries)
     notes = detection_tables.read_results(tmp_path / "results.json", found, None)[3]
-    assert [note[:24] for note in notes] == ["results.json: 4 results "] and len(found.notes) == n_notes
+    assert [note[14:40] for note in notes] == ["1 results are of pictures ", "4 results have the image_i"]
+    assert len(found.notes) == n_notes
+    content = detection_tables.results_as_coco([elsewhere], found, part_boxes.Reading("xywh", "state"))
+    assert [each["image_id"] for each in content["annotations"]] == ids[:1]
 
 
 def test_boxes_over_the_edge_are_cut_on_both_sides_and_those_without_area_are_listed(tmp_path):
