@@ -231,6 +231,11 @@ def events_in(windows, table):
         "end_sec": np.nan_to_num(end_sec, nan=np.inf)})
     is_watched = events["video"].isin(windows["video"])
     print(f"{is_watched.sum()} of {len(events)} events are in the recordings")
+    recordings = windows["video"].unique()
+    n_empty = np.isin(recordings, events["video"], invert=True).sum()
+    if n_empty:
+        print(f"note: {n_empty} of {len(recordings)} recordings have no event in the table: every bout in them counts "
+              "as false")
     if not is_watched.any():
         raise common.UserError(
             f"no event is in one of the recordings: expected {common.shorten_list(set(windows['video']), 3)}, "
@@ -254,6 +259,8 @@ def judge_folder(folder, read_table, output):
               f"F1 at IoU .25 {row['f1_at_0.25']:.3f}, at .5 {row['f1_at_0.5']:.3f}; "
               f"kappa {row['kappa']:.3f} [{row['kappa_low']:.3f}, {row['kappa_high']:.3f}]")
     print(f"{method}; written to {output}")
+    print("note: whether the model was trained on these events is not known here; --mode predict with this --manifest "
+          "says it (column seen)")
 
 
 def spans_of(table, video, label):

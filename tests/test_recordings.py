@@ -370,11 +370,15 @@ def test_events_in_frames_are_judged_at_the_rate_of_their_recording(made, tmp_pa
 
 def test_a_run_without_a_bout_finds_no_event(tmp_path, capsys):
     """Its table of bouts has a header alone: recall 0, and no complaint about the file."""
-    (tmp_path / "windows.csv").write_text("video,start_sec,end_sec,pred_label,prob_none,prob_1\n/v.mp4,0,1,none,.9,.1\n")
+    (tmp_path / "windows.csv").write_text("video,start_sec,end_sec,pred_label,prob_none,prob_1\n/v.mp4,0,1,none,.9,.1\n"
+                                          "/w.mp4,0,1,none,.9,.1\n")
     (tmp_path / "bouts.csv").write_text("video,label,start_sec,end_sec,mean_prob\n")
     table = SimpleNamespace(
         windows=np.array([[0.2, 0.8]]), sources=[Path("/v.mp4")], names=["none", "1"], label=np.array([1]))
     ethograms.judge_folder(tmp_path, lambda names: table, None)
+    said = capsys.readouterr().out
+    assert "note: 1 of 2 recordings have no event in the table: every bout in them counts as false" in said
+    assert "trained on these events is not known here" in said
     row = {own["label"]: own for own in read_csv(tmp_path / "bout_scores.csv")}["1"]
     assert (row["bouts"], row["events"], float(row["recall_at_0.25"])) == ("0", "1", 0)
 
