@@ -2161,7 +2161,7 @@ def checkpoint_files(paths):
         if not found:
             raise UserError(f"--checkpoint {path} holds no best_model.pth and no fold_K/best_model.pth")
         files += found
-    return files
+    return list({file.resolve(): file for file in files}.values())  # one that is named twice counts once
 
 
 @contextlib.contextmanager

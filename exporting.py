@@ -68,13 +68,17 @@ def about_pictures(names, image_size, pixel_range):
     }
 
 
-def export(path, model, inputs, about, expected, unit=1.0):
-    """Write a MeanOutput as one file, load it, and say how far it is from what the script predicts.
+@torch.no_grad()
+def export(path, members, answer, inputs, about, unit=1.0):
+    """Write the MeanOutput of members as one file, load it, and say how far it is from what the script predicts.
 
-    inputs: {name: (B, ...)} of up to ten rows; about: content of about.json; expected: (B, K) of the script; unit: (K,)
-    or a number, of which a difference may be TOLERANCE. UserError: it is more, or the network cannot be exported.
+    answer: function of a member and a Compute -> (B, K), what the script predicts for the inputs; inputs: {name: (B,
+    ...)} of up to ten rows; about: content of about.json; unit: (K,) or a number, of which a difference may be
+    TOLERANCE. UserError: it is more, or the network cannot be exported.
     """
-    model.eval().requires_grad_(False)
+    model = MeanOutput(members).eval().requires_grad_(False)
+    compute = common.choose_compute("cpu", "off")
+    expected = sum(answer(member, compute) for member in members) / len(members)
     two = [torch.cat([each, each]) for each in inputs.values()]  # a batch of one would be taken for a fixed size
     sizes = tuple({0: torch.export.Dim("batch")} for _ in two)
     try:
@@ -90,7 +94,7 @@ def export(path, model, inputs, about, expected, unit=1.0):
     common.write_whole(path, content)
     shapes = ", ".join(f"{name} (B, {', '.join(map(str, each.shape[1:]))})" for name, each in inputs.items())
     print(f"{path}: {shapes} -> {common.shorten_list(about['names'])}; on {len(expected)} rows within {worst:.1g} of "
-          "this script")
+          "this script with --use_amp off")
 
 
 def _convert(suffix, program, inputs, about):

@@ -161,6 +161,9 @@ def half_widths(members, coverage):
     if None in owners and any(owners):
         raise common.UserError("--interval: some checkpoints were trained with --group_column and others without; give "
                                "those of one kind")
+    if any(seen_rows.of_checkpoint(member.settings).chose.size for member in members):
+        print(f"note: --interval rests on held-out rows, and such rows have chosen an epoch here: the bounds may hold less "
+              f"than {coverage:.0%} of new pictures (train with --select last)")
     once = np.unique(rows, return_index=True)[1]
     subjects = None if None in owners else np.concatenate(owners)[once]
     return np.array([calibrating.conformal_quantile(own, 1 - coverage, subjects) for own in residuals[once].T])
@@ -180,17 +183,12 @@ def output_columns(inputs, predicted, names, widths):
     return columns
 
 
-@torch.no_grad()
 def export(path, members, pixels):
     """Write the mean of the members as one file, compared with this script on uint8 pictures (B, S, S, 3)."""
-    model = exporting.MeanOutput(members)
-    compute = common.choose_compute("cpu", "off")
-    expected = [member.outputs(pixels, compute)[0] for member in members]
     settings = members[0].settings
     exporting.export(
-        path, model, {"pixels": pixels},
+        path, members, lambda member, compute: member.outputs(pixels, compute)[0], {"pixels": pixels},
         about=exporting.about_pictures(settings["names"], settings["image_size"], settings["pixel_range"]),
-        expected=torch.stack(expected).mean(0),  # (B, R)
         unit=settings["label_sd"])
 
 

@@ -321,7 +321,7 @@ class Study:
 
     @property
     def hashes(self):
-        """(N, 2) content_hashes of the rows."""
+        """(N, 4) hashes of the rows."""
         return self.store.hashes[self.stored]
 
     def data_record(self, split):
@@ -1330,7 +1330,6 @@ def predict_rows(member, study, compute):
     return table, (member.content, features, outputs)
 
 
-@torch.no_grad()
 def export(path, members, study):
     """Write the mean of the members as one file, compared with this script on the first ten clips of the study."""
     first = members[0]
@@ -1342,9 +1341,6 @@ def export(path, members, study):
     inputs = {"clips": batch["input"]}
     if args.model in FRAME_MODELS:
         inputs["mask"] = batch["mask"]
-    model = exporting.MeanOutput(members)
-    compute = common.choose_compute("cpu", "off")
-    expected = np.mean([member.predict(batch, compute) for member in members], axis=0)
     about = exporting.about_pictures(first.content["names"], args.image_size, args.pixel_range)
     about |= {"task": args.task, "frames": args.n_frames}
     if args.task == "classify":
@@ -1354,7 +1350,10 @@ def export(path, members, study):
             "threshold": calibrating.mean_threshold(member.calibration for member in members),
             "positive_class": args.positive_class,
         }
-    exporting.export(path, model, inputs, about, torch.from_numpy(expected), first.model.head.span.cpu())
+
+    def answer(member, compute):
+        return torch.from_numpy(member.predict(batch, compute))
+    exporting.export(path, members, answer, inputs, about, first.model.head.span.cpu())
 
 
 # --- whole recordings --------------------------------------------------------------------------

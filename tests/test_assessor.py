@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -451,7 +452,7 @@ def test_predictions_say_what_makes_them_doubtful(sample, trained, tmp_path):
     del content["known_data"]
     common.save_checkpoint(tmp_path / "unfinished.pth", content)
     text = run_script(*flags, tmp_path / "unfinished.pth").text
-    assert "does not say what its training pictures are like" in text
+    assert "does not say what its training pictures are like (an unfinished run," in text
     assert {row["warning"] for row in read_csv(tmp_path / "p.csv")} == {"", "trained on"}
 
 
@@ -477,8 +478,9 @@ def test_an_exported_model_gives_the_same_ratings_without_this_repository(sample
     tiles = np.random.default_rng(0).integers(0, 256, (40, 55, 3), np.uint8)
     Image.fromarray(np.kron(tiles, np.ones((28, 28, 1), np.uint8))).save(pictures / "large.jpg")
     train(sample, tmp_path / "run", "--head", "ridge", "--freeze_backbone", "--image_size", 64, "--epochs", 1)
-    run_script("predict_assessor.py", "--checkpoint", only_run(tmp_path / "run"), "--image_dir", pictures, "--use_amp", "off",
-               "--output", tmp_path / "p.csv", "--export", tmp_path / f"model{suffix}")
+    text = run_script("predict_assessor.py", "--checkpoint", only_run(tmp_path / "run"), "--image_dir", pictures,
+                      "--use_amp", "off", "--output", tmp_path / "p.csv", "--export", tmp_path / f"model{suffix}").text
+    assert re.search("on 10 rows within .* of this script with --use_amp off", text), "mixed precision is further off"
     code = Path(__file__).with_name("exported_model.py")
     done = subprocess.run([sys.executable, code, tmp_path / f"model{suffix}", pictures], cwd=tmp_path,
                           capture_output=True, text=True)
@@ -548,7 +550,8 @@ def test_an_ensemble_is_the_mean_of_its_members(sample, folds, tmp_path):
         return [float(row["Anger"]) for row in read_csv(tmp_path / name)]
     members = [folds / f"fold_{k}" / "best_model.pth" for k in range(2)]
     single = [predict([path], f"{k}.csv") for k, path in enumerate(members)]
-    assert predict(members, "all.csv") == pytest.approx(list(np.mean(single, axis=0)), abs=1e-9)
+    twice = [*members, folds / "fold_0"]
+    assert predict(twice, "all.csv") == pytest.approx(list(np.mean(single, axis=0)), abs=1e-9), "it counts once"
 
 
 def test_members_of_other_ratings_are_refused(sample, trained, tmp_path):
@@ -581,7 +584,7 @@ def test_conformal_interval_is_the_residual_quantile(folds):
     assert np.isinf(predict_assessor.half_widths(seeds[::3], 0.95)).all(), "16 rows are too few, however often counted"
 
 
-def test_an_interval_needs_members_that_are_all_grouped_or_all_not():
+def test_an_interval_needs_members_that_are_all_grouped_or_all_not(capsys):
     def member(name, subjects):
         return predict_assessor.Member(None, {
             "abs_residuals": torch.arange(20.0)[:, None], "residual_rows": [f"{name}{i}" for i in range(20)],
@@ -589,6 +592,10 @@ def test_an_interval_needs_members_that_are_all_grouped_or_all_not():
     whole = member("a", None)
     grouped = member("b", [f"s{i // 4}" for i in range(20)])
     assert predict_assessor.half_widths([whole], 0.5) == 10 and predict_assessor.half_widths([grouped], 0.5) > 0
+    assert "chosen" not in capsys.readouterr().out
+    whole.settings["seen"] = {"fitted": [1], "chose": [2]}
+    predict_assessor.half_widths([whole], 0.5)
+    assert "the bounds may hold less than 50% of new pictures" in capsys.readouterr().out
     with pytest.raises(common.UserError, match="some checkpoints were trained with --group_column"):
         predict_assessor.half_widths([whole, grouped], 0.5)
 

@@ -530,8 +530,8 @@ def test_models_that_cannot_leave_are_named(tmp_path):
     with pytest.raises(common.UserError, match=r"differ from this script's by .* on 6 rows"):
         pixels = torch.zeros(6, 6, 32, 32, 3, dtype=torch.uint8)
         member = train_video.Member(tiny_network("mc3_18"), content, args)
-        exporting.export(tmp_path / "m.pt2", exporting.MeanOutput([member]), {"clips": pixels},
-                         exporting.about_pictures(["a", "b"], 32, None), torch.ones(6, 2))
+        exporting.export(tmp_path / "m.pt2", [member], lambda *_: torch.ones(6, 2), {"clips": pixels},
+                         exporting.about_pictures(["a", "b"], 32, None))
     assert not (tmp_path / "m.pt2").exists()
 
 
@@ -543,7 +543,7 @@ def test_an_exported_file_is_written_whole_and_only_if_it_is_right(tmp_path):
 
     def export(file, expected):
         about = exporting.about_pictures(["red", "green", "blue"], 4, None)
-        exporting.export(file, exporting.MeanOutput([member]), {"pixels": pixels}, about, expected)
+        exporting.export(file, [member], lambda *_: expected, {"pixels": pixels}, about)
     file = tmp_path / "m.pt2"
     export(file, colours)
     before = file.read_bytes()
