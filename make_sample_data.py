@@ -761,7 +761,7 @@ def write_sequence(folder, poses, bend, blobs, quirk, rng):
     pictures = [Image.fromarray(cut_slice(pose, bend, blobs, rng)) for pose in poses]
     for which in ("ft1", "ft2"):
         (folder / which).mkdir(parents=True)
-    motion = probe_poses.on_arrays(probe_poses.pose_error, poses[1:], poses[:-1])
+    motion = probe_poses.difference(poses[1:], poses[:-1])
     slash = "\\" if quirk == "backslashes" else "/"
     rows = []
     for i, step in enumerate(motion):

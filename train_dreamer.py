@@ -192,11 +192,11 @@ def flags_of_run(args):
     """Flags that evaluate and predict take over from the run folder that the checkpoint still lies in."""
     path = args.checkpoint.with_name("args.json")
     flags = common.read_json(path).get("flags", {}) if path.is_file() else {}
-    names = ENCODER_FLAGS
+    names = set(ENCODER_FLAGS)
     if "data_dir" not in args.given:
-        names = names | DATA_FLAGS
+        names |= DATA_FLAGS
         if not PATIENT_FLAGS & args.given:
-            names = names | PATIENT_FLAGS
+            names |= PATIENT_FLAGS
     return {name: flags[name] for name in names if flags.get(name) is not None}
 
 
@@ -425,7 +425,8 @@ class GreyEncoder(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        mean, sd = 0.5, 0.5
+        mean = 0.5
+        sd = 0.5
         if args.pretrained or args.weights:
             mean, sd = backbones.pixel_statistics(args.encoder, args.weights)
         scale = torch.tensor([255 * np.mean(mean), 255 * np.mean(sd)], dtype=torch.float32)
@@ -887,7 +888,7 @@ def with_features(study, rows, args, compute, encoder=None):
 def solve_readout(study, rows):
     """baseline_models.Readout of at1 in mm and degrees on the grids of the frames at t1 of these rows."""
     centre = probe_poses.centre_and_spread(study.at1[rows])[0]
-    apart = probe_poses.on_arrays(probe_poses.pose_error, study.at1[rows], centre)  # (n, 6)
+    apart = probe_poses.difference(study.at1[rows], centre)  # (n, 6)
     readout = baseline_models.fit_readout(
         study.grids_at_t1(rows), apart, study.inner_groups(rows), blocks=study.blocks)
     return dataclasses.replace(readout, intercept=readout.intercept + centre)
@@ -908,7 +909,7 @@ def predict_baselines(study, train, rows, readout=None, centre=None):
     }
     if not len(train):
         return predicted
-    apart = probe_poses.on_arrays(probe_poses.pose_error, study.at1, centre)  # (N, 6)
+    apart = probe_poses.difference(study.at1, centre)  # (N, 6)
     near = baseline_models.place_weights(study.place, study.sequences, train, rows)  # (M, N_train)
     motion_ridge = baseline_models.fit_readout(study.motion[train], apart[train], study.inner_groups(train))
     found = {

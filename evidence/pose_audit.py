@@ -118,7 +118,7 @@ def check_chain(sequences, order, frames, at1, at2):
     if linked.mean() > 0.5:
         text += ": a continuous sweep, so a random split would leak"
     checks = [Check("OK", "chain", text)]
-    jumps = np.abs(probe_poses.on_arrays(probe_poses.pose_error, at1[after[linked]], at2[before[linked]]))
+    jumps = np.abs(probe_poses.difference(at1[after[linked]], at2[before[linked]]))
     if np.isfinite(jumps).any():
         worst = np.nanmax(jumps)
         checks.append(check(worst >= 0.01, "chain of poses", f"at1 differs from the at2 before it by up to {worst:.3g} "

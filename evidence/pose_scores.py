@@ -34,7 +34,7 @@ def wrapped(predicted, target):
     Where a target is missing, to within 180 degrees of 0.
     """
     target = np.nan_to_num(target)
-    return target + probe_poses.on_arrays(probe_poses.pose_error, predicted, target)
+    return target + probe_poses.difference(predicted, target)
 
 
 def unwrapped(target):

@@ -167,7 +167,8 @@ class NameIndex:
         """'a/B.JPG' -> (['B', 'a'], '.JPG'): from the name of the file outwards."""
         stem, suffix = posixpath.splitext(name)
         if suffix.lower() not in self.suffixes:
-            stem, suffix = name, ""
+            stem = name
+            suffix = ""
         return stem.split("/")[::-1], suffix
 
     def _tails(self, name):

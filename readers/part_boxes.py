@@ -16,7 +16,6 @@ import common
 from readers import csv_tables, file_names, picture_files
 
 STATES = ("intact", "damaged", "absent", "occluded")
-INTACT = 0
 ABSENT = 2
 UNKNOWN = -1
 STATE_NUMBERS = {word: number for number, state in enumerate(STATES) for word in (state, str(number))}
@@ -666,10 +665,10 @@ def check_pictures(audits, images, on_bad_file):
 # Names of parts
 # --------------------------------------------------------------------------------------
 
-def used_parts(found, images, known=None):
+def used_parts(found, images, known):
     """(parts, notes): those a checkpoint knows, else those with a box, in order of appearance.
 
-    found: Annotations of several files; images: those of theirs that are used.
+    found: Annotations of several files; images: those of theirs that are used; known: parts of a checkpoint, or None.
     """
     used = {own.part for image in images for own in image.objects}
     if known:

@@ -142,7 +142,8 @@ def _declared_range(image, values):
     if bits <= 16:
         low = -2.0 ** (bits - 1) if is_signed else 0.0
         return low, low + 2.0**bits - 1
-    low, high = float(values.min()), float(values.max())
+    low = float(values.min())
+    high = float(values.max())
     if values.dtype.kind == "f" and 0 <= low and high <= 1:
         return 0.0, 1.0
     return low, high
@@ -158,7 +159,8 @@ def choose_pixel_range(paths):
     if not found:
         return None
     lows, highs = zip(*found)
-    low, high = min(lows), max(highs)
+    low = min(lows)
+    high = max(highs)
     if 0 <= low <= high / 2:
         return 0.0, 2.0 ** math.ceil(math.log2(high + 1)) - 1
     return low, high

@@ -49,6 +49,11 @@ def pose_error(predicted, target):
     return add_poses(predicted, -target)
 
 
+def difference(poses, others):
+    """pose_error of arrays (..., 6), in float64."""
+    return on_arrays(pose_error, poses, others)
+
+
 def rotation_matrix(angles):
     """(..., 3) roll, pitch, yaw in degrees -> (..., 3, 3) R = Rz(yaw) Ry(pitch) Rx(roll)."""
     radians = torch.deg2rad(angles)
@@ -176,7 +181,7 @@ def centre_and_spread(poses):
     sine = common.mean_without_nan(np.sin(angle), 0)
     cosine = common.mean_without_nan(np.cos(angle), 0)
     about = np.append(np.zeros(3), np.rad2deg(np.arctan2(sine, cosine)))
-    apart = on_arrays(pose_error, poses, about)
+    apart = difference(poses, about)
     sd = common.sd_without_nan(apart)
     return about + common.mean_without_nan(apart, 0), np.where(sd > 1e-6, sd, 1.0)
 

@@ -22,7 +22,7 @@ import make_sample_data
 import train_detector
 import unicodedata
 from evidence import detection_judging, detection_scores, detection_tables
-from readers.part_boxes import ABSENT, INTACT, STATES, UNKNOWN
+from readers.part_boxes import ABSENT, STATES, UNKNOWN
 from readers import part_boxes
 
 pytestmark = pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
@@ -90,7 +90,7 @@ def test_part_annotations(tmp_path, flags):
     assert study.truth.parts == ["back_wheel", "front_wheel", "bell", "saddle"]
     assert list(study.truth.images) == ["0.jpg", "1", "2.jpg"]
     np.testing.assert_array_equal(study.truth.boxes[0], [[0, 10, 20, 30], [30, 10, 50, 30], [5, 5, 11, 11]])
-    assert study.truth.states[0].tolist() == [INTACT, 1, ABSENT] and study.truth.states[1].tolist() == [3, INTACT]
+    assert study.truth.states[0].tolist() == [0, 1, ABSENT] and study.truth.states[1].tolist() == [3, 0]
     assert study.truth.ignored[0].tolist() == [False, False, True], "trust .2 is under --min_trust"
     bell = study.truth.parts.index("bell")
     assert study.truth.absent[1].tolist() == [bell], "an absent part with a zero box has no box"
@@ -101,7 +101,7 @@ def test_part_annotations(tmp_path, flags):
 def test_coco(tmp_path, flags):
     study = study_of(tmp_path, flags, coco(), names=("0.jpg", "1.jpg"))
     assert study.truth.parts == ["saddle", "bell"] and study.truth.ids == [0, 9]
-    assert study.truth.states[0].tolist() == [1, 3] and study.truth.states[1].tolist() == [INTACT, UNKNOWN]
+    assert study.truth.states[0].tolist() == [1, 3] and study.truth.states[1].tolist() == [0, UNKNOWN]
     assert study.truth.ignored[1].tolist() == [False, True] and any("never_used" in note for note in study.notes)
     assert study.category_ids["train"] == {"saddle": 0, "bell": 4}
 
