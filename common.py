@@ -221,11 +221,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=Help, **options)
         self.may_change = set()  # flags that may change on resume: where and how fast, never what
 
-    def group(self, title):
-        """add_argument of a new group of flags, which also takes may_change=True."""
+    def group(self, title, may_change=False):
+        """add_argument of a new group of flags; may_change=True may be said of all of them, or of one."""
         group = self.add_argument_group(title)
 
-        def add(*names, may_change=False, **options):
+        def add(*names, may_change=may_change, **options):
             action = group.add_argument(*names, **options)
             if may_change:
                 self.may_change.add(action.dest)
@@ -278,39 +278,34 @@ SIDE = bounded(int, 32)  # of an input, in pixels
 
 
 def add_run_arguments(parser):
-    """Where a run writes, how it is repeated, continued and watched."""
+    """How a run is repeated; where it writes, how it is continued, saved and watched."""
     add = parser.group("run")
-    add("--output_dir", type=Path, default=Path("outputs"), may_change=True,
-        help="parent of the timestamped run folders")
-    add("--config", type=Path, may_change=True,
-        help="YAML or JSON file of flags, a run's args.json too; the command line wins")
-    add("--name", may_change=True, help="what runs.csv calls this run")
     add("--seed", type=WHOLE, default=42, help="seed of every draw")
     add("--deterministic", action="store_true",
         help="refuse operations that may not repeat exactly (GPU: slower)")
-    add("--resume", "--resume_from_checkpoint", nargs="?", const="auto", may_change=True,
-        metavar="{auto,RUN,CHECKPOINT}",
-        help="continue exactly: auto = the newest unfinished run with these flags; or a run folder; "
-             "or a checkpoint")
     add("--init_from", type=best_model_of, metavar="CHECKPOINT",
         help="a new run from the weights of a checkpoint, or of a run folder (fine-tuning)")
-    add("--save_every", type=WHOLE, default=10, may_change=True,
-        help="epochs between checkpoint_epoch_N.pth; 0 = none")
-    add("--save_minutes", type=AMOUNT, default=10.0, may_change=True,
-        help="minutes between saves within an epoch; 0 = none")
-    add("--save_top_k", type=WHOLE, default=0, may_change=True,
-        help="keep the k best epochs as top_epoch_N_SCORE.pth; 0 = none")
-    add("--keep_last", action="store_true", may_change=True,
-        help="keep last.pth and .prev of a finished run (default: only last.pth, and only where the "
-             "schedule allows more epochs)")
     add("--dry_run", action="store_true",
         help="2 batches, 1 epoch, the whole run folder: does everything work?")
-    add("--criteria", default="", may_change=True,
-        help='bars to judge, e.g. "r2>0.15,mae<3.0": PASS, FAIL or NOT RESOLVABLE')
-    add("--tensorboard", action="store_true", may_change=True,
+
+    add = parser.group("run folder", may_change=True)
+    add("--output_dir", type=Path, default=Path("outputs"), help="parent of the timestamped run folders")
+    add("--config", type=Path, help="YAML or JSON file of flags, a run's args.json too; the command line wins")
+    add("--name", help="what runs.csv calls this run")
+    add("--resume", "--resume_from_checkpoint", nargs="?", const="auto", metavar="{auto,RUN,CHECKPOINT}",
+        help="continue exactly: auto = the newest unfinished run with these flags; or a run folder; "
+             "or a checkpoint")
+    add("--save_every", type=WHOLE, default=10, help="epochs between checkpoint_epoch_N.pth; 0 = none")
+    add("--save_minutes", type=AMOUNT, default=10.0, help="minutes between saves within an epoch; 0 = none")
+    add("--save_top_k", type=WHOLE, default=0,
+        help="keep the k best epochs as top_epoch_N_SCORE.pth; 0 = none")
+    add("--keep_last", action="store_true",
+        help="keep last.pth and .prev of a finished run (default: only last.pth, and only where the "
+             "schedule allows more epochs)")
+    add("--criteria", default="", help='bars to judge, e.g. "r2>0.15,mae<3.0": PASS, FAIL or NOT RESOLVABLE')
+    add("--tensorboard", action="store_true",
         help="also write TensorBoard event files (needs the tensorboard package)")
-    add("--wandb", action="store_true", may_change=True,
-        help="also log to Weights & Biases (needs the wandb package)")
+    add("--wandb", action="store_true", help="also log to Weights & Biases (needs the wandb package)")
 
 
 def add_training_arguments(parser):
@@ -384,12 +379,11 @@ def add_model_arguments(parser):
 
 def add_compute_arguments(parser):
     """Device, precision and workers: the flags that training and prediction share."""
-    add = parser.group("speed")
-    add("--device", default="auto", may_change=True, help="auto, cpu, cuda, cuda:N or mps")
+    add = parser.group("speed", may_change=True)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--use_amp", nargs="?", const="on", default="auto", choices=("auto", "on", "off"),
-        may_change=True,
         help="mixed precision; auto = where the device is fast at it")
-    add("--num_workers", type=bounded(int, 0, word="auto"), default="auto", may_change=True,
+    add("--num_workers", type=bounded(int, 0, word="auto"), default="auto",
         help="loader processes; auto is printed")
 
 
@@ -496,13 +490,13 @@ def config_values(parser, path):
         if value in (None, "", "~", "null"):
             continue
         action = declared[name]
-        is_true = {"true": True, "false": False}.get(str(value).lower())
+        truth = {"true": True, "false": False}.get(str(value).lower())  # None: the value is neither
         if action.nargs == 0:
-            if is_true is None:
+            if truth is None:
                 raise UserError(f"{path}: {key} is a switch: expected true or false, found {value!r}")
-            switches[action.dest] = action.const if is_true else not action.const
-        elif is_true is not None and "on" in (action.choices or ()):  # --use_amp is nearly a switch
-            words.append(f"{name}={'on' if is_true else 'off'}")
+            switches[action.dest] = action.const if truth else not action.const
+        elif truth is not None and "on" in (action.choices or ()):  # --use_amp is nearly a switch
+            words.append(f"{name}={'on' if truth else 'off'}")
         else:
             words += _words_of(action, name, value, f"{path}: {key}")
     try:
@@ -882,10 +876,7 @@ def _folder_to_resume(args):
 
 
 def _newest_folder(args):
-    """Of the runs with these flags and data: that of this SLURM job, or the newest one neither finished nor running.
-
-    Where there is none, a note names the newest unfinished one with these flags, and why it is not continued.
-    """
+    """Of the runs with these flags and data: that of this SLURM job, or the newest neither finished nor running."""
     now = json_safe(flags_of(args))
     job = slurm_job_id()
     unfinished = []  # the newest first
@@ -1231,6 +1222,18 @@ def keep_freed_memory():
         mallopt(m_trim_threshold, 2 ** 31 - 1)
 
 
+def peak_memory(device):
+    """Most bytes this process has held: on the GPU, or in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def fast_precision(device):
     """bf16 where the device has it in hardware, fp16 on GPUs of compute capability 7, else fp32."""
     if device.type == "cuda":
@@ -1371,10 +1374,7 @@ class WatchedLoader(torch.utils.data.DataLoader):
 
 def make_loader(dataset, args, compute, train, cached=False, weights=None, collate=None,
                 batch_size=None):
-    """DataLoader over EpochBatches; `cached`: samples cost little, so `auto` takes fewer workers.
-
-    batch_size: None = --batch_size in training, else --val_batch_size.
-    """
+    """DataLoader over EpochBatches; `cached`: samples cost little, so `auto` takes fewer workers."""
     if batch_size is None:
         batch_size = args.batch_size if train else args.val_batch_size or args.batch_size
     workers = resolve_workers(args.num_workers, cached)
@@ -2680,18 +2680,6 @@ class Training:
         self.checkpoints.write_history(progress.history)  # a kill after the last save may have cost its last row
         self.run.say(f"continuing after epoch {progress.epoch} and {progress.batch} batches")
         self._say_stopped_early()
-
-
-def peak_memory(device):
-    """Most bytes this process has held: on the GPU, or in RAM."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # --- Metrics ---------------------------------------------------------------
