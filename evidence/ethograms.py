@@ -193,7 +193,7 @@ def count_pairs(found, true, iou):
     hull = np.maximum(ends, true_ends) - np.minimum(starts, true_starts)
     overlap = both / np.maximum(hull, 1e-9)
     count = 0
-    while overlap.size and overlap.max() >= iou:
+    while overlap.max(initial=-1.0) >= iou:
         row, column = np.unravel_index(overlap.argmax(), overlap.shape)
         overlap[row] = -1.0
         overlap[:, column] = -1.0
