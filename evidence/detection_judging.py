@@ -161,8 +161,8 @@ def per_part_rows(judged, result):
     import pandas as pd
     counts = {name: values.sum(0).astype(int) for name, values in judged.counts.items()}  # (P,) each
     rates = detection_scores.rates_of(counts)
-    ends = zip(*map(subject_intervals.share_interval, counts["claimed"], counts["absent"]))
-    hallucination = subject_intervals.Estimate(rates["hallucination_rate_anywhere"], *ends)
+    low, high = zip(*map(subject_intervals.share_interval, counts["claimed"], counts["absent"]))
+    hallucination = subject_intervals.Estimate(rates["hallucination_rate_anywhere"], low, high)
     columns = {
         "target": result.names,
         "boxes": counts["truth"],
@@ -195,7 +195,8 @@ def per_state_rows(judged):
         "found": confusion.sum(1),
         **{f"called {state}": counts for state, counts in zip(part_boxes.STATES, confusion.T)},
         **{name: each[name][0] for name in ("recall", "precision", "f1")},
-        "joint_ap": [common.mean_without_nan(ap[:, state_of == k], axis=None) for k in range(len(confusion))]}
+        "joint_ap": [common.mean_without_nan(ap[:, state_of == k], axis=None)
+                     for k in range(detection_scores.N_STATES)]}
     return pd.DataFrame(columns).to_dict("records")
 
 
@@ -271,7 +272,8 @@ def key_figures(result):
         estimates["State balanced accuracy"] = model["balanced_accuracy"]
     estimates[f"AP of the {result.baseline_label}"] = baseline["map"]
     estimates["Hallucination rate anywhere"] = model["hallucination_rate_anywhere"]
-    known = {label: found for label, found in estimates.items() if found and math.isfinite(found.value)}
+    known = {label: found for label, found in estimates.items()
+             if found and math.isfinite(found.value)}
     return reporting.key_figures(known, result)
 
 

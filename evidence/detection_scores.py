@@ -198,7 +198,10 @@ def state_scores(confusion):
 
 
 def rates_of(counts):
-    """Precision, recall and the rates of hallucination, of counts that are numbers or (P,); NaN where nothing counts."""
+    """Precision, recall and the rates of hallucination, NaN where nothing counts.
+
+    counts: of count_matches and count_hallucinations, summed: numbers or (P,) each.
+    """
     with common.undefined_is_nan():
         return {
             "precision": counts["right"] / (counts["right"] + counts["wrong"]),

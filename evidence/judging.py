@@ -48,10 +48,10 @@ class Setting:
 
 
 def fold_table(folds):
-    """One dict of numbers for each fold -> the same with two more rows, the mean and the SD over the folds; [] for []."""
-    import pandas as pd
+    """One dict of numbers for each fold -> the same with two more rows, the mean and the SD; [] without folds."""
     if not folds:
         return []
+    import pandas as pd
     numbers = pd.DataFrame(folds).drop(columns=NO_RESULTS, errors="ignore").astype(float)
     return [*folds, {"fold": "mean", **numbers.mean()}, {"fold": "SD", **numbers.std()}]
 
@@ -204,7 +204,10 @@ def headline(result, metric, level):
 
 
 def page_sections(run, setting, blocks, sections, metrics):
-    """[(heading, HTML blocks)] of the page of a run, in order; arguments as in close_run, metrics: what it returns."""
+    """[(heading, HTML blocks)] of the page of a run, in order.
+
+    blocks, sections: as in close_run; metrics: what it returns.
+    """
     marked = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]]
     marked += [reporting.html_text(doubt, "caution") for doubt in metrics["doubts"]]
     criteria = reporting.html_table(metrics["criteria"], digits=".4g", caption="Criteria")

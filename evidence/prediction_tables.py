@@ -243,7 +243,7 @@ def mean(tables):
     found.seen = seen_rows.worst_of_each(table.seen for table in tables)
     found.warning = None
     if isinstance(found, ScoreTable):
-        found.target = tables[0].target
+        found.target = tables[0].target  # a mean of equal numbers is rounded
         found.spread = np.std([table.predicted for table in tables], axis=0, ddof=1)
     else:
         found.logits = class_scores.log_of(found.probability)
@@ -252,7 +252,7 @@ def mean(tables):
 
 
 def _mean_of_numbers(parts):
-    """Mean of arrays of numbers; of names and class indices, which all the tables have alike, the first one."""
+    """Mean of arrays of numbers; of names and class indices, which all tables share, the first."""
     return np.mean(parts, axis=0) if parts[0].dtype.kind == "f" else parts[0]
 
 
@@ -350,8 +350,9 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     names = [name for name in predicted if f"{name}_true" in table]
     if names:
         starts = tuple(f"{name}_" for name in names)  # of which A_human_predicted is a baseline
-        lacking = [f"{name}_true beside {name}_predicted" for name in predicted
-                   if name not in names and not name.startswith(starts) and f"{name}_predicted" != baseline]
+        lacking = [
+            f"{name}_true beside {name}_predicted" for name in predicted
+            if name not in names and not name.startswith(starts) and f"{name}_predicted" != baseline]
         if lacking:
             raise common.UserError(
                 f"{path}: no column {common.shorten_list(lacking, 5)}; name its truth so, or leave it out")
@@ -376,8 +377,8 @@ def refuse_useless(table, path):
     judged = labelled(table)
     if isinstance(table, ScoreTable):
         predicted = table.predicted
-        flat = [f"{name}_true" for name, column, known in zip(table.names, table.target.T, table.is_known.T)
-                if len(set(column[known])) < 2]
+        flat = [f"{name}_true" for name, column in zip(table.names, table.target.T)
+                if len(set(column[~np.isnan(column)])) < 2]
     else:
         predicted = table.probability
         flat = ["the true label"] if len(set(judged.label)) < 2 else []

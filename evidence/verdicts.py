@@ -41,8 +41,8 @@ def regression_alarms(predicted, target, names):
     ]
     alarms = [f"{fault}: {', '.join(itertools.compress(names, flags))}. {remedy}"
               for fault, flags, remedy in faults if flags.any()]
-    rows_with_same = np.unique(predicted[~_cut_to_scale(predicted, target)], axis=0, return_counts=True)[1]
-    most = rows_with_same.max(initial=0)
+    inside = predicted[~_cut_to_scale(predicted, target)]
+    most = np.unique(inside, axis=0, return_counts=True)[1].max(initial=0)
     if most >= _fewest_repeats(predicted, min(modal)) and not is_constant.all():
         alarms.append(f"the same prediction for {most} of {len(predicted)} rows. {REPEATS_REMEDY}")
     return alarms
