@@ -291,27 +291,6 @@ def combine(records, function):
     return dataclasses.replace(records[0], **fields)
 
 
-def _block(table, columns, path):
-    """(M, len(columns)) numbers; None where the table lacks one."""
-    if not set(columns) <= set(table):
-        return None
-    return np.stack([csv_tables.to_numbers(table[column], f"{path}, column {column}") for column in columns], axis=1)
-
-
-def _probabilities(table, prefix, names, path):
-    """(M, C) numbers from 0 to 1 that add up to 1, as far as two digits behind the point allow, of columns PREFIX+NAME."""
-    columns = [prefix + name for name in names]
-    block = _block(table, columns, path)
-    rounding = 0.005 * len(names) + 1e-6
-    is_bad = (block < -1e-6).any(1) | (np.abs(block.sum(1) - 1) > rounding)  # refuse_useless judges blank cells
-    if is_bad.any():
-        row = is_bad.argmax()
-        raise common.UserError(
-            f"{path}, row {row + 1}: expected probabilities from 0 to 1 with sum 1 in {columns[0]} and its like, found "
-            f"{block[row].tolist()} ({is_bad.sum()} such rows); turn logits into probabilities (softmax) first")
-    return block
-
-
 # --- a table of any program ------------------------------------------------------------------------
 
 ID_COLUMNS = "image clip_id id filename file name".split()
@@ -419,6 +398,27 @@ def _seen_column(table):
     """(M,) of seen_rows.WORDS: the column `seen`; "not known" where there is none, or another word."""
     words = np.array(table.get("seen", [""] * len(table)), str)
     return np.where(np.isin(words, seen_rows.WORDS), words, "not known")
+
+
+def _block(table, columns, path):
+    """(M, len(columns)) numbers; None where the table lacks one."""
+    if not set(columns) <= set(table):
+        return None
+    return np.stack([csv_tables.to_numbers(table[column], f"{path}, column {column}") for column in columns], axis=1)
+
+
+def _probabilities(table, prefix, names, path):
+    """(M, C) numbers from 0 to 1 that add up to 1, as far as two digits behind the point allow, of columns PREFIX+NAME."""
+    columns = [prefix + name for name in names]
+    block = _block(table, columns, path)
+    rounding = 0.005 * len(names) + 1e-6
+    is_bad = (block < -1e-6).any(1) | (np.abs(block.sum(1) - 1) > rounding)  # refuse_useless judges blank cells
+    if is_bad.any():
+        row = is_bad.argmax()
+        raise common.UserError(
+            f"{path}, row {row + 1}: expected probabilities from 0 to 1 with sum 1 in {columns[0]} and its like, found "
+            f"{block[row].tolist()} ({is_bad.sum()} such rows); turn logits into probabilities (softmax) first")
+    return block
 
 
 def _read_scores(table, path, names, baseline, shared):
