@@ -94,8 +94,8 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
     result = judged.result(draws, seed, strongest, len(setting.folds))
     part_rows = per_part_rows(judged, result)
     state_rows = per_state_rows(judged)
-    common.write_table(run.path("per_part.csv"), part_rows)
     calibration = calibration_rows(judged)
+    common.write_table(run.path("per_part.csv"), part_rows)
     if state_rows:
         common.write_table(run.path("per_state.csv"), state_rows)
     plotting.plot_per_target(

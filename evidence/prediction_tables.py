@@ -367,7 +367,7 @@ def refuse_useless(table, path):
             raise common.UserError(
                 f"{path}: {len(rows)} of {len(block)} rows have a true value and no prediction of {name} (rows "
                 f"{common.shorten_list(rows, 5)}); fill them in, or leave these rows out")
-    splitting.units_of(len(judged.truth), judged.groups)
+    splitting.units_of(len(judged.truth), judged.groups)  # refuses blank ones
     if flat:
         raise common.UserError(f"{path}: {common.shorten_list(flat, 5)} has no two different values, so nothing "
                                "can be said of how well it is predicted; add rows, or leave it out")
