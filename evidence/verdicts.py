@@ -267,7 +267,7 @@ OUTCOMES = {
     "worse": ("The model does worse than", "poor", "Worse than the baseline"),
     "not resolvable": ("Not resolvable whether the model beats", "caution", "Not resolvable"),
 }
-# baselines that look at no input: of a table, of which other columns may be anything, and of all
+# baselines that look at no input; beside one of these columns the others of a table may be anything
 TRIVIAL_COLUMNS = {"mean_of_these_rows", "shares_of_these_rows", "train_mean", "train_prior", "moment_mean", "zero"}
 TRIVIAL_BASELINES = TRIVIAL_COLUMNS | {"mean box"}
 # baselines that are known to look at the input
