@@ -1292,7 +1292,7 @@ def predict(args):
     pictures = [{"image": name, "seen": word, "warning": warning}
                 for name, word, warning in zip(names, words, warnings)]
     for k in bad:
-        detections[k] = detections[k].take(slice(0))
+        detections[k] = detections[k].take([])  # what is found in the black one that stands for it
         pictures[k] = {"image": names[k], "error": found["errors"][k]}
 
     def picture(k):

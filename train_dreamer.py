@@ -288,11 +288,13 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
     poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose, args.euler_order, usual)
     facts["notes"] += matching
     imagines = args.token_type != "none"
-    reasons = probe_poses.reasons_to_skip(rows, poses, needs_labels, imagines)  # for skipped.csv
-    to_drop = probe_poses.reasons_to_skip(rows, poses, needs_labels, imagines, needs_frames)
+    without_frame = probe_poses.missing_frames(rows, needs_labels, imagines)
+    without_pose = probe_poses.missing_poses(poses, needs_labels, imagines)
+    reasons = [frame or pose for frame, pose in zip(without_frame, without_pose)]  # for skipped.csv
+    to_drop = reasons if needs_frames else without_pose
     refuse_unusable(args, rows, to_drop)
     owner = probe_poses.patients_of([row.sequence for row in rows], args.patient_map, args.patient_regex)
-    usable = np.flatnonzero([reason is None for reason in to_drop])
+    usable = np.flatnonzero([not reason for reason in to_drop])
     paths, frames = probe_poses.different_frames([rows[i] for i in usable])
     run.say(f"decoding {len(paths)} different frames")
     store = picture_files.ImageStore(paths, args.image_size, args.cache, args.pixel_range)
@@ -325,7 +327,7 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
 def refuse_unusable(args, rows, reasons):
     """UserError where pictures are missing and --on_bad_file does not skip them, or where no row is left."""
     missing = [f"{row.sequence} row {row.number}: {reason}" for row, reason in zip(rows, reasons)
-               if reason and reason.startswith("no file")]
+               if reason.startswith("no file")]
     if missing and args.on_bad_file == "error":
         raise common.UserError(f"{len(missing)} transitions name pictures that are not there: "
                                f"{common.shorten_list(missing)}. Add them, or pass --on_bad_file skip.")
@@ -362,21 +364,22 @@ def draw_augmentation(preset, generator):
         noise=(NOISE_SD, int(seed * 2 ** 31)))
 
 
+@dataclasses.dataclass(eq=False)
 class ProbeTransitions(common.Samples):
     """Samples of chosen rows; a key is (epoch, index), which seeds the augmentation.
 
     Each sample: frames uint8 (2, 1, S, S), or what a frozen encoder made of them, float32 (2, ...); motion,
     other_motion (that of another row), at1, at2 (6,) float32 in mm and degrees, NaN = missing; name.
     """
+    study: Study
+    rows: np.ndarray  # (M,)
+    args: object
+    augment: str  # none, or of LARGEST_TURN
 
-    def __init__(self, study, rows, args, augment):
-        self.study = study
-        self.rows = rows
-        self.args = args
-        self.augment = augment
-        self.poses = {name: torch.tensor(values[rows], dtype=torch.float32)
-                      for name, values in study.poses.items()}
-        shuffled = np.random.default_rng(args.seed).permutation(len(rows))
+    def __post_init__(self):
+        self.poses = {name: torch.tensor(values[self.rows], dtype=torch.float32)
+                      for name, values in self.study.poses.items()}
+        shuffled = np.random.default_rng(self.args.seed).permutation(len(self.rows))
         self.poses["other_motion"] = torch.empty_like(self.poses["motion"])
         self.poses["other_motion"][shuffled] = self.poses["motion"][np.roll(shuffled, 1)]  # no row keeps its own
 

@@ -463,20 +463,28 @@ def complete_rows(transitions, asked_unit, asked_composition, asked_order="auto"
         "angle_unit": unit, "euler_order": order, "compose": convention, "residuals": residuals, "notes": notes}
 
 
-def reasons_to_skip(transitions, poses, needs_labels, imagines, needs_frames=True):
-    """Why each row cannot be used, None where it can; imagines: by a world model, which learns from the frame at t2."""
-    has_motion = ~np.isnan(poses["motion"]).any(1)
-    has_label = ~np.isnan(np.hstack([poses["at1"], poses["at2"]])).all(1)
+# needs_labels: for all but prediction. imagines: by a world model, which learns from the frame at t2.
 
-    def reason(i, row):
-        if needs_frames and row.path_t1 is None:
+def missing_frames(transitions, needs_labels, imagines):
+    """N texts on the picture that a row needs and lacks, '' = none."""
+    def missing(row):
+        if row.path_t1 is None:
             return f"no file {row.ft1!r}"
-        if needs_frames and needs_labels and row.path_t2 is None and (row.ft2 or imagines):
-            return f"no file {row.ft2!r}" if row.ft2 else "no ft2_image_path"
-        if (needs_labels or imagines) and not has_motion[i]:
-            return f"no usable {FIELDS['motion']}"
-        return "no usable label" if needs_labels and not has_label[i] else None
-    return [reason(i, row) for i, row in enumerate(transitions)]
+        if row.path_t2 or not needs_labels:
+            return ""
+        if row.ft2:
+            return f"no file {row.ft2!r}"
+        return "no ft2_image_path" if imagines else ""
+    return list(map(missing, transitions))
+
+
+def missing_poses(poses, needs_labels, imagines):
+    """(N,) text on the pose that a row needs and lacks, '' = none."""
+    lacks_motion = np.isnan(poses["motion"]).any(1)
+    lacks_label = np.isnan(np.hstack([poses["at1"], poses["at2"]])).all(1)
+    return np.select(
+        [lacks_motion & (needs_labels or imagines), lacks_label & needs_labels],
+        [f"no usable {FIELDS['motion']}", "no usable label"], "")
 
 
 # --------------------------------------------------------------------------------------
