@@ -63,6 +63,8 @@ class UserError(Exception):
 
 def run_main(main):
     """Run main() and exit with the contract's code: one line for a user's mistake, a traceback for ours."""
+    if sys.stderr is None:  # closed, or Windows without a console; progress bars and errors go there
+        sys.stderr = open(os.devnull, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
         # a terminal may lack the letters of a file's name, and a log is read while it grows
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -1060,6 +1062,9 @@ def _sync_folder(folder):
         return
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of drives that sync no folders, as VirtualBox's shares
+            raise
     finally:
         os.close(handle)
 

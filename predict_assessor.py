@@ -13,6 +13,7 @@ could not be read; its ratings and seen are then empty).
 Letters: N images, B batch, R ratings, M members, S side of the square input in pixels.
 """
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
@@ -124,6 +125,18 @@ def load_members(files, compute):
     return members
 
 
+def pictures_to_predict(inputs, settings):
+    """picture_files.Pictures of find_inputs, in the size that the model takes."""
+    prepare = functools.partial(crop_picture, settings["image_size"])
+    short_side = common.resize_side(settings["image_size"])
+    return picture_files.Pictures([path for _, path in inputs], short_side, prepare, settings.get("pixel_range"))
+
+
+def crop_picture(image_size, pixels, _):
+    """Centre crop of uint8 (H, W, 3)."""
+    return common.eval_crop(pixels, image_size)
+
+
 @torch.inference_mode()
 def predict(members, loader, compute):
     """-> (predicted (M, N, R) float64 in the unit of the ratings, (N,) seen, errors: N texts, (N,) warnings)."""
@@ -223,15 +236,10 @@ def main():
     members = load_members(common.checkpoint_files(args.checkpoint), compute)
     settings = members[0].settings
     names = settings["names"]
-    image_size = settings["image_size"]
     chosen = slice(None)
     if args.explain_rating:
         chosen = [names.index(prediction_tables.known_name(args.explain_rating, names, "--explain_rating"))]
-    pictures = picture_files.Pictures(
-        [path for _, path in inputs],
-        common.resize_side(image_size),
-        lambda pixels, _: common.eval_crop(pixels, image_size),
-        settings.get("pixel_range"))
+    pictures = pictures_to_predict(inputs, settings)
     loader = common.make_loader(pictures, args, compute, False, batch_size=args.predict_batch_size)
     widths = half_widths(members, args.interval) if args.interval else None
     predicted, seen, errors, warnings = predict(members, loader, compute)

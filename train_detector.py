@@ -31,6 +31,7 @@ picture on disk; scores and probabilities 0..1.
 """
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -1269,10 +1270,13 @@ def pictures_to_predict(folder, settings):
     paths = file_names.find_images(folder)
     if not paths:
         raise common.UserError(f"--images_dir {folder}: expected pictures, found none")
-
-    def prepare(pixels, size):
-        return picture_files.resize(pixels, fit_size(*size, settings["min_size"], settings["max_size"]))
+    prepare = functools.partial(fit_picture, settings["min_size"], settings["max_size"])
     return picture_files.Pictures(paths, settings["min_size"], prepare, settings["pixel_range"])
+
+
+def fit_picture(min_size, max_size, pixels, size):
+    """uint8 (H, W, 3) in the size that the detector takes of a picture of this (width, height)."""
+    return picture_files.resize(pixels, fit_size(*size, min_size, max_size))
 
 
 def predict(args):

@@ -215,7 +215,7 @@ def download_weights(names):
     socket.setdefaulttimeout(30)  # fail instead of waiting behind a firewall that drops requests
     for name in names:
         path, url = backbones.cached_weights_file(name)
-        print(f"{'reading' if path.exists() else f'downloading {url} to'} {path}", flush=True)
+        say(f"{'reading' if path.exists() else f'downloading {url} to'} {path}")
         try:
             backbones.load_weights(name)
         except common.UserError as error:
@@ -231,7 +231,7 @@ def run_script(script, *flags, folder=None):
     """Run a script of this repository in a folder; returns the process. UserError with its complaint where it fails."""
     import common
     command = [sys.executable, HERE / script, *flags]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="backslashreplace")
     if result.returncode:
         raise common.UserError(f"{script} ended with exit code {result.returncode}: {result.stderr.strip()[-1000:]}")
     return result
@@ -401,8 +401,13 @@ def show(check):
     text = f"{check.status:<5} {check.name:<20} {check.found}".replace("\n", indent)
     if check.remedy:
         text += f"{indent}-> {check.remedy}"
-    print(text.encode("ascii", "backslashreplace").decode(), flush=True)
+    say(text)
     return check.status
+
+
+def say(text):
+    """Print it at once, in ASCII."""
+    print(text.encode("ascii", "backslashreplace").decode(), flush=True)
 
 
 def run_check(name, rows):

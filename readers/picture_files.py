@@ -314,8 +314,8 @@ class Pictures(common.Samples):
     """Pictures by path for prediction; one that cannot be read is black and its `error` says why.
 
     short_side: of the decoded pictures, in pixels; prepare(pixels uint8 (H, W, 3), (width, height) of the whole
-    picture) -> the array for the model. scale: width and height of the whole picture over those of this array.
-    hashes (2,): the picture's pixel_cache.content_hashes.
+    picture) -> the array for the model, pickled for loader workers that are not forked. scale: width and height of the
+    whole picture over those of this array. hashes (2,): the picture's pixel_cache.content_hashes.
     """
     rows: list  # paths
     short_side: int

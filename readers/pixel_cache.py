@@ -83,7 +83,7 @@ class PixelStore:
         self.audit = [None] * n_items
         self._kept = [None] * n_items  # arrays in ram, files on disk
         self.bytes = 0
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self.folder = Path(home, "small-data-scripts").absolute()
         sizes = list(in_threads(self.estimate, rows_of_files))
         self.cache = self._choose_cache(rows_of_files, sizes, cache)

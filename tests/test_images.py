@@ -5,9 +5,12 @@
 import csv
 import errno
 import hashlib
+import importlib
 import io
 import multiprocessing
 import os
+import pickle
+import pwd
 import re
 import resource
 import struct
@@ -594,6 +597,25 @@ def test_available_memory_is_plausible():
 
 def test_store_of_nothing():
     assert len(picture_files.ImageStore([], 32, "disk")) == 0 and picture_files.ImageStore([], 32, "ram").audit == []
+
+
+def test_a_user_without_a_home_needs_none(pictures, monkeypatch):
+    """As in a container that is started for a number: neither HOME nor a line in /etc/passwd."""
+    def unknown(_):
+        raise KeyError
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert picture_files.ImageStore(pictures[:2], 32, "ram")[0].shape[0] == 32
+
+
+@pytest.mark.parametrize("script, sizes", [
+    ("predict_assessor", {"image_size": 32}), ("train_detector", {"min_size": 32, "max_size": 64})])
+def test_pictures_to_predict_can_be_given_to_workers_that_are_not_forked(pictures, script, sizes):
+    names = [("a", path) for path in pictures] if script == "predict_assessor" else pictures[0].parent
+    found = importlib.import_module(script).pictures_to_predict(names, {**sizes, "pixel_range": None})
+    copy = pickle.loads(pickle.dumps(found))
+    assert len(copy) == len(pictures) and torch.equal(copy[0, 3]["pixels"], found[0, 3]["pixels"])
 
 
 def test_opencv_is_imported_before_the_threads_begin():

@@ -520,6 +520,14 @@ def test_a_terminal_without_the_letter_shows_its_code(tmp_path):
     assert printed.stdout == b"gr\\xfcn\n"
 
 
+def test_a_closed_stderr_is_no_fault():
+    """As of pythonw on Windows, or 2>&-: progress bars and messages go there."""
+    code = "import common; common.run_main(lambda: print(*common.with_progress('look', [1, 2], 2)))"
+    command = f"exec '{sys.executable}' -c \"{code}\" 2>&-"
+    done = subprocess.run(["sh", "-c", command], cwd=Path(common.__file__).parent, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (0, b"1 2\n")
+
+
 def test_json_is_strict_and_tables_keep_every_digit(tmp_path):
     common.write_json(
         tmp_path / "x.json", {"a": math.nan, "b": np.float32(0.5), "c": tmp_path, "d": np.arange(2), "e": {3, 1}}

@@ -3,6 +3,7 @@
     python -m pytest tests/test_verify_setup.py
 """
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -184,6 +185,17 @@ def test_download_reads_the_cached_and_explains_the_unreachable(hub, capsys):
     assert absent.status == "FAIL" and "https://download.pytorch.org/models/resnet34" in absent.remedy
     assert "downloading https://" in capsys.readouterr().out
     assert [path.name for path in hub.iterdir()] == ["resnet18-f37072fd.pth"], "a torn download was left"
+
+
+def test_letters_that_another_program_or_the_terminal_lacks(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "J\u00fcrgen"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    [check] = verify_setup.download_weights(["resnet34"])
+    assert check.status == "FAIL"
+    (tmp_path / "fail.py").write_text("import sys\nsys.stderr.buffer.write(b'n\\xf6.csv')\nsys.exit(2)")
+    monkeypatch.setattr(verify_setup, "HERE", tmp_path)
+    with pytest.raises(Exception, match=r"exit code 2: n\\xf6.csv"):
+        verify_setup.run_script("fail.py")
 
 
 def test_damaged_cached_weights_say_remove(hub):
