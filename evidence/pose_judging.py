@@ -2,6 +2,8 @@
 
 Letters: M transitions scored. Units: errors of an axis in mm or degrees; means over the axes in label sds.
 """
+import numpy as np
+
 import common
 from evidence import judging, plotting, pose_scores, reporting, subject_intervals, verdicts
 from readers import probe_poses
@@ -39,8 +41,7 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, doubts, 
         [f"mae_{axis}" for axis in probe_poses.AXES])
     plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
 
-    alarms = verdicts.regression_alarms(table.predicted, table.target, table.names)
-    alarms += pose_scores.place_alarms(results)
+    alarms = axis_alarms(table) + pose_scores.place_alarms(results)
     if result.unit == subject_intervals.TIME_BLOCKS:
         doubts = [*doubts, WITHIN_PATIENTS]
     return judging.close_run(
@@ -64,6 +65,14 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, doubts, 
             "per_patient": patients,
             "compose": compose,
         })
+
+
+def axis_alarms(table):
+    """verdicts.regression_alarms of the axes along which the probe moves; of all where it moves along none."""
+    is_fixed = common.sd_without_nan(table.target) <= 1e-6
+    judged = np.flatnonzero(is_fixed.all() | ~is_fixed)
+    names = [table.names[axis] for axis in judged]
+    return verdicts.regression_alarms(table.predicted[:, judged], table.target[:, judged], names)
 
 
 def criteria_names():

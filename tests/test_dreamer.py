@@ -17,7 +17,7 @@ import common
 import train_dreamer
 import verify_setup
 from conftest import DRAW, ROOT, only_run, run_here, run_fresh, run_script
-from evidence import baseline_models, plotting, pose_scores, prediction_tables, seen_rows, splitting
+from evidence import baseline_models, plotting, pose_judging, pose_scores, prediction_tables, seen_rows, splitting
 from readers.probe_poses import AXES
 from readers import backbones, probe_poses
 
@@ -633,6 +633,18 @@ def test_a_patient_counts_as_better_by_the_error_of_the_verdict():
 def test_no_gain_is_not_called_one():
     result = small_result(gain=0.0)[1]
     assert "The model beats" not in pose_scores.verdict(result, [], has_patients=True)
+
+
+def test_an_axis_along_which_the_probe_never_moves_is_no_fault_of_the_model():
+    """Users are told to write 0 there; the page said that the model had learnt nothing."""
+    table = small_result(gain=0.9)[0]
+    assert not pose_judging.axis_alarms(table)
+    table.target[:, 2] = table.predicted[:, 2] = 0.1
+    assert not pose_judging.axis_alarms(table)
+    table.predicted[:, 0] = 5.0
+    alarm, = pose_judging.axis_alarms(table)
+    assert alarm.startswith("constant prediction") and "x_mm" in alarm
+    assert pose_judging.axis_alarms(prediction_tables.take(table, np.arange(1))), "one row"
 
 
 def test_angles_of_a_patient_leave_out_rows_with_a_missing_label():
