@@ -822,15 +822,15 @@ def model_metadata(args, study, split, scaler):
 
 
 @torch.no_grad()
-def use_of_inputs(model, loader, numbers, loss_function, compute, study, fitted, rows):
+def use_of_inputs(model, loader, numbers, loss_function, compute, study, trained, rows):
     """Does the model use the motion and the imagined frame? {name of pose_judging.USE_MEANINGS: number} of these rows.
 
     False motions are those of other rows of the split; they enter the imagination only, while the composition keeps
     the true one: otherwise a model that adds and subtracts the same motion would look as if it ignored it. A
-    FrameReadout imagines nothing, and only the share of rows outside the range of the fitted ones is said. numbers:
+    FrameReadout imagines nothing, and only the share of rows outside the range of the trained ones is said. numbers:
     what evaluate found of these rows.
     """
-    use = pose_scores.outside_share(study.at1, fitted, rows)
+    use = pose_scores.outside_share(study.at1, trained, rows)
     if not model.imagines:
         return use
     model.eval()
@@ -1074,8 +1074,7 @@ def check_split(run, args, study, split):
     """Refuse a split that leaks; write splits.json, the leakage report over the frames, and the statistics."""
     by_time = args.split_by == "time"
     if by_time:
-        run.say(f"split by time, {args.gap} transitions between blocks: every patient stands in every part, so nothing "
-                "is said across patients")
+        run.say("split by time: every patient stands in every part, so nothing is said across patients")
     patient_of = np.full(len(study.store), "", dtype=object)  # of every picture in the store
     patient_of[study.frames] = study.patients[:, None]
     names = [path.relative_to(args.data_dir).as_posix() for path in study.store.paths]
@@ -1089,7 +1088,7 @@ def check_split(run, args, study, split):
     stopping = splitting.STOPPING_LEAKS
     if by_time and is_top_of_folds:
         stopping = ()
-        report["notes"] = ["the blocks of time meet here; each fold leaves --gap between its own parts"]
+        report["notes"] = ["the blocks of time meet here; each fold leaves --gap around what it leaves out"]
     splitting.record_split(run, split, study.names, report, stopping)
     pose_audit.write_statistics(run, study, split)
 
@@ -1144,7 +1143,8 @@ def judge_split(args, study, split, readout, training, loss_function):
     training.save_model(best)
     plot_training(run, training.progress.history, best["epoch"], part, pose_scores.fold_numbers(table, study.label_sd))
     loader = make_loader(study, rows, args, run.compute)
-    use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, fitted, rows)
+    trained = split["train"] if model.imagines else fitted
+    use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, trained, rows)
     judge(run, args, study, split, rows, table, part=part, use=use, alarms=alarms, best_epoch=best["epoch"])
 
 
@@ -1276,7 +1276,8 @@ def evaluate_checkpoint(run, args):
     others = predict_baselines(study, fitted, rows, readout, content["scaler"]["at1"]["mean"].numpy())
     table = predictions_table(study, rows, predicted, others, seen.words(study.hashes[rows]))
     table.write(run.path(f"predictions_{part}.csv"))
-    use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, fitted, rows)
+    trained = fitted[seen.words(study.hashes[fitted]) == "train"]
+    use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, trained, rows)
     known = sorted(set(table.groups) & set(content["train_patients"]))
     alarms = []
     if known:

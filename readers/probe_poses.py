@@ -18,6 +18,7 @@ AXES = ("x_mm", "y_mm", "z_mm", "roll_deg", "pitch_deg", "yaw_deg")
 FILE_NAME = "transitions_dataset.json"
 FIELDS = {"at1": "at1_6dof", "motion": "action_change_6dof", "at2": "at2_6dof"}
 LARGEST_LABEL = 200.0  # mm or degrees: anything beyond is a fault of the tracker
+LARGE_MASKED = 0.05  # share of the rows that is no accident, such as angles from 0 to 360
 LARGE_RESIDUAL = 1.0  # mm and degrees together
 EULER_ORDERS = ("zyx", "zxy", "yzx", "yxz", "xzy", "xyz")  # of the factors of R; the first is ours
 
@@ -378,8 +379,9 @@ def mask_labels(poses, unit):
         wild = np.isnan(values) & ~absent[:, None]
         poses[name] = values
         if wild.any():
+            level = "WARNING: " if wild.any(1).mean() > LARGE_MASKED else ""
             notes.append(
-                f"{wild.sum()} values of {FIELDS[name]} in {wild.any(1).sum()} rows masked "
+                f"{level}{wild.sum()} values of {FIELDS[name]} in {wild.any(1).sum()} rows masked "
                 f"(NaN, or beyond {LARGEST_LABEL:g}; angles go from -180 to 180)")
         if absent.any():
             notes.append(f"{absent.sum()} rows have no {FIELDS[name]}")

@@ -165,7 +165,7 @@ def test_too_few_patients_for_an_interval_are_said(trained):
     assert metrics["verdict"].startswith("One patient proves nothing across patients")
 
 
-def test_evaluate_repeats_the_test_metrics(trained, tmp_path):
+def test_evaluate_repeats_the_test_metrics(trained, slices, tmp_path):
     """Without any other flag: data, patients, split and settings come from the run."""
     checkpoint = trained / "best_model.pth"
     run_fresh("train_dreamer.py", "--mode", "evaluate", "--checkpoint", checkpoint, "--output_dir", tmp_path)
@@ -173,6 +173,11 @@ def test_evaluate_repeats_the_test_metrics(trained, tmp_path):
     assert again["part"] == "test"
     assert again["per_axis"] == first["per_axis"] and again["baselines"] == first["baselines"]
     assert again["use"] == pytest.approx(first["use"], rel=1e-3)
+    study, _ = loaded(slices)
+    splits = json.loads((trained / "splits.json").read_text())
+    train_poses, test_poses = (study.at1[np.isin(study.names, splits[part])] for part in ("train", "test"))
+    is_outside = (test_poses < np.nanmin(train_poses, 0)) | (test_poses > np.nanmax(train_poses, 0))
+    assert first["use"]["outside_training_range"] == pytest.approx(is_outside.any(1).mean()), "of what it was trained on"
     assert "composition additive (as in the training data)" in (only_run(tmp_path) / "log.txt").read_text()
 
 

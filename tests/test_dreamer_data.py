@@ -149,6 +149,14 @@ def test_bad_labels_are_masked_and_counted(tmp_path):
     assert np.argwhere(np.isnan(study.at2)).tolist() == [[1, 4]]
     assert np.array_equal(study.at1[~np.isnan(study.at1)], at1[~np.isnan(study.at1)])
     assert "3 values of at1_6dof in 3 rows masked" in text and "1 values of at2_6dof" in text
+    assert text.count("WARNING: 3 values") == text.count("WARNING: 1 values") == 1, "a half and a sixth of the rows"
+
+
+def test_a_label_that_is_masked_by_accident_is_a_note(tmp_path):
+    def edit(rows):
+        rows[0]["at1_6dof"][1] = 9999.0
+    write_sequence(tmp_path / "data" / "a_01", count=24, edit=edit)
+    assert "note: 1 values of at1_6dof in 1 rows masked" in load(tmp_path / "data")[1]
 
 
 def test_a_row_without_motion_and_without_a_way_to_it_is_listed(tmp_path):
