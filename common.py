@@ -246,7 +246,7 @@ def bounded(kind, low=-math.inf, high=math.inf, word=None):
         if not low <= value <= high or abs(value) > sys.float_info.max:
             raise argparse.ArgumentTypeError(f"{text} is outside [{low:g}, {high:g}]")
         return value
-    parse.__name__ = f"{word} or {kind.__name__}" if word else kind.__name__
+    parse.__name__ = f"{word} or {kind.__name__}" if word else kind.__name__  # in argparse's messages
     return parse
 
 
@@ -619,13 +619,15 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace):
-        with contextlib.suppress(OSError), self._lock, self._log:  # a full disk must not hide it
+        with contextlib.suppress(OSError), self._lock, self._log:  # a full disk must not hide the error
             if error and not isinstance(error, SystemExit):
                 self._log.write(f"{kind.__name__}: {error}\n")
-        if not error and self.is_writer and self.path("metrics.json").exists():
+        if not self.is_writer:
+            return
+        if not error and self.path("metrics.json").exists():
             self._drop_checkpoints()
         was_stopped = isinstance(error, (UserError, SystemExit, KeyboardInterrupt))
-        if was_stopped and self.is_writer and not self.resumed and not self.path("args.json").exists():
+        if was_stopped and not self.resumed and not self.path("args.json").exists():
             shutil.rmtree(self.folder, ignore_errors=True)  # the disk it is on may be what was lost
 
     def _drop_checkpoints(self):
@@ -671,7 +673,7 @@ class Run:
     @functools.cached_property
     def tensorboard(self):
         """The one writer of this run's TensorBoard files."""
-        return optional_package("tensorboard").SummaryWriter(self.folder)
+        return optional_package("tensorboard", "torch.utils.tensorboard").SummaryWriter(self.folder)
 
     @functools.cached_property
     def wandb(self):
@@ -745,13 +747,10 @@ def with_progress(label, batches, total, done=0):
     return tqdm(batches, label, total, initial=done, leave=False, ascii=True, disable=is_hidden)
 
 
-OPTIONAL_MODULES = {"tensorboard": "torch.utils.tensorboard", "safetensors": "safetensors.torch"}  # else as the package
-
-
-def optional_package(name):
-    """The module that only one flag needs. Raises UserError that names it if it is missing."""
+def optional_package(name, module=None):
+    """The package that only one flag needs, or this module of it. UserError that names the package if it is missing."""
     try:
-        return importlib.import_module(OPTIONAL_MODULES.get(name, name))
+        return importlib.import_module(module or name)
     except ImportError as error:
         raise UserError(f"{name} is needed and not installed ({error}): pip install {name}") from None
 
@@ -762,9 +761,10 @@ def start_run(args, fp32_on_cpu=False, fixed_shapes=False):
     fixed_shapes: batches are alike, so that cuDNN may try out what is fastest for them. UserError for
     a missing device, SystemExit(0) where the run to resume is finished.
     """
-    for flag in ("tensorboard", "wandb"):
-        if getattr(args, flag):
-            optional_package(flag)
+    if args.tensorboard:
+        optional_package("tensorboard", "torch.utils.tensorboard")
+    if args.wandb:
+        optional_package("wandb")
     processes = launched_processes()
     compute = choose_compute(args.device, args.use_amp, processes, fp32_on_cpu)
     processes.join(compute.device)
@@ -1614,7 +1614,7 @@ class GradientExchange:
             totals = message.split([parameter.numel() for parameter in bucket])
             for parameter, total in zip(bucket, totals):
                 parameter.grad.copy_(total.view(parameter.shape))
-            self.waiting.append(bucket)
+            self.waiting.append(bucket)  # for the next step
         self.sent.clear()
         self.ready.clear()
 
@@ -2108,6 +2108,7 @@ def _check_archive(path):
 
 
 def _kind_of_file(path, size):
+    """What a file is that is no zip archive, in words; CheckpointError for one of before torch 1.6."""
     with path.open("rb") as handle:
         head = handle.read(64)
     if head.startswith(b"version https://git-lfs"):
@@ -2310,7 +2311,7 @@ class Progress:
 
     @classmethod
     def from_dict(cls, fields):
-        """Progress from what dataclasses.asdict made of it."""
+        """Progress from what to_plain_types made of it."""
         counters = {name: EarlyStopping(**fields[name]) for name in ("stopping", "plateau")}
         return cls(**fields | counters)
 
@@ -2358,9 +2359,8 @@ class Training:
     seen: object = None  # what every checkpoint says of the rows behind it, as evidence/seen_rows.py reads it
 
     def __post_init__(self):
-        run = self.run
         args = self.args
-        compute = run.compute
+        compute = self.run.compute
         self.processes = compute.processes
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
         self.progress = Progress(
@@ -2371,12 +2371,12 @@ class Training:
         self.queued = None  # OptimizerStep, the last one until it is looked at
         # Apple GPUs have no float64
         self.sum_type = torch.float32 if compute.device.type == "mps" else torch.float64
-        self.checkpoints = Checkpoints(run)
+        self.checkpoints = Checkpoints(self.run)
         if self.processes.size > 1 and compute.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if args.compile:
             self.model.compile()  # in place: the names in checkpoints stay
-        if run.resumed:
+        if self.run.resumed:
             self._load_last()
         self.processes.spread(self.model)
 
@@ -2421,9 +2421,8 @@ class Training:
         sampler = self.current.sampler
         batch = min(self.progress.batch, len(sampler) - 1)
         first = sampler.step_span(batch, self.args.accumulate).start
-        # in samples: any cut into batches gives the same rate
-        epochs = self.progress.epoch + first / sampler.n_samples
-        factor = schedule_factor(self.args.scheduler, epochs, self.args.epochs, self.args.warmup_epochs)
+        passed = self.progress.epoch + first / sampler.n_samples  # epochs; any cut into batches gives the same
+        factor = schedule_factor(self.args.scheduler, passed, self.args.epochs, self.args.warmup_epochs)
         rate = max(self.args.lr * self.progress.plateau_factor * factor, self.args.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]

@@ -173,7 +173,7 @@ def load_weights_file(path):
     """
     if Path(path).suffix != ".safetensors":
         return _state_dict(common.read_checkpoint(path), path)
-    module = common.optional_package("safetensors")
+    module = common.optional_package("safetensors", "safetensors.torch")
     try:
         tensors = module.load_file(path)
     except Exception as error:  # its own class for damage

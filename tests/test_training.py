@@ -622,7 +622,7 @@ def test_a_run_has_one_tensorboard_writer(tmp_path, monkeypatch):
         def flush(self):
             pass
     opened = []
-    monkeypatch.setattr(common, "optional_package", lambda flag: SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(common, "optional_package", lambda *names: SimpleNamespace(SummaryWriter=Writer))
     with common.start_run(run_arguments(tmp_path, tensorboard=True)) as run:
         for epoch in (1, 2):
             run.watch({"epoch": epoch, "val_loss": 0.5 / epoch})
