@@ -386,7 +386,7 @@ class Clips(common.Samples):
     With presets (N,), the augmentation of each row, a sample is a random clip of a row. Without
     them the samples are the clips of each row that are predicted, in the order of the rows.
     Each sample: input uint8 (T, S, S, 3), or (T, F) or (F,) where features of a frozen backbone are
-    given; mask (T,), True = a real frame; with an objective also target (K,) and weight.
+    given; mask (T,), True = a real frame; name; with an objective also target (K,) and weight.
     """
 
     def __init__(self, study, rows, presets=None, objective=None, features=None):
@@ -415,8 +415,11 @@ class Clips(common.Samples):
             if start is None:
                 start = self.random_start(row, generator)
             inputs = self.pixels(row, start, generator)
-        mask = torch.from_numpy(self.study.mask(row, start))
-        sample = {"input": torch.from_numpy(inputs), "mask": mask}
+        sample = {
+            "input": torch.from_numpy(inputs),
+            "mask": torch.from_numpy(self.study.mask(row, start)),
+            "name": self.study.table.clip_ids[row],
+        }
         if self.objective:
             sample["target"] = self.objective.target[row]
             sample["weight"] = self.objective.weight[row]

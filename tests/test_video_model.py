@@ -159,6 +159,7 @@ def test_short_sequences_are_padded_with_a_mask():
     study, clips = study_of(args, n_frames=8, short=(2,))
     sample = train_video.Clips(study, np.arange(6))[0, 2]
     assert sample["mask"].tolist() == [True] * 3 + [False] * 5
+    assert sample["name"] == "clip 2", "a loss that is not finite names its samples"
     assert (sample["input"][3:] == 0).all()
     assert (sample["input"][:3].numpy() == np.stack([common.eval_crop(frame, 32) for frame in clips[2]])).all()
 
