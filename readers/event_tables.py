@@ -20,7 +20,7 @@ LABEL_COLUMNS = "behavior behaviour label class category action".split()
 FRAME_COLUMNS = "frame frames frame_number frame_index frame_id index unnamed_0".split()
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class EventTable:
     """What is known of N clips before any video is opened; a row that the manifest repeats stands here once."""
     names: list  # C classes, or R targets
@@ -34,12 +34,12 @@ class EventTable:
     parts: np.ndarray  # (N,) the manifest's part: train, val, test or ''
     repeats: np.ndarray  # (N,) int64 rows of the manifest that it stands for: more where rare events were repeated
     extra: object  # DataFrame of N rows: the other columns as text, and pair, hour, row_order
-    label: np.ndarray | None = None  # (N,) int64 class, -1 = unknown
-    target: np.ndarray | None = None  # (N, R) float64, NaN = missing
-    groups: np.ndarray | None = None  # (N,) text
+    label: np.ndarray | None  # (N,) int64 class, -1 = unknown
+    target: np.ndarray | None  # (N, R) float64, NaN = missing
     single_ratings: np.ndarray | None = None  # (N,) arrays (raters, R), where several raters scored a sequence
-    skipped: list = dataclasses.field(default_factory=list)  # dicts of row, video and reason
-    notes: list = dataclasses.field(default_factory=list)
+    groups: np.ndarray | None  # (N,) text
+    skipped: list  # dicts of row, video and reason
+    notes: list
 
     def __len__(self):
         return len(self.clip_ids)
@@ -294,7 +294,7 @@ def describe_rows(table, path, root, written, part="", min_event_sec=1.0, time_u
     import pandas as pd
     start, end, unit, faults = event_times.event_windows(table, path, min_event_sec, time_unit, notes)
     return pd.DataFrame({
-        "video": list(written),
+        "video": written,
         "root": root,
         "part": part,
         "row": written if path.is_dir() else [f"{path.name} line {line}" for line in table.index],
@@ -348,7 +348,9 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, tim
     """
     if path.is_dir():
         root = video_root or path
-        table, source, label = folder_table(path, notes), "path", "label"
+        table = folder_table(path, notes)
+        source = "path"
+        label = "label"
     else:
         root = video_root or path.parent
         table, source, label = read_manifest_file(path, root, asked, need_labels, notes)
@@ -357,10 +359,10 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, tim
         written = written.mask(written == "", table["video_filename"])
     event_times.check_times_are_used(table, path)
     rows = describe_rows(table, path, root, written, part, min_event_sec, time_unit, notes)
-    rows["label"] = "" if label is None else list(table[label])
+    rows["label"] = "" if label is None else table[label]
     check_whole_clips(rows, table, path)
     used = {source, label, *(column.name for column in event_times.time_columns(table))}
-    return rows, table[[name for name in table if name not in used]]
+    return rows, table.drop(columns=used, errors="ignore")
 
 
 def check_whole_clips(rows, table, path):
@@ -424,7 +426,7 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     names, classes = classes_of(rows["label"], known, names)
     reasons = {None: "left out by --label_map", "": "no label" if need_labels else ""}
     rows["reason"] = [reasons.get(name, "") for name in classes]
-    rows["label"] = [names.index(name) if name else -1 for name in classes]
+    rows["label"] = pd.Index(names).get_indexer(classes)  # -1 = none
     return merge_repeats(build_table(rows, extra, names, notes, group, group_column))
 
 
@@ -485,8 +487,7 @@ def build_table(rows, extra, names, notes, group, group_column, target=None):
     rows = rows[keep]
     extra = with_own_columns(extra[keep].reset_index(drop=True), rows["place"])
     videos = paths_below_root(rows["source"], rows["root"])
-    spans = zip(videos, rows["start"], rows["end"], rows["unit"])
-    clip_ids = np.array([clip_name(*each) for each in spans])
+    clip_ids = np.array(list(map(clip_name, videos, rows["start"], rows["end"], rows["unit"])))
     return EventTable(
         names=names,
         clip_ids=clip_ids,
@@ -629,7 +630,7 @@ def filter_rows(table, text):
 
 def is_level(column, level):
     """(N,) bool, True = the cell names this level in any spelling."""
-    return np.array([plain_level(cell) == plain_level(level) for cell in column])
+    return np.array(list(map(plain_level, column))) == plain_level(level)
 
 
 def rows_of_level(table, text, flag):

@@ -38,8 +38,8 @@ def table_of(labels, repeats=None, moments=None):
     extra = pd.DataFrame({"moment": moments if moments is not None else ["M0"] * n, "row_order": ["0"] * n})
     return event_tables.EventTable(
         names=["a", "b"], clip_ids=texts, lines=texts, sources=texts, windows=np.full((n, 2), np.nan), unit=np.full(n, "sec"),
-        events=texts, videos=texts, parts=np.full(n, ""), extra=extra, label=np.array(labels),
-        repeats=np.ones(n, np.int64) if repeats is None else np.array(repeats))
+        events=texts, videos=texts, parts=np.full(n, ""), extra=extra, label=np.array(labels), target=None, groups=None,
+        repeats=np.ones(n, np.int64) if repeats is None else np.array(repeats), skipped=[], notes=[])
 
 
 def scored_table(target, names, moments=None):
