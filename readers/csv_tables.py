@@ -70,7 +70,8 @@ def refuse_blank_names(names, source):
 def looks_numeric(cells):
     """True where at least a quarter of the cells that are not blank are numbers: the others are then errors."""
     filled = [cell.replace(",", ".", 1).removesuffix("%") for cell in cells if cell]
-    return 4 * sum(map(bool, map(NUMBER.fullmatch, filled))) >= max(len(filled), 1)
+    numbers = list(filter(NUMBER.fullmatch, filled))
+    return 4 * len(numbers) >= max(len(filled), 1)
 
 
 def read_text(path):

@@ -47,7 +47,7 @@ def time_columns(rows):
         if not match:
             continue
         [role] = [role for role in ("start", "end", "offset", "duration") if match[role]]
-        unit = None if match.lastgroup == role else match.lastgroup
+        unit = None if match.lastgroup == role else match.lastgroup  # the last group that matched, see TIME_COLUMN
         if match["before"]:
             unit = "frame"
         if role == "offset":  # with an onset it is the end; event_offset_sec is where an event starts

@@ -63,8 +63,8 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
         raise common.UserError(
             f"{source} has no image column (found: {common.shorten_list(table.columns)}). Name it with --image_column.")
     csv_tables.refuse_blank(table, source, image)
-    first = {}  # clean name -> how its first row writes it
-    table[image] = [first.setdefault(file_names.clean_name(name), name) for name in table[image]]
+    same_image = table[image].map(file_names.clean_name)
+    table[image] = table[image].groupby(same_image).transform("first")  # one spelling each
     taken.append(image)
     columns = Columns(
         table, source, image, group_column, target_columns, missing_codes,
@@ -147,6 +147,7 @@ class Columns:
     rows_are_ratings: bool = False  # each row holds single ratings, one a column
 
     def __post_init__(self):
+        self.notes = self.table.attrs["notes"]
         self.others = [name for name in self.table.columns if name not in (self.image, self.group)]
         self.roles = {name: role_of(name) for name in self.others}
         self.of_rating = collections.defaultdict(dict)  # key of a rating -> {role: column}
@@ -262,8 +263,7 @@ class Columns:
         others = self.table.drop(columns={self.image, *used} - {None})
         varying = self.varying(list(others.columns), [self.image])
         if varying:
-            self.table.attrs["notes"].append(
-                f"columns that vary within an image, left out: {common.shorten_list(varying)}")
+            self.notes.append(f"columns that vary within an image, left out: {common.shorten_list(varying)}")
         return others[~self.table[self.image].duplicated()].drop(columns=varying)
 
     def is_asked_often(self, name):
@@ -286,7 +286,7 @@ def _wide_ratings(columns, duplicates):
     used = [*chosen, *sd_columns, *n_columns]
     extra = columns.of_images(used)
     unused = [name for name, role in columns.roles.items() if role[0] in SPREAD and name not in used]
-    notes = columns.table.attrs["notes"]
+    notes = columns.notes
     if len(extra.columns):
         notes.append(f"columns that are no ratings: {common.shorten_list(extra.columns)}")
     if unused:
@@ -310,12 +310,12 @@ def _wide_ratings(columns, duplicates):
 def _note_on_repeated(columns, duplicates, are_means):
     """[a note on the images of several rows], [] without any. UserError where --duplicates does not average them."""
     images = columns.table[columns.image]
-    repeated = {image: images.index[rows] for image, rows in common.rows_by_key(images).items() if len(rows) > 1}
-    if not repeated:
+    repeated = images[images.duplicated(keep=False)]
+    if repeated.empty:
         return []
-    examples = [f"{image} (lines {common.shorten_list(lines, 3)})" for image, lines in repeated.items()]
-    n_rows = sum(map(len, repeated.values()))
-    counted = f"{len(repeated)} images stand in {n_rows} rows: {common.shorten_list(examples)}"
+    examples = [f"{image} (lines {common.shorten_list(own.index, 3)})"
+                for image, own in repeated.groupby(repeated, sort=False)]
+    counted = f"{repeated.nunique()} images stand in {len(repeated)} rows: {common.shorten_list(examples)}"
     if duplicates == "mean":
         return [f"repeated rows were averaged: {counted}"]
     question = "" if are_means else (
@@ -357,7 +357,7 @@ def _without_codes(columns, found, are_counts=False):
         if columns.codes != [] and not are_counts:
             faults += _code_faults(name, found[name])
     if blanked:
-        columns.table.attrs["notes"].append(f"cells taken for missing: {common.shorten_list(blanked)}")
+        columns.notes.append(f"cells taken for missing: {common.shorten_list(blanked)}")
     if faults:
         raise common.UserError(
             f"{columns.source}: codes for missing answers? {common.shorten_list(faults, 5)}. To take such "
@@ -370,7 +370,8 @@ def _code_faults(name, values):
     """A line for each number that is written for a missing answer and far from all the others."""
     is_code = values.isin(MISSING_CODES)
     others = values[~is_code]
-    low, high = others.min(), others.max()
+    low = others.min()
+    high = others.max()
     is_far = (values < 2 * low - high) | (values > 2 * high - low)
     if low >= 0:
         is_far |= values < 0
@@ -410,7 +411,7 @@ def _summarise_singles(columns, found, used):
     flags = ("rater", "attribute", "rating")
     told = [f"--{flag}_column {getattr(columns, flag)}" for flag in flags if getattr(columns, flag)]
     notes = [
-        *table.attrs["notes"],
+        *columns.notes,
         f"{singles.count()} single ratings of {len(images)} images ({singles.isna().sum()} blank ones left out): "
         f"{' '.join(told)} of {common.shorten_list(names)}"]
     arrays = {key: own.to_numpy() for key, own in grouped}

@@ -150,12 +150,10 @@ def total_and_parts(names, target):
     """
     import pandas as pd
     keys = [csv_tables.column_key(name) for name in names]
-    totals = [r for r, key in enumerate(keys) if "total" in key]
-    parts = [r for r, key in enumerate(keys)
-             if not re.match("nrs|vas|total|sum|mean", key) and r not in totals[:1]]
-    if not totals or not parts:
+    total = next((r for r, key in enumerate(keys) if "total" in key), None)
+    parts = [r for r, key in enumerate(keys) if not re.match("nrs|vas|total|sum|mean", key) and r != total]
+    if total is None or not parts:
         return None, [], ""
-    total = totals[0]
     scores = pd.DataFrame(target)
     gap = (scores[total] - target[:, parts].sum(1)).abs().median()
     if not gap > 0.5 * scores[total].std(ddof=0):

@@ -120,12 +120,12 @@ class _Video:
         self.fps = rate if 0.01 <= rate <= 1000 else 25.0  # the header states none that could be true
         self.damaged = []
         self.turns = None  # quarter turns that make a frame upright; the first one says it
-        is_reordered_avi = self.container.format.name == "avi" and codec.has_b_frames
         self.start_sec = None
         self.first_sec = 0.0
         if self.stream.start_time is not None:
             begin_sec = self.container.start_time / av.time_base
             self.first_sec = float(self.stream.start_time * self.stream.time_base) - begin_sec
+            is_reordered_avi = self.container.format.name == "avi" and codec.has_b_frames
             if not is_reordered_avi:
                 self.start_sec = begin_sec
 
@@ -141,7 +141,7 @@ class _Video:
             picture_sec = float(stream.frames / stream.average_rate)
         else:  # Matroska has 00:01:02.5, others nothing, which is NaN
             picture_sec = pd.to_timedelta(stream.metadata.get("DURATION", ""), errors="coerce").total_seconds()
-        # FFmpeg guesses the duration of a file that was cut from its size
+        # FFmpeg guesses the duration of a file that was cut from its size; of NaN and a number both give the first one
         info.header_sec = max(duration_sec, picture_sec)
         info.picture_sec = min(info.header_sec, picture_sec)
         return info
@@ -274,12 +274,10 @@ def _open_source(path, fps, pixel_range=None):
         return
     picture_files.check_file(path)
     video = _Video(path)
-    try:
+    with video.container:
         if math.prod(video.size) > pixel_cache.MAX_PIXELS:
             raise BadVideo(f"its header claims {video.size[0]} x {video.size[1]} pixels")
         yield video
-    finally:
-        video.container.close()
 
 
 # ----------------------------------------------------------------------------------------
@@ -333,7 +331,7 @@ def on_screen(info, times_sec):
     gaps = np.diff(info.times, prepend=info.times[0] - 1)
     starts = info.times - np.minimum(gaps, 1 / info.header_fps) / 2
     index = np.searchsorted(starts, np.asarray(times_sec, float) + STAMP_SLACK_SEC, "right") - 1
-    return np.clip(index, 0, info.n_frames - 1)
+    return np.maximum(index, 0)
 
 
 def _has_no_clock(path):
@@ -460,7 +458,7 @@ class ClipAudit(pixel_cache.Audit):
     n_grid: int = 0
     first: int = 0
     usable: int = 0
-    repeats: list = dataclasses.field(default_factory=list)
+    repeats: list | tuple = ()
 
     def start_range(self, length, reach=0):
         """(first, last) grid frame at which a clip of `length` frames may start, `reach` frames outside the window."""
@@ -571,8 +569,8 @@ class ClipStore(pixel_cache.PixelStore):
         except common.CannotSave:
             raise
         except (common.UserError, OSError) as error:
-            nothing = ClipAudit(str(path), common.one_line(error)), np.empty((0, 0, 0, 3), np.uint8)
-            return [nothing] * len(rows)
+            audit = ClipAudit(str(path), common.one_line(error))
+            return [(audit, np.empty((0, 0, 0, 3), np.uint8))] * len(rows)
         self._infos[path] = info
         return [self._clip(path, info, plan, grid, file_sha) for plan, grid in zip(plans, grids)]
 
@@ -663,12 +661,13 @@ def check_clips(audit, max_missing=0.05, on_bad_file="skip"):
 
 def name_losses(what, reasons, allowed, is_too_much):
     """Name the videos that are lost or damaged, {path: reason}. UserError where this is too much."""
+    if not reasons:
+        return
     listed = "".join(f"\n  {path}: {reason}" for path, reason in reasons.items())
-    if reasons and is_too_much:
+    if is_too_much:
         raise common.UserError(f"{what}; at most {allowed:.0%} may be lost (--max_missing, --on_bad_file skip). "
                                f"Repair or remove these videos:{listed}")
-    if reasons:
-        print(f"note: {what}; left out:{listed}")
+    print(f"note: {what}; left out:{listed}")
 
 
 # ----------------------------------------------------------------------------------------
@@ -699,35 +698,33 @@ class GridFrame:
     is_new: bool  # False: the frame before again, as the source is slower than the grid
 
 
+@dataclasses.dataclass
 class Recording:
     """A source read from its start to its end, or to where it breaks, without keeping a frame.
 
-    fps: of the grid, and of a source without a clock; pixel_range: see ClipStore. expected_sec: the length by the
-    header. What the pass has found so far: begin_sec and read_sec, where the first frame starts and the last one ends;
-    n_read, its number of frames; damaged, the times of frames that cannot be decoded; fault, the reason where the
-    source broke off. BadVideo: it cannot be opened.
+    BadVideo: it cannot be opened.
     """
+    path: Path
+    fps: float  # of the grid, and of a source without a clock
+    short_side: int  # of the frames, in pixels
+    pixel_range: tuple | None = None  # see ClipStore
+    # what the pass over the source has found so far
+    begin_sec: float = 0.0  # where the first frame starts
+    read_sec: float = 0.0  # where the last frame ends
+    n_read: int = 0  # frames
+    n_shown: int = 0  # times of the grid
+    latest: np.ndarray | None = None  # the pixels that were shown last
+    damaged: list | tuple = ()  # times of frames that cannot be decoded
+    damage_reason: str = ""  # why the first picture of a folder is damaged
+    fault: str = ""  # why the source broke off
 
-    def __init__(self, path, fps, short_side, pixel_range=None):
-        self.path = path
-        self.fps = fps
-        self.short_side = short_side
-        self.pixel_range = pixel_range
-        self.info = _header(path, fps)
-        self.expected_sec = self.info.header_sec or self.info.duration_sec
-        self.begin_sec = None
-        self.read_sec = 0.0
-        self.n_read = 0
-        self.n_shown = 0  # times of the grid
-        self.latest = None  # the pixels that were shown last
-        self.damaged = ()
-        self.damage_reason = ""  # why the first picture of a folder is damaged
-        self.fault = ""
+    def __post_init__(self):
+        self.info = _header(self.path, self.fps)
+        self.expected_sec = self.info.header_sec or self.info.duration_sec  # the length by the header
 
     def losses(self):
         """Sentences on what could not be read, and on too low a rate."""
         found = []
-        n_found = self.n_read + len(self.damaged)
         if self.fault or self.read_sec < 0.98 * self.info.picture_sec - 1:
             found.append(f"{self.path}: read up to {self.read_sec:.1f} of {self.expected_sec:.1f} s by its header"
                          f"{': ' if self.fault else ''}{self.fault}")
@@ -736,7 +733,7 @@ class Recording:
             place = "" if np.isnan(first_sec) else f", the first at {first_sec:.2f} s"
             found.append(f"{self.path}: {len(self.damaged)} frames are damaged{place}{self.damage_reason}; "
                          "windows there show the frames before them")
-        rate = n_found / (self.read_sec - self.begin_sec)
+        rate = (self.n_read + len(self.damaged)) / (self.read_sec - self.begin_sec)
         if rate < LEAST_RATE * self.fps:
             found.append(f"{self.path}: it has {rate:.1f} frames a second, fewer than the {self.fps:g} of a window, "
                          "which shows some twice")
