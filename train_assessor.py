@@ -306,7 +306,7 @@ def rating_loss(loss, predicted, target, weight):
     # a missing target becomes the prediction: its error and its gradient are 0
     filled = torch.where(labelled, target, predicted.detach())
     errors = pointwise(predicted, filled, reduction="none") * weight
-    return (errors.sum(1) / labelled.sum(1).clamp(min=1)).mean()
+    return (errors.sum(1) / labelled.sum(1)).mean()  # a picture without any rating is refused before
 
 
 def rating_weights(study, rows, loss):
@@ -374,8 +374,9 @@ def train_one_epoch(model, loader, training, compute):
 
 
 @torch.no_grad()
-def outputs_of(network, loader, args, compute):
+def outputs_of(network, loader, compute):
     """float32 (M, K): what a network in evaluation mode gives for the M rows of a loader."""
+    args = loader.dataset.args
     outputs = []
     for batch in loader:
         inputs = to_device(batch["input"], args, compute)
@@ -385,11 +386,11 @@ def outputs_of(network, loader, args, compute):
     return torch.cat(compute.processes.gather(outputs)).numpy()
 
 
-def evaluate(model, loader, scaler, args, compute):
+def evaluate(model, loader, scaler, compute):
     """Whole split at once -> (predicted (M, R) float64 in the unit of the ratings, loss in the unit of training)."""
-    output = outputs_of(model.eval(), loader, args, compute)  # (M, R)
+    output = outputs_of(model.eval(), loader, compute)  # (M, R)
     rows = loader.dataset
-    loss = rating_loss(args.loss, torch.from_numpy(output), rows.target, rows.weight).item()
+    loss = rating_loss(rows.args.loss, torch.from_numpy(output), rows.target, rows.weight).item()
     return output * scaler["sd"] + scaler["mean"], loss
 
 
@@ -413,24 +414,22 @@ def fit(run, args, study, split, features):
         copy.deepcopy(model)(example)
     optimizer = common.build_optimizer(model, args, model.backbone)
 
-    latest = {}  # validation predictions of this epoch, for metadata(), which is called where it is the best so far
     training = common.Training(
         run, model, optimizer, args,
         select="last" if args.select == "last" else f"val_{args.select}",
-        metadata=lambda: model_metadata(args, study, split, scaler, latest["val"]),
+        # called in end_epoch, where `predicted` is what the epoch has given
+        metadata=lambda: model_metadata(args, study, split, scaler, predicted),
         higher_is_better=args.select != "loss",
         seen=seen_rows.of_run(run, args, study.hashes, split))
     for epoch in training.epochs():
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
         row = train_one_epoch(model, train_loader, training, compute)
-        predicted, row["val_loss"] = evaluate(model, loaders["val"], scaler, args, compute)
-        latest["val"] = predicted
+        predicted, row["val_loss"] = evaluate(model, loaders["val"], scaler, compute)
         means = study.mean_metrics(split["val"], predicted)
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
-    best, tuned_features, predicted = finish_best_model(training, study, split, loaders, scaler)
-    return training, best, tuned_features, predicted
+    return training, *finish_best_model(training, study, split, loaders, scaler)
 
 
 def finish_best_model(training, study, split, loaders, scaler):
@@ -444,13 +443,13 @@ def finish_best_model(training, study, split, loaders, scaler):
     best = training.load_best()
     model.eval()
     backbone = nn.Identity() if args.freeze_backbone else model.backbone  # inputs of a frozen one are features
-    features = {part: outputs_of(backbone, loader, args, run.compute) for part, loader in loaders.items()}
+    features = {part: outputs_of(backbone, loader, run.compute) for part, loader in loaders.items()}
     if args.head == "ridge":
         rows = split["train"]
         target = scaled_ratings(study, scaler)[rows]
         readout = baseline_models.fit_readout(features["train"], target, study.groups_of(rows))
         readout.write_into(model.head[-1])
-    predicted = {part: evaluate(model, loader, scaler, args, run.compute)[0] for part, loader in loaders.items()}
+    predicted = {part: evaluate(model, loader, scaler, run.compute)[0] for part, loader in loaders.items()}
     if args.head == "ridge":
         solved = study.mean_metrics(split["val"], predicted["val"])
         weighting = ", every rating counts the same in it" if args.loss == "weighted" else ""
@@ -494,7 +493,7 @@ def untuned_features(args, study, run, rows):
         backbone, n_features = build_backbone(args, head)
         backbone = run.compute.place(backbone).eval()
         features[head] = np.full((len(study.images), n_features), np.nan, np.float32)
-        features[head][rows] = outputs_of(backbone, loader, args, run.compute)
+        features[head][rows] = outputs_of(backbone, loader, run.compute)
     return features
 
 
