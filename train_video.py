@@ -65,7 +65,8 @@ OFF_IN_SOLVED = ("augment_for boost_to bounded focal_alpha init_from jitter_sec 
 # flags of training that such a model does not read, whatever their value
 UNUSED_BY_SOLVED = set("loss focal_gamma lr hidden dropout freeze_stages weight_decay optimizer".split())
 BALANCING = ("balance", "boost_to", "focal_alpha")
-# flags that a task does not read: refused unless they are off, or as in SOLVED
+# flags that a task does not read: refused unless they are off, or as in SOLVED, where the defaults of balance and
+# consistency_weight stand too
 UNUSED_BY = {
     "classify": "bounded consistency_weight target_columns target_weights".split(),
     "regress": [
@@ -231,10 +232,9 @@ def refuse(parser, why, names):
 
 
 def changed(args, names):
-    """Those of these flags that are neither off (0, empty) nor as in SOLVED, where a frozen backbone is not off."""
+    """Those of these flags that are neither off (0, empty) nor as in SOLVED."""
     values = {name: getattr(args, name) for name in names}
-    return {name for name, value in values.items()
-            if value != SOLVED.get(name) and (value or name == "freeze_backbone")}
+    return {name for name, value in values.items() if value and value != SOLVED.get(name)}
 
 
 def check_learning_flags(parser, args):
@@ -250,6 +250,8 @@ def check_learning_flags(parser, args):
                      f"{' or '.join(FRAME_MODELS)}, found {args.model}")
     if args.model == MOTION_READOUT:
         idle = changed(args, [*SOLVED, *OFF_IN_SOLVED]) | (UNUSED_BY_SOLVED & args.given)
+        if not args.freeze_backbone:  # as a configuration may say
+            idle.add("freeze_backbone")
         refuse(parser, f"--model {MOTION_READOUT} is solved, not trained", idle)
 
 
@@ -309,6 +311,11 @@ class Study:
         if self.args.model == MOTION_READOUT:
             mask[1:] &= ~np.isin(places[1:], found.repeats)
         return mask
+
+    @property
+    def presets(self):
+        """(N,) augmentation preset of each row in training."""
+        return event_tables.augment_presets(self.table, self.args.augment_for, self.args.augment)
 
     def starts(self, row):
         """Grid frames where the predicted clips start."""
@@ -554,7 +561,7 @@ class FrameLstm(backbones.BackboneModel):
             return clips
         real = mask.flatten().nonzero()[:, 0].to(clips.device, non_blocking=True)
         pixels = clips.movedim(2, -1).flatten(0, 1)  # (B * T, S, S, 3): colours stay the last in memory
-        features = self.frame_features(pixels[real].movedim(-1, 1)[None])[0]  # (frames, F)
+        features = self.backbone(pixels[real].movedim(-1, 1)).float()  # (frames, 3, S, S) -> (frames, F)
         everywhere = features.new_zeros(mask.numel(), features.shape[1])
         return everywhere.index_copy(0, real, features).unflatten(0, mask.shape)
 
@@ -563,8 +570,7 @@ class FrameLstm(backbones.BackboneModel):
         features = self.extract(clips, mask)
         with torch.autocast(features.device.type, enabled=False):
             states, _ = self.lstm(features.float())  # (B, T, F) -> (B, T, H)
-        last = mask.sum(1).clamp(min=1) - 1  # (B,) index of the last real frame
-        last = last.to(features.device, non_blocking=True)
+        last = (mask.sum(1) - 1).to(features.device, non_blocking=True)  # (B,) index of the last real frame
         rows = torch.arange(states.shape[0], device=last.device)
         return self.head(states[rows, last])  # (B, H) -> (B, K)
 
@@ -773,13 +779,12 @@ def make_loader(clips, compute, train=False, **options):
     return common.make_loader(clips, clips.args, compute, train, is_cached, **options)
 
 
-def make_loaders(study, split, objective, args, compute, features):
+def make_loaders(study, split, objective, compute, features):
     """Loader of random train clips, and {part: loader} of the clips that are predicted.
 
     features: Features.of_clips, which are read instead of pixels, or None.
     """
-    presets = event_tables.augment_presets(study.table, args.augment_for, args.augment)
-    clips = Clips(study, objective.epoch_rows, presets, objective, features)
+    clips = Clips(study, objective.epoch_rows, study.presets, objective, features)
     train_loader = make_loader(clips, compute, train=True, weights=objective.sampler_weights)
     loaders = {part: make_loader(Clips(study, rows, features=features), compute)
                for part, rows in split.items() if len(rows)}
@@ -860,14 +865,13 @@ def start_model(args, names):
 def fit(run, args, study, split, features):
     """Train on split['train'], choose the epoch on split['val'].
 
-    Returns {part: outputs (M, K)} of the best epoch, logits at the natural class shares or scores;
-    the objective; the common.Training.
+    Returns the common.Training, the objective, and what finish_best_model gives.
     """
     compute = run.compute
     train = split["train"]
     objective = TASKS[args.task](args, study.table, train)
     column, higher_is_better = objective.select()
-    train_loader, loaders = make_loaders(study, split, objective, args, compute, features.of_clips)
+    train_loader, loaders = make_loaders(study, split, objective, compute, features.of_clips)
     if not args.freeze_backbone:  # else it trains on features, which are no pictures
         plotting.plot_batch(run, train_loader.dataset, study.labels(objective.epoch_rows))
     model = start_model(args, objective.names)
@@ -897,15 +901,14 @@ def fit(run, args, study, split, features):
         found = objective.history(outputs, split["val"])
         row |= {f"val_{name}": value for name, value in found.items()}
         training.end_epoch(row)
-    outputs, answers = finish_best_model(training, study, split, loaders, objective)
-    return outputs, answers, objective, training
+    return training, objective, *finish_best_model(training, study, split, loaders, objective)
 
 
 def finish_best_model(training, study, split, loaders, objective):
     """Predict each part with the best epoch, and complete best_model.pth by what is known only then.
 
-    That is what its training data are like, and of classes the calibration on val. Returns {part: outputs (M, K)}, and
-    {part: what row_warnings.texts takes of a model}.
+    That is what its training data are like, and of classes the calibration on val. Returns {part: outputs (M, K)}, which
+    are logits at the natural class shares or scores, and {part: what row_warnings.texts takes of a model}.
     """
     run = training.run
     best = training.load_best()
@@ -913,10 +916,9 @@ def finish_best_model(training, study, split, loaders, objective):
     features = {}
     for part, loader in loaders.items():
         outputs[part], features[part] = evaluate(training.model, loader, run.compute)
-    scores = study.table.target
-    known_scores = None if scores is None else scores[split["train"]]
-    best["known_data"] = row_warnings.known_data(features["train"], features["val"], known_scores)
-    if study.table.label is not None:
+    train_table = study.table.take(split["train"])
+    best["known_data"] = row_warnings.known_data(features["train"], features["val"], train_table.target)
+    if train_table.target is None:
         val = split["val"]
         best["calibration"] = calibrating.calibrate(outputs["val"], objective.label[val], objective.positive)
         best["seen"] = training.seen.plus(seen_rows.SeenRows(fitted=[], chose=study.hashes[val]))
@@ -985,12 +987,13 @@ def features_of_rows(network, study, rows, compute, of_clips=None):
 def untuned_features(args, study, run, rows):
     """Features of these rows from networks before any tuning: for the baselines, and where the backbone is frozen."""
     compute = run.compute
-    network = compute.place(build_model(args, len(study.table.names)))
+    table = study.table
+    network = compute.place(build_model(args, len(table.names)))
     of_clips = None
     if args.freeze_backbone:
         of_clips = extract_features(network, Clips(study, rows), 1, compute)
     own = features_of_rows(network, study, rows, compute, of_clips)
-    linear_model = "ridge" if study.table.label is None else "logistic"
+    linear_model = "ridge" if table.label is None else "logistic"
     if args.model == MOTION_READOUT:
         return Features({linear_model: own[:, network.backbone.last_resolution()], MOTION_READOUT: own}, of_clips)
     of_rows = {linear_model: own}
@@ -999,8 +1002,7 @@ def untuned_features(args, study, run, rows):
     except common.UserError as error:  # its image network, or the weights of that, cannot be had
         run.say(f"note: no motion readout to compare with: {error}")
     if args.freeze_backbone:
-        presets = event_tables.augment_presets(study.table, args.augment_for, args.augment)
-        of_clips |= extract_features(network, Clips(study, rows, presets), args.feature_views, compute)
+        of_clips |= extract_features(network, Clips(study, rows, study.presets), args.feature_views, compute)
     return Features(of_rows, of_clips)
 
 
@@ -1130,7 +1132,7 @@ def run_split(run, args, study, split, features=None):
     if features is None:
         features = untuned_features(args, study, run, np.sort(np.concatenate(list(split.values()))))
     similar = find_similar(run, study, split, features)
-    outputs, answers, objective, training = fit(run, args, study, split, features)
+    training, objective, outputs, answers = fit(run, args, study, split, features)
     seen = training.seen.words(study.hashes)  # (N,)
     tables = {}
     for part in ("val", "test"):
@@ -1164,14 +1166,15 @@ def find_similar(run, study, split, features):
 
 def run_folds(run, args, study):
     """One run per fold in fold_K/, all judged as one; their mean on the test groups."""
-    folds = event_splits.make_folds(args, study.table)
+    manifest = study.table
+    folds = event_splits.make_folds(args, manifest)
     test = folds[0]["test"]
     parts = {f"fold_{k}": fold["val"] for k, fold in enumerate(folds)}
     if len(test):
         parts["test"] = test
-    alarms = event_audit.record_split(run, study.table, study.audits, parts)
+    alarms = event_audit.record_split(run, manifest, study.audits, parts)
     run.write_record(study, parts)
-    features = untuned_features(args, study, run, np.arange(len(study.table)))
+    features = untuned_features(args, study, run, np.arange(len(manifest)))
     similar = find_similar(run, study, parts, features)
     chosen = run.each_fold(
         folds, lambda child, split: run_split(child, args, study, split, features))
@@ -1179,7 +1182,7 @@ def run_folds(run, args, study):
     if args.task == "regress":
         rows = []
         for k, table in zip(chosen, tables):
-            moments = moment_levels(args, study.table, prediction_tables.rows_of(table, study.table.clip_ids))
+            moments = moment_levels(args, manifest, prediction_tables.rows_of(table, manifest.clip_ids))
             rows += [{"fold": k, **row} for row in score_judging.rows_of_scores(table, moments)]
         common.write_table(run.path("fold_scores.csv"), rows)
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
@@ -1382,7 +1385,7 @@ def predict_recordings(args):
                 continue
             for loss in recording.losses():
                 run.say(f"note: {loss}")
-            folder = run.path("_".join(name.rsplit(".", 1)))
+            folder = run.path("_".join(name.rsplit(".", 1)))  # pen 1/a.mp4 -> pen 1/a_mp4, beside that of a.avi
             read.append(ethograms.describe(recording, windows, own.names, args, folder))
             ethograms.write_all(run.folder, read)
         if not read:
