@@ -123,8 +123,8 @@ def _names_file(cell):
 
 
 def _is_title(cells, below):
-    """A line above the header: a # comment or one filled cell, and below it several that are neither numbers nor files.
-    """
+    """True for a line above the header: a # comment, or one filled cell, and below it several cells that are neither
+    numbers nor files."""
     filled = list(filter(None, below))
     is_header = not any(_names_file(cell) or NUMBER.fullmatch(cell) for cell in filled)
     if cells[0].startswith("#"):
@@ -190,7 +190,7 @@ def read_table(path):
             notes.append("the quoted header line was parsed again")
     if not rows:
         raise common.UserError(
-            f"{path}: expected a header and rows, found {len(header) and 1} line(s) with content. Check the file.")
+            f"{path}: expected a header and rows, found {min(len(header), 1)} line(s) with content. Check the file.")
     header, rows = _fit_header(header, rows, delimiter, notes)
     wrong = [f"line {line} has {len(cells)}" for line, cells in rows if len(cells) != len(header)]
     if wrong:

@@ -88,7 +88,7 @@ def keyed_columns(table, source):
 
 def without_tensor(cell):
     """'tensor(9)' -> '9': as scripts print ids that they forgot to unpack."""
-    return re.sub(r"^tensor\(\s*\[?([^,()\]]*).*\)$", r"\1", str(cell).strip()).strip()
+    return re.sub(r"^\s*tensor\(\s*\[?([^,()\]]*).*\)\s*$", r"\1", str(cell)).strip()
 
 
 def plain_level(cell):
@@ -281,7 +281,8 @@ def headless_list(table, root, notes):
             frames = ", a number of frames" if n_frames else ""
             notes[:] = [note for note in notes if "is no header" not in note]
             notes.append(f"no header line: each line is read as a path{frames} and a label")
-            listed = pd.DataFrame(rows, index=[1, *table.index][-len(rows):])
+            lines_in_file = [1, *table.index][-len(rows):]
+            listed = pd.DataFrame(rows, lines_in_file)
             return listed.iloc[:, [0, -1]].set_axis(["path", "label"], axis=1)
     return None
 
@@ -610,7 +611,7 @@ def filter_rows(table, text):
     """
     compare = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
     keep = np.ones(len(table), bool)
-    for part in re.split(r"\s+and\s+", text.strip()):
+    for part in re.split(r"\s+and\s+", text):
         match = re.fullmatch(r"\s*([^=!<>]+?)\s*(==|!=|<=|>=|<|>)\s*[\"']?(.+?)[\"']?\s*", part)
         if not match:
             raise common.UserError(

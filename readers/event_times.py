@@ -94,7 +94,7 @@ def clock_seconds(text):
 
     NaN where it is no time.
     """
-    match = CLOCK.fullmatch(text.strip().casefold())
+    match = CLOCK.fullmatch(text.casefold())
     if not match:
         return math.nan
     hour = int(match[1])

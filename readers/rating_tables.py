@@ -21,7 +21,7 @@ ROLES = {
 SPREAD = ("sd", "n", "se")  # what is known of the raters of a mean
 NO_RATING = set("id index unnamed names trial rt latency".split())
 RATER = set("rater participant subject respondent observer judge coder worker user pid".split())
-ATTRIBUTE = set("attribute trait question scale item measure dimension".split())
+ATTRIBUTE = "attribute trait question scale item measure dimension".split()
 ANSWER = set("rating response score value answer".split())
 # Written for a missing answer: 99, -99, 999 and so on, and -9; a 9 may be an answer.
 MISSING_CODES = [int(digit * count) for digit in "789" for count in (2, 3, 4)]
@@ -148,6 +148,7 @@ class Columns:
 
     def __post_init__(self):
         self.notes = self.table.attrs["notes"]
+        # all but those of the image and the group
         self.others = [name for name in self.table.columns if name not in (self.image, self.group)]
         self.roles = {name: role_of(name) for name in self.others}
         self.of_rating = collections.defaultdict(dict)  # key of a rating -> {role: column}
