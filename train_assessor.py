@@ -198,7 +198,7 @@ def load_study(args, run, table):
         ratings=table.mean[rows],
         sd=None if table.sd is None else table.sd[rows],
         n=None if table.n is None else table.n[rows],
-        single_ratings={name: [each[row] for row in rows] for name, each in table.ratings_by_image.items()},
+        single_ratings={name: [each[row] for row in rows] for name, each in table.single_ratings.items()},
         groups=columns.get(args.group_column),
         columns=columns,
         store=store,
@@ -328,7 +328,10 @@ def fit_scaler(ratings, normalize):
     """Train-row mean and sd (R,) that targets are scaled by; with --no_normalize_targets 0 and 1: no change."""
     if not normalize:
         return {"mean": np.zeros(ratings.shape[1]), "sd": np.ones(ratings.shape[1])}
-    return {"mean": np.nanmean(ratings, axis=0), "sd": np.maximum(np.nanstd(ratings, axis=0), 1e-8)}
+    return {
+        "mean": np.nanmean(ratings, axis=0),
+        "sd": np.maximum(np.nanstd(ratings, axis=0), 1e-8),
+    }
 
 
 def scaled_ratings(study, scaler):

@@ -36,7 +36,7 @@ class RatingsTable:
     mean: np.ndarray  # (N, R) float64, NaN = missing
     sd: np.ndarray | None  # (N, R) between raters, None where the file has none
     n: np.ndarray | None  # (N, R) number of raters
-    ratings_by_image: dict  # name -> N arrays of single ratings, where each row is one
+    single_ratings: dict  # name -> N arrays of single ratings, where each row is one
     extra: object  # DataFrame of the other columns
     notes: list
 
@@ -303,7 +303,7 @@ def _wide_ratings(columns, duplicates):
         mean=_number_columns(columns, chosen),
         sd=_number_columns(columns, sd_columns, lowest=0),
         n=_number_columns(columns, n_columns, lowest=0, are_counts=True),
-        ratings_by_image={},
+        single_ratings={},
         extra=extra,
         notes=notes + averaged)
 
@@ -422,6 +422,6 @@ def _summarise_singles(columns, found, used):
         mean=mean,
         sd=sd,
         n=np.nan_to_num(n),
-        ratings_by_image={name: [arrays.get((image, name), np.empty(0)) for image in images] for name in names},
+        single_ratings={name: [arrays.get((image, name), np.empty(0)) for image in images] for name in names},
         extra=extra,
         notes=notes)

@@ -304,9 +304,9 @@ def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_
     times = []
     with _open_source(path, fps, pixel_range) as source:
         guess = source.guess()
-        for time, pixels in source.frames():
+        for time, convert in source.frames():
             if len(times) in wanted:
-                receive(len(times), pixels(short_side))
+                receive(len(times), convert(short_side))
             times.append(time)
             if time >= until_sec:
                 break
@@ -773,21 +773,22 @@ class Recording:
         """
         step_sec = 1 / self.info.header_fps
         self.n_shown = 0
-        before = -math.inf
-        convert = None
-        for time, pixels in self.frames():
+        before = -math.inf  # time of the frame before
+        convert_before = None
+        for time, convert in self.frames():
             gap = min(step_sec, time - before)
-            if convert is None:
+            if convert_before is None:
                 self.begin_sec = time
             else:
-                yield from self._show(convert, time - gap / 2)
+                yield from self._show(convert_before, time - gap / 2)
             self.read_sec = time + gap
             self.n_read += 1
-            before, convert = time, pixels
-        if convert is None:
+            before = time
+            convert_before = convert
+        if convert_before is None:
             raise BadVideo(self.fault or "no frame can be decoded")
         n_frames = max(_whole((self.read_sec - self.begin_sec) * self.fps), at_least)
-        yield from self._show(convert, self.begin_sec + n_frames / self.fps)
+        yield from self._show(convert_before, self.begin_sec + n_frames / self.fps)
 
     def _show(self, convert, until):
         """Yield one frame for every time of the grid before `until` that has not been shown."""

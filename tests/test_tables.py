@@ -199,8 +199,8 @@ def test_long_table_against_pandas(tmp_path):
     for mine, what in ((ratings.mean, "mean"), (ratings.sd, "std"), (ratings.n, "count")):
         np.testing.assert_allclose(mine, wide[what][ratings.names].to_numpy(), rtol=1e-12)
     for r, name in enumerate(ratings.names):
-        assert [len(a) for a in ratings.ratings_by_image[name]] == ratings.n[:, r].tolist()
-        np.testing.assert_allclose([a.mean() for a in ratings.ratings_by_image[name]], ratings.mean[:, r])
+        assert [len(a) for a in ratings.single_ratings[name]] == ratings.n[:, r].tolist()
+        np.testing.assert_allclose([a.mean() for a in ratings.single_ratings[name]], ratings.mean[:, r])
     assert list(ratings.extra.columns) == ["family"] and any("rater" in note for note in ratings.notes)
     assert ratings.extra["family"].tolist() == ["f" + str(int(name) % 3) for name in ratings.images]
     assert rating_tables.read_ratings(tmp_path / "long.csv", target_columns=["sad"]).names == ["sad"]
@@ -213,7 +213,7 @@ def test_long_table_with_gaps(tmp_path):
     np.testing.assert_array_equal(ratings.n, [[2, 0], [0, 1], [1, 1]])
     np.testing.assert_allclose(ratings.sd[0, 0], math.sqrt(2))
     assert np.isnan(ratings.sd[2, 0]) and "1 blank" in ratings.notes[0]
-    assert [a.tolist() for a in ratings.ratings_by_image["calm"]] == [[1, 3], [], [4]]
+    assert [a.tolist() for a in ratings.single_ratings["calm"]] == [[1, 3], [], [4]]
     blank = written(tmp_path, "rating,attribute,stimulus\n,calm,a\n,sad,b\n")
     assert "all ratings are missing for a, b" in fails(rating_tables.read_ratings, blank)
 
@@ -331,7 +331,7 @@ def test_one_row_per_rater_gives_mean_sd_n_and_the_ratings(tmp_path, rater):
     expected = frame.groupby("image")[ratings.names].agg(["mean", "std", "count"]).loc[ratings.images]
     for mine, what in ((ratings.mean, "mean"), (ratings.sd, "std"), (ratings.n, "count")):
         np.testing.assert_allclose(mine, expected.xs(what, axis=1, level=1).to_numpy(), rtol=1e-12)
-    assert [len(each) for each in ratings.ratings_by_image["calm"]] == [4] * 6
+    assert [len(each) for each in ratings.single_ratings["calm"]] == [4] * 6
     assert any(f"--rater_column {rater}" in note for note in ratings.notes)
 
 
