@@ -295,11 +295,7 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
     refuse_unusable(args, rows, to_drop)
     owner = probe_poses.patients_of([row.sequence for row in rows], args.patient_map, args.patient_regex)
     usable = np.flatnonzero([not reason for reason in to_drop])
-    paths, frames = probe_poses.different_frames([rows[i] for i in usable])
-    run.say(f"decoding {len(paths)} different frames")
-    store = picture_files.ImageStore(paths, args.image_size, args.cache, args.pixel_range)
-    good = picture_files.check_bad_files(store.audit, args.on_bad_file)
-    is_good = np.isin(frames, [-1, *good]).all(1)
+    store, frames, is_good = decode_frames(args, run, [rows[i] for i in usable])
     for i in usable[~is_good]:
         reasons[i] = "unreadable picture"
     if needs_frames:
@@ -322,6 +318,15 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
         **facts)
     say_study(run, study)
     return study
+
+
+def decode_frames(args, run, rows):
+    """Transitions -> (ImageStore of their frames, (n, 2) index in it of each one's two, (n,) True = both can be read)."""
+    paths, frames = probe_poses.different_frames(rows)
+    run.say(f"decoding {len(paths)} different frames")
+    store = picture_files.ImageStore(paths, args.image_size, args.cache, args.pixel_range)
+    good = picture_files.check_bad_files(store.audit, args.on_bad_file)
+    return store, frames, np.isin(frames, [-1, *good]).all(1)
 
 
 def refuse_unusable(args, rows, reasons):
