@@ -31,8 +31,8 @@ def distance(features, known):
 def find(unit, say, content, features, predicted=None):
     """{what: (M,) bool}: which rows are unlike the training data, and which scores lie outside the training labels."""
     if "known_data" not in content:
-        say(f"note: a checkpoint does not say what its training {unit} are like (an unfinished run, or an older "
-            "version); the column warning is without it")
+        say(f"note: a checkpoint does not say what its training {unit} are like, as best_model.pth of a finished "
+            "run does; the column warning is without it")
         return {}
     known = {name: np.asarray(value) for name, value in content["known_data"].items()}
     limit = 1.01 * known["farthest"]  # another device or precision rounds otherwise

@@ -452,7 +452,7 @@ def test_predictions_say_what_makes_them_doubtful(sample, trained, tmp_path):
     del content["known_data"]
     common.save_checkpoint(tmp_path / "unfinished.pth", content)
     text = run_script(*flags, tmp_path / "unfinished.pth").text
-    assert "does not say what its training pictures are like (an unfinished run," in text
+    assert "does not say what its training pictures are like, as best_model.pth of a finished run" in text
     assert {row["warning"] for row in read_csv(tmp_path / "p.csv")} == {"", "trained on"}
 
 
