@@ -2157,17 +2157,17 @@ def load_model_file(path, script=None):
 
 def checkpoint_files(paths):
     """Files and run folders -> checkpoint files: a folder's own best_model.pth, or those of its folds."""
-    files = []
+    files = {}  # one that is named twice counts once
     for path in paths:
         found = [path]
         if path.is_dir():
-            own = list(path.glob("best_model.pth"))
             of_folds = path.glob("fold_*/best_model.pth")
-            found = own or sorted(of_folds, key=lambda file: int(file.parent.name.removeprefix("fold_")))
+            found = list(path.glob("best_model.pth")) or sorted(
+                of_folds, key=lambda file: int(file.parent.name.removeprefix("fold_")))
         if not found:
             raise UserError(f"--checkpoint {path} holds no best_model.pth and no fold_K/best_model.pth")
-        files += found
-    return list({file.resolve(): file for file in files}.values())  # one that is named twice counts once
+        files |= {file.resolve(): file for file in found}
+    return list(files.values())
 
 
 @contextlib.contextmanager

@@ -231,11 +231,10 @@ def events_in(windows, table):
         "end_sec": np.nan_to_num(end_sec, nan=np.inf)})
     is_watched = events["video"].isin(windows["video"])
     print(f"{is_watched.sum()} of {len(events)} events are in the recordings")
-    recordings = windows["video"].unique()
-    n_empty = np.isin(recordings, events["video"], invert=True).sum()
-    if n_empty:
-        print(f"note: {n_empty} of {len(recordings)} recordings have no event in the table: every bout in them counts "
-              "as false")
+    empty = set(windows["video"]) - set(events["video"])
+    if empty:
+        print(f"note: {len(empty)} recordings have no event in the table, and every bout in them counts as false: "
+              f"{common.shorten_list(sorted(empty), 3)}")
     if not is_watched.any():
         raise common.UserError(
             f"no event is in one of the recordings: expected {common.shorten_list(set(windows['video']), 3)}, "

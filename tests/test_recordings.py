@@ -377,7 +377,7 @@ def test_a_run_without_a_bout_finds_no_event(tmp_path, capsys):
         windows=np.array([[0.2, 0.8]]), sources=[Path("/v.mp4")], names=["none", "1"], label=np.array([1]))
     ethograms.judge_folder(tmp_path, lambda names: table, None)
     said = capsys.readouterr().out
-    assert "note: 1 of 2 recordings have no event in the table: every bout in them counts as false" in said
+    assert "note: 1 recordings have no event in the table, and every bout in them counts as false: /w.mp4" in said
     assert "trained on these events is not known here" in said
     row = {own["label"]: own for own in read_csv(tmp_path / "bout_scores.csv")}["1"]
     assert (row["bouts"], row["events"], float(row["recall_at_0.25"])) == ("0", "1", 0)
