@@ -1755,7 +1755,7 @@ def sample_augmentation(preset, generator):
         corners=tuple(uniform() for _ in range(8)) if happens(chosen.perspective) else None,
         erase=(uniform(0.02, 0.15), log_uniform(0.3, 3.3), uniform(), uniform()) if happens(chosen.erase) else None,
         resized=(uniform(*chosen.area), log_uniform(3 / 4, 4 / 3)) if chosen.area else None,
-        channels=shuffled(range(3)) if happens(chosen.shuffle) else (0, 1, 2),
+        channels=shuffled(Augmentation.channels) if happens(chosen.shuffle) else Augmentation.channels,
         autocontrast=happens(chosen.autocontrast),
         blur=uniform(0.1, 2.0) if happens(chosen.blur) else 0.0,
         noise=(uniform(2.0, 12.0), int(uniform(0, 2 ** 31))) if happens(chosen.noise) else None)
