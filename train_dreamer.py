@@ -46,8 +46,6 @@ MODEL_FLAGS = "encoder image_size token_type d_model n_layers n_heads feedforwar
 ENCODER_FLAGS = {"seed", "weights"}
 PATIENT_FLAGS = {"patient_map", "patient_regex"}  # unless one is given
 DATA_FLAGS = {"data_dir", "max_transitions", "split_by", "angle_unit", "euler_order"}  # unless --data_dir is given
-WORLD_MODEL_FLAGS = ("d_model n_layers n_heads feedforward freeze_layers backbone_lr_mult lambda_t2_action "
-                     "lambda_latent primary_task_only").split()
 # What --augment changes in both frames of a transition alike:
 LARGEST_TURN = {"light": 0.0, "full": 5.0}  # degrees
 JITTER = 0.1  # of brightness and contrast, as a share
@@ -61,6 +59,7 @@ def parse_args(argv=None):
         augments=("none", *LARGEST_TURN), val_ratio=0.15, test_ratio=0.15)
     add_data_arguments(parser.group("transitions and patients"))
     add_model_arguments(parser.group("model"))
+    add_world_model_arguments(parser.group("world model: --token_type channel or spatial"))
     parser.set_defaults(**dependent_defaults(common.parse_arguments(parser, argv)))
     args = common.parse_arguments(parser, argv)
     splitting.check_flags(parser, args)
@@ -100,20 +99,28 @@ def add_data_arguments(add):
 
 
 def add_model_arguments(add):
-    """Encoder, tokens, transformer and losses."""
+    """Encoder, kind of model, loss and choice of the epoch."""
     add("--encoder", "--backbone", "--model", default="resnet34",
         help="any torchvision ResNet: resnet18, resnet34, resnet50, ...")
     add("--image_size", "--img_size", type=common.SIDE, default=224,
         help="side of a frame in pixels")
-    add("--freeze_layers", type=common.bounded(int, 0, 5), default=0,
-        help="world model: first stages of the encoder (stem, then four) that are not trained; 5 = none is, and "
-             "without augmentation its feature maps are computed once")
-    add("--backbone_lr_mult", type=common.AMOUNT, default=1.0,
-        help="learning rate of the encoder over --lr")
     add("--token_type", choices=("none", "channel", "spatial"), default="none",
         help="none: at1 is read off the frame at t1, by a solved readout of a frozen encoder and what training adds; "
              "else the world model, channel: with a token per feature channel (512), as published; spatial: with one "
              "per cell of the feature map (49), cheaper")
+    add("--dropout", type=common.DROPOUT, default=0.1,
+        help="on residual and feed-forward paths; inside attention it is 0, which lets the fused kernel run")
+    add("--smooth_l1_beta", type=common.AMOUNT, default=1.0,
+        help="error, in label sds, from which the loss on a pose grows linearly")
+    add("--select", choices=("main_task_loss", "last"), default="main_task_loss",
+        help="validation column that chooses the epoch; last = no choice, so that validation stays unseen")
+    use_amp = {"32": "off", "16": "on", "bf16": "on"}
+    add("--precision", dest="use_amp", type=lambda word: use_amp.get(word, word), choices=("on", "off"),
+        metavar="{32,16,bf16}", help="alias: 32 = --use_amp off, 16 and bf16 = --use_amp on")
+
+
+def add_world_model_arguments(add):
+    """Tokens, transformer, training of the encoder and losses that a readout of the frame at t1 has not."""
     add("--d_model", type=common.POSITIVE, default=768,
         help="width of a token")
     add("--n_layers", "--num_layers", type=common.POSITIVE, default=6,
@@ -122,21 +129,17 @@ def add_model_arguments(add):
         help="attention heads; they divide d_model")
     add("--feedforward", type=common.POSITIVE, default=3072,
         help="width of the feed-forward layers")
-    add("--dropout", type=common.DROPOUT, default=0.1,
-        help="on residual and feed-forward paths; inside attention it is 0, which lets the fused kernel run")
-    add("--smooth_l1_beta", type=common.AMOUNT, default=1.0,
-        help="error, in label sds, from which the loss on a pose grows linearly")
+    add("--freeze_layers", type=common.bounded(int, 0, 5), default=0,
+        help="first stages of the encoder (stem, then four) that are not trained; 5 = none is, and without augmentation "
+             "its feature maps are computed once")
+    add("--backbone_lr_mult", type=common.AMOUNT, default=1.0,
+        help="learning rate of the encoder over --lr")
     add("--lambda_t2_action", type=common.AMOUNT, default=1.0,
         help="weight of the loss on at2")
     add("--lambda_latent", type=common.AMOUNT, default=0.2,
         help="weight of the loss on imagined features")
     add("--primary_task_only", action="store_true",
         help="train on at1 alone: both weights 0")
-    add("--select", choices=("main_task_loss", "last"), default="main_task_loss",
-        help="validation column that chooses the epoch; last = no choice, so that validation stays unseen")
-    use_amp = {"32": "off", "16": "on", "bf16": "on"}
-    add("--precision", dest="use_amp", type=lambda word: use_amp.get(word, word), choices=("on", "off"),
-        metavar="{32,16,bf16}", help="alias: 32 = --use_amp off, 16 and bf16 = --use_amp on")
 
 
 def check_flags(parser, args):
@@ -170,10 +173,12 @@ def check_flags(parser, args):
 
 def flags_without_effect(args):
     """Flags of the world model that are set although --token_type none has none."""
+    if args.token_type != "none":
+        return []
     parser = common.Parser()
-    add_model_arguments(parser.group("model"))
-    names = WORLD_MODEL_FLAGS if args.token_type == "none" else ()
-    return [f"--{name} {getattr(args, name)}" for name in names if getattr(args, name) != parser.get_default(name)]
+    add_world_model_arguments(parser.group("world model"))
+    defaults = vars(parser.parse_args([]))
+    return [f"--{name} {getattr(args, name)}" for name in defaults if getattr(args, name) != defaults[name]]
 
 
 def dependent_defaults(args):
