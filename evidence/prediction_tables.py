@@ -276,8 +276,10 @@ def labelled(table):
 
 
 def combine(records, function):
-    """Records of one dataclass as one: function(arrays of a field) in place of arrays, of dicts of arrays in place of
-    each of these; None where one has None; all else is that of the first.
+    """Several records of one dataclass as one.
+
+    A field of arrays becomes function(list of them), and so does each array in a dict. What one record lacks (None) is
+    None; all else is that of the first.
     """
     fields = {}
     for name, first in vars(records[0]).items():
