@@ -122,14 +122,15 @@ def _draw_history_panel(axis, history, title, columns, best_epoch):
             axis.plot(history["epoch"], history[column], ".--", label=column, color=ORANGE)
         else:
             axis.plot(history["epoch"], history[column], ".-", label=column)
-    set_title(axis, title)
     axis.set_xlabel("epoch", fontsize=8, color=SOFT)
     axis.locator_params(axis="x", integer=True)
     if len(columns) > 1:
         _add_legend(axis)
+    note = ""
     if best_epoch is not None:
         axis.axvline(best_epoch, color=INK, linewidth=0.9, linestyle=":")
-        set_title(axis, title, f"best epoch {best_epoch:g}")
+        note = f"best epoch {best_epoch:g}"
+    set_title(axis, title, note)
 
 
 def plot_history(history, path, best_epoch=None, facts=()):
