@@ -261,14 +261,9 @@ class Judged:
             overall |= state_scores(self.usual_confusions[pictures].sum(0))
         return overall, each
 
-    def support(self, alone, owners):
-        """{(scope, metric): how many groups or pictures it rests on}, for subject_intervals.estimate.
-
-        alone: ({metric: (U,)}, {metric: (U, P)}) of each of U groups or pictures alone; owners: (M,) their numbers.
-        """
-        support = {}
-        for scope, found in zip(("overall", "each"), alone):
-            support |= {(scope, metric): np.isfinite(values).sum(0) for metric, values in found.items()}
+    def support(self, statistic, owners):
+        """Support for subject_intervals.estimate: (M,) numbers of the groups or pictures."""
+        support = subject_intervals.support_alone(statistic, owners.max() + 1)
         occurs = self.confusions.any(2)  # (M, S), True = a box found in the picture has that state
         n_owners = [len(np.unique(owners[pictures])) for pictures in occurs.T]
         for metric in ("balanced_accuracy", "macro_f1"):  # a mean over the states needs two; the others may be rare
@@ -295,7 +290,7 @@ class Judged:
             draws=draws,
             seed=seed,
             names=self.truth.parts,
-            support=self.support(model(np.eye(len(units))), owners),
+            support=self.support(model, owners),
             n=self.counts["truth"].sum(0).astype(int),
             rows=len(self.every),
             folds=folds,

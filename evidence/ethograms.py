@@ -304,7 +304,7 @@ def judge_bouts(windows, bouts, events, names):
 
     windows, bouts, events: DataFrames with video, start_sec and end_sec, the last two also label. Of all videos that
     have windows: precision, recall and F1 of bouts that are paired with events at each IoU, and Cohen's kappa over
-    time, that of infinitely short frames. Intervals over videos: none under 5.
+    time, that of infinitely short frames. Intervals over videos: none where under 5 have what a number is about.
     """
     import pandas as pd
     counts = []
@@ -318,8 +318,9 @@ def judge_bouts(windows, bouts, events, names):
     def statistic(weights):
         return {}, bout_metrics({key: weights @ values for key, values in numbers.items()})  # (D, C) each
     n_events = numbers["events"].sum(0)  # (C,)
+    support = subject_intervals.support_alone(statistic, n_videos)
     result = subject_intervals.estimate(
-        statistic, None, n_videos, "videos", names=names, n=n_events, rows=n_videos, support={})
+        statistic, None, n_videos, "videos", names=names, n=n_events, rows=n_videos, support=support)
     columns = {"label": names, "bouts": numbers["bouts"].sum(0), "events": n_events}
     for metric, found in result.each.model.items():
         columns |= found.columns(metric)

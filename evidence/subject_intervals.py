@@ -150,6 +150,13 @@ def estimate(model, baseline, subjects, unit, *, n, rows, support, names=None, d
         **described)
 
 
+def support_alone(statistic, subjects):
+    """Support for `estimate`: how many subjects have each metric by themselves."""
+    alone = statistic(np.eye(subjects))
+    return {(scope, metric): np.isfinite(values).sum(0) for scope, metrics in zip(("overall", "each"), alone)
+            for metric, values in metrics.items()}
+
+
 def _reach_of_interval(subjects, unit, folds):
     """(reach, method): how many sds of the draws an interval ends from the value, and how that is said.
 
@@ -399,14 +406,15 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, thr
 
     probability, baseline: (N, C); label: (N,); groups: (N,) names, None = every row its own; threshold, positive: as
     in classification_metrics; baseline_threshold: the same for the baseline; folds, described (names and
-    baseline_name): as in `estimate`. Intervals of a class seen in (or outside of) under 5 subjects are NaN. Exceptions:
-    accuracy, recall and precision of ungrouped rows of one model, by Wilson; and a share of 0 or 1 that no resample
-    changes, exact over the subjects of the rarest class that it needs.
+    baseline_name): as in `estimate`. Intervals of a class seen in (or outside of) under 5 subjects are NaN, that of its
+    precision also where it is given in under 5. Exceptions: accuracy, recall and precision of ungrouped rows of one
+    model, by Wilson; and a share of 0 or 1 that no resample changes, exact over the subjects that it rests on.
     """
     n_classes = probability.shape[1]
     owners = np.arange(len(label)) if groups is None else groups
     subjects, index = np.unique(owners, return_inverse=True)
-    support = _class_support(label, index, n_classes)
+    chosen = class_scores.predicted_class(probability, threshold, positive)
+    support = _class_support(label, chosen, index, n_classes)
     statistic = class_scores.class_statistic(probability, label, threshold, positive, index)
     confusion = class_scores.confusion_matrix(probability, label, threshold, positive)
     of_baseline = None
@@ -424,16 +432,19 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, thr
     return result
 
 
-def _class_support(label, index, n_classes):
-    """Support for `estimate`: (N,) labels, (N,) number of each row's subject."""
-    of_class = label[:, None] == np.arange(n_classes)  # (N, C)
-    seen = np.array([len(np.unique(index[own])) for own in of_class.T])
-    outside = np.array([len(np.unique(index[~own])) for own in of_class.T])
-    both = np.minimum(seen, outside)
+def _class_support(label, chosen, index, n_classes):
+    """Support for `estimate`: (N,) labels, (N,) classes that are given, (N,) number of each row's subject."""
+    def subjects_with(is_so):  # (C, N) -> (C,)
+        return np.array([len(np.unique(index[rows])) for rows in is_so])
+    of_class = label == np.arange(n_classes)[:, None]  # (C, N)
+    seen = subjects_with(of_class)
+    both = np.minimum(seen, subjects_with(~of_class))
+    given = subjects_with(chosen == np.arange(n_classes)[:, None])
     # a mean over three classes or more keeps its interval, however rare one of them is
     rarest = both.min() if n_classes == 2 else max(FEWEST_FOR_INTERVAL, min(seen[seen > 0], default=0))
     support = {("overall", metric): rarest for metric in ("roc_auc", "macro_f1", "balanced_accuracy", "mcc")}
-    support |= {("each", metric): seen for metric in ("precision", "recall", "f1")}
+    support |= {("each", metric): seen for metric in ("recall", "f1")}
+    support["each", "precision"] = np.minimum(seen, given)
     support |= {("each", metric): both for metric in ("average_precision", "roc_auc")}
     return support
 

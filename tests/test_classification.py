@@ -392,6 +392,12 @@ def test_a_class_in_few_subjects_has_no_interval_and_a_perfect_one_is_not_beyond
     found = subject_intervals.bootstrap_classification(perfect, rare, subjects, names=["a", "b"])
     assert math.isnan(found.overall.model["roc_auc"].low) and math.isnan(found.each.model["recall"].at(1).high)
     assert math.isfinite(found.overall.model["accuracy"].low)
+    for folds, groups in ((1, subjects), (5, None)):  # b is given to two rows, both right
+        given = perfect.copy()
+        given[np.flatnonzero(label)[2:]] = [0.9, 0.1]
+        found = subject_intervals.bootstrap_classification(given, label, groups, folds=folds, names=["a", "b"]).each.model
+        assert found["precision"].value[1] == 1 and np.isnan([found["precision"].low[1], found["precision"].high[1]]).all()
+        assert np.isfinite([found["recall"].low[1], found["precision"].low[0]]).all()
 
 
 @pytest.mark.parametrize("subjects, resolved", [(5, False), (6, True)])

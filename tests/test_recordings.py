@@ -157,7 +157,9 @@ def test_bouts_are_judged_as_short_frames_are():
         moved = edges[:20].reshape(-1, 2) + draws.integers(0, 60, (10, 1)) / 100
         found[f"v{v}"] = {"bite": moved[draws.random(10) < 0.8]}
         watched[f"v{v}"] = {"": [(0.0, 30.0), (20.0, 60.0)]}
-    (bite, walk), method = ethograms.judge_bouts(table_of(watched), table_of(found), table_of(true), ["bite", "walk"])
+    found["v0"]["rear"] = true["v0"]["rear"] = [(1.0, 2.0)]
+    (bite, walk, rear), method = ethograms.judge_bouts(
+        table_of(watched), table_of(found), table_of(true), ["bite", "walk", "rear"])
     middles = np.arange(6000) / 100 + 0.005
     frames = [[], []]
     n_pairs = n_found = 0
@@ -173,6 +175,8 @@ def test_bouts_are_judged_as_short_frames_are():
     assert bite["f1_at_0.25"] == pytest.approx(2 * n_pairs / (n_found + 80))
     assert bite["kappa_low"] < bite["kappa"] < bite["kappa_high"] and "8 videos" in method
     assert walk["recall_at_0.5"] == 0 and walk["kappa"] == pytest.approx(0) and np.isnan(walk["precision_at_0.5"])
+    assert rear["precision_at_0.5"] == rear["recall_at_0.5"] == rear["kappa"] == 1
+    assert np.isnan([rear["precision_at_0.5_low"], rear["recall_at_0.5_low"], rear["kappa_low"]]).all(), "of one video"
 
 
 def test_events_past_what_was_watched_are_cut():
