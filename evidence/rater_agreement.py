@@ -10,6 +10,8 @@ import numpy as np
 
 from evidence import reporting
 
+LONE = "; a row of one rater counts with the noise of a rating of the others"
+
 
 def noise_ceiling(mean, sd, n):
     """(R,) R2 ceiling of each target from summary ratings.
@@ -25,6 +27,20 @@ def noise_ceiling(mean, sd, n):
     variance = pd.DataFrame(mean).where(valid).var()
     r2 = 1.0 - noise / variance
     return r2.where(r2 >= 0).to_numpy()
+
+
+def with_lone_ratings(r2, mean, n):
+    """(R,) R2 ceilings of all rows from those of the rows of several raters, whose noise those of one rater have too.
+
+    mean, n: (N, R) ratings and numbers of raters. NaN: not measurable.
+    """
+    import pandas as pd
+    mean, raters = pd.DataFrame(mean), pd.DataFrame(n)
+    raters = raters.where(mean.notna() & (raters > 0))
+    several = raters > 1
+    noise = (1 - r2) * mean.where(several).var() / (1 / raters.where(several)).mean()  # variance of a single rating
+    every = 1 - noise * (1 / raters).mean() / mean.where(raters > 0).var()
+    return every.where(every >= 0).to_numpy()
 
 
 def _stack_ratings(ratings, fewest):
@@ -114,15 +130,18 @@ def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
     import pandas as pd
     if single_ratings:
         ratings = [single_ratings[name] for name in names]
-        return Ceiling(source="split half with Spearman-Brown, 100 halves of the single ratings",
-                       r2=np.array(list(map(split_half, ratings))),
+        n = np.array([[np.isfinite(part).sum() for part in each] for each in ratings]).T
+        r2 = np.array(list(map(split_half, ratings)))
+        return Ceiling(source="split half with Spearman-Brown, 100 halves of the single ratings" + LONE,
+                       r2=with_lone_ratings(r2, mean, n),
                        icc=np.array(list(map(icc, ratings))))
     if sd is None:
         return Ceiling(source="not measurable: the table has means alone. Columns of the raters' sd and number "
                               "(Valence_sd, Valence_n), or a row for every single rating, would give one")
     if n is not None:
         return Ceiling(source="1 - mean(sd^2 / n) / var(mean), where an sd of 0 counts if n is over 1: these raters "
-                              "agree, if only that the scale ends there", r2=noise_ceiling(mean, sd, n))
+                              "agree, if only that the scale ends there" + LONE,
+                       r2=with_lone_ratings(noise_ceiling(mean, sd, n), mean, n))
     sd = np.where(sd > 0, sd, np.nan)  # 0 may be of one rater
     tables = {f"n = {raters}": noise_ceiling(mean, sd, raters) for raters in (2, 4, 6, 10, 15, 20, 30)}
     possible = pd.DataFrame({"target": names, **tables}).to_dict("records")

@@ -483,6 +483,25 @@ def test_pure_noise_is_not_measurable_and_never_clipped():
     assert math.isnan(rater_agreement.icc(ratings[:, :, column])[1])
 
 
+def test_pictures_of_one_rater_lower_the_ceiling_of_all():
+    """Two thirds of the pictures have one rater: the others alone allow .909, and a perfect model reaches .59."""
+    found = []
+    for seed in range(20):
+        generator = np.random.default_rng((seed, 11))
+        true_score, n = generator.normal(size=300), generator.choice([1, 1, 10], 300)
+        ratings = [score + generator.normal(size=count) for score, count in zip(true_score, n)]
+        mean = np.array([[part.mean()] for part in ratings])
+        sd = np.array([[part.std(ddof=1) if len(part) > 1 else 0.0] for part in ratings])
+        ceilings = [rater_agreement.measure_ceiling(["v"], mean, sd, n[:, None]),
+                    rater_agreement.measure_ceiling(["v"], mean, single_ratings={"v": ratings})]
+        reached = common.regression_metrics(true_score[:, None], mean)["r2"][0]
+        found.append([ceiling.mean_r2 - reached for ceiling in ceilings])
+        several = n > 1
+        whole = rater_agreement.noise_ceiling(mean[several], sd[several], n[several, None])
+        assert rater_agreement.with_lone_ratings(whole, mean[several], n[several, None]) == pytest.approx(whole)
+    assert np.abs(np.mean(found, axis=0)).max() < 0.03
+
+
 def test_rows_of_one_rater_or_with_gaps_do_not_count():
     mean = np.array([[1.0], [2.0], [4.0], [8.0], [100.0], [np.nan], [3.0]])
     sd = np.array([[1.0], [1.0], [2.0], [1.0], [0.0], [1.0], [1.0]])
