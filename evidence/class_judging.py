@@ -106,11 +106,9 @@ def calibration_rows(table):
         rows.append({
             "stage": stage,
             "nll": overall["loss"],
-            "brier": overall["brier"],
-            "ece": overall["ece"],
-            "ece_adaptive": overall["ece_adaptive"],
-            "ece_of_a_calibrated_model": calibrating.simulated_ece(probability.max(1)).mean(),
-            "ece_adaptive_of_a_calibrated_model": calibrating.simulated_ece(probability.max(1), adaptive=True).mean(),
+            **{name: overall[name] for name in ("brier", *class_scores.ECE_METRICS)},
+            **{f"{name}_of_a_calibrated_model": calibrating.simulated_ece(probability.max(1), adaptive).mean()
+               for name, adaptive in class_scores.ECE_METRICS.items()},
             "accuracy": overall["accuracy"],
             **{name: found.per_class[name][table.positive] for name in ("precision", "recall", "f1")},
         })

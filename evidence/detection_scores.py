@@ -278,8 +278,8 @@ class Judged:
         def over_draws(values):
             def statistic(weights):
                 times = weights.astype(int)[:, owners]  # (draws, M)
-                overall, each = zip(*[values(np.repeat(self.every, drawn)) for drawn in times])
-                return stack_draws(overall), stack_draws(each)
+                scopes = zip(*[values(np.repeat(self.every, drawn)) for drawn in times])
+                return tuple(map(stack_draws, scopes))
             return statistic
         model = over_draws(self.values)
         return subject_intervals.estimate(

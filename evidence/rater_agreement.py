@@ -35,11 +35,11 @@ def with_lone_ratings(r2, mean, n):
     mean, n: (N, R) ratings and numbers of raters. NaN: not measurable.
     """
     import pandas as pd
-    mean, raters = pd.DataFrame(mean), pd.DataFrame(n)
-    raters = raters.where(mean.notna() & (raters > 0))
-    several = raters > 1
-    noise = (1 - r2) * mean.where(several).var() / (1 / raters.where(several)).mean()  # variance of a single rating
-    every = 1 - noise * (1 / raters).mean() / mean.where(raters > 0).var()
+    mean = pd.DataFrame(mean).where(n > 0)
+    share = (1 / pd.DataFrame(n)).where(mean.notna())  # of a single rating's noise
+    several = n > 1
+    noise = (1 - r2) * mean.where(several).var() / share.where(several).mean()
+    every = 1 - noise * share.mean() / mean.var()
     return every.where(every >= 0).to_numpy()
 
 

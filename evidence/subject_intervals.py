@@ -434,12 +434,10 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, thr
 
 def _class_support(label, chosen, index, n_classes):
     """Support for `estimate`: (N,) labels, (N,) classes that are given, (N,) number of each row's subject."""
-    def subjects_with(is_so):  # (C, N) -> (C,)
-        return np.array([len(np.unique(index[rows])) for rows in is_so])
-    of_class = label == np.arange(n_classes)[:, None]  # (C, N)
-    seen = subjects_with(of_class)
-    both = np.minimum(seen, subjects_with(~of_class))
-    given = subjects_with(chosen == np.arange(n_classes)[:, None])
+    classes = np.arange(n_classes)[:, None]
+    kinds = np.stack([label == classes, label != classes, chosen == classes])  # (3, C, N)
+    seen, outside, given = np.array([[len(np.unique(index[rows])) for rows in kind] for kind in kinds])
+    both = np.minimum(seen, outside)
     # a mean over three classes or more keeps its interval, however rare one of them is
     rarest = both.min() if n_classes == 2 else max(FEWEST_FOR_INTERVAL, min(seen[seen > 0], default=0))
     support = {("overall", metric): rarest for metric in ("roc_auc", "macro_f1", "balanced_accuracy", "mcc")}
