@@ -334,9 +334,7 @@ def nearness(phase, behavior):
     if behavior is None:
         return 0.5 - 0.5 * math.cos(2 * math.pi * phase)
     phase = phase % 1 if behavior == "ear" else -phase % 1
-    if phase < SLOW_SHARE:
-        return phase / SLOW_SHARE
-    return (1 - phase) / (1 - SLOW_SHARE)
+    return min(phase / SLOW_SHARE, (1 - phase) / (1 - SLOW_SHARE))
 
 
 def plan_videos(n_events, rng):
@@ -669,13 +667,12 @@ def coco_annotations(bicycles, part_names):
             "id": 7 * row, "file_name": bicycle.name, "street": f"street {bicycle.street}", "width": width,
             "height": height})
         for part, category_id in category_ids.items():
-            state, (x1, y1, x2, y2) = bicycle.parts[part]
+            state, box = bicycle.parts[part]
             spellings = ({"state": state}, {"state_id": part_boxes.STATES.index(state), "iscrowd": False},
                          {"attributes": {"state": state}})
-            box = (x1, y1, x2 - x1, y2 - y1)
             annotations.append({
                 "id": len(annotations), "image_id": 7 * row, "category_id": category_id,
-                "bbox": [round(value, 1) for value in box],
+                "bbox": [round(value, 1) for value in part_boxes.to_xywh(*box)],
                 **spellings[row % 3]})
     return part_boxes.coco_content(images, annotations, category_ids)
 

@@ -466,8 +466,8 @@ def refuse_other_convention(images, path, box_format, flag="--box_format"):
              for image in images if image.size for each in image.objects if any(each.box)]
     if box_format or not known:
         return
-    x1, y1, x2, y2, width, height, area = np.array(known, float).T  # each (K,)
-    written = np.array([x1, y1, x2 - x1, y2 - y1])
+    *corners, width, height, area = np.array(known, float).T  # each (K,)
+    written = np.array(to_xywh(*corners))
     size = np.array([width, height])
     n_outside = {}
     n_area = {}

@@ -93,10 +93,8 @@ def _unread_format(path):
 
 def check_file(path):
     """BadImage unless the path is a file with something in it; a pipe or device would block for ever."""
-    if not os.path.exists(path):
-        raise pixel_cache.BadImage("no such file")
     if not os.path.isfile(path):
-        raise pixel_cache.BadImage("not a regular file")
+        raise pixel_cache.BadImage("not a regular file" if os.path.exists(path) else "no such file")
     if not os.path.getsize(path):
         raise pixel_cache.BadImage("empty file, 0 bytes")
 
