@@ -420,7 +420,7 @@ def parse_arguments(parser, argv):
     if resume != "auto":
         values = config_values(parser, run_folder_of(resume) / "args.json") | values
     for action in parser._actions:
-        if action.dest in values and action.dest not in {*typed, "config"}:
+        if action.dest in values and action.dest not in typed:
             action.default = values[action.dest]
             action.required = False
     flags = vars(parser.parse_args(words))
@@ -483,6 +483,7 @@ def config_values(parser, path):
     """Config file -> {flag: value}, checked here, so that an error names the file."""
     switches = {}
     words = []
+    key_of = {}  # flag -> its key, which may be another name of it
     declared = parser._option_string_actions
     for key, value in read_config(path).items():
         name = f"--{key.replace('-', '_')}"
@@ -492,6 +493,11 @@ def config_values(parser, path):
         if value in (None, "", "~", "null"):
             continue
         action = declared[name]
+        if action.dest == "config":
+            raise UserError(f"{path}: {key} {value} would not be read; copy its lines")
+        first = key_of.setdefault(action.dest, key)
+        if first != key:
+            raise UserError(f"{path}: {first} and {key} are names of one flag; keep one")
         truth = {"true": True, "false": False}.get(str(value).lower())  # None: the value is neither
         if action.nargs == 0:
             if truth is None:
@@ -526,20 +532,20 @@ def _words_of(action, name, value, where):
 def read_config(path):
     """{flag name: text or list of texts} of a YAML or JSON file, without its sections.
 
-    Of an args.json: its flags but --resume. UserError for what is no mapping, and for duplicate keys,
+    Of an args.json: its flags but --config and --resume. UserError for what is no mapping, and for duplicate keys,
     anchors and deep nesting.
     """
     if not path.is_file():
         raise UserError(f"no such file: {path} (expected YAML or JSON)")
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
             values = json.loads(text, object_pairs_hook=unique_keys, parse_int=str, parse_float=str,
                                 parse_constant=str)
         else:
             values = _parse_yaml(text)
         if isinstance(values, dict) and {"command", "flags"} <= set(values):
-            values = values["flags"] | {"resume": None}
+            values = values["flags"] | {"config": None, "resume": None}
         return unique_keys(_leaves({} if values is None else values))
     except RecursionError:
         raise UserError(f"{path} is nested too deeply to be a config file ({len(text)} characters)") from None

@@ -26,7 +26,7 @@ def parse(*argv):
 
 def parse_config(tmp_path, text, *argv, name="c.yaml"):
     path = tmp_path / name
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     return parse("--config", str(path), *argv)
 
 
@@ -198,6 +198,7 @@ def test_resume_may_stand_in_a_config_but_not_in_the_record_of_a_run(tmp_path):
     assert parse_config(tmp_path, "resume: auto\n", "--resume", str(finished(tmp_path, lr=0.5))).resume == str(tmp_path)
     args = parse_config(tmp_path, f"resume: {tmp_path}\nseed: 2\n")
     assert (args.resume, args.lr, args.seed) == (str(tmp_path), 0.5, 2)
+    finished(tmp_path, lr=0.5, config="c.yaml")
     assert parse("--config", str(tmp_path / "args.json")).resume is None
 
 
@@ -251,7 +252,9 @@ def test_config_values_are_read_as_if_they_were_typed(tmp_path, name, text):
     ("epochz: 3", ["epochz", "epochs"]), ("lr: NO", ["lr", "NO"]), ("epochs: 3.5", ["epochs", "3.5"]),
     ("lr: -1", ["lr", "-1"]), ("lr: .nan", ["lr", "nan"]), ("epochs: 1\nepochs: 2", ["epochs", "twice"]),
     ("a: {epochs: 1}\nb: {epochs: 2}", ["epochs", "two sections"]), ("a: &x {epochs: 1}\nb: *x", ["anchors"]),
-    ("- epochs", ["list"]), ("a: [", ["cannot be read"]), ("scheduler: cosin", ["scheduler", "cosine"]),
+    ("- epochs", ["list"]), ("epochs: 3\nmax_epochs: 5", ["epochs and max_epochs are names of one flag"]),
+    ("pretrained: true\nno_pretrained: true", ["pretrained and no_pretrained"]), ("config: base.yaml", ["copy its lines"]),
+    ("name: K\udcfche", ["utf-8"]), ("a: [", ["cannot be read"]), ("scheduler: cosin", ["scheduler", "cosine"]),
     ("deterministic: 3", ["deterministic", "true or false"]), ("lr: [1e-4, 1e-3]", ["lr", "expected float", "1e-3"]),
     ("pixel_range: [0]", ["pixel_range", "expected 2"]), ("pixel_range: [0, 1, 27]", ["more values", "27"]),
     ("? [a]\n: 1", ["unknown key"]), ("lr: {a: {b: " + "{c: " * 5000, ["nested too deeply"]),
