@@ -986,7 +986,7 @@ def judge(run, args, study, split, rows, table, *, part, use, alarms, best_epoch
         run, table, setting,
         blocks=pose_scores.time_blocks(table, study.sequences[rows], study.order[rows]),
         label_sd=study.label_sd,
-        has_patients=study.has_patients,
+        unit="patients" if study.has_patients else "folders",
         doubts=split_doubts(args, study),
         compose=study.compose,
         use=use)
@@ -1000,10 +1000,9 @@ def data_blocks(run, study, split, table):
         "patients": len(set(study.patients[rows])),
         "sequences": len(set(study.sequences[rows])),
     } for part, rows in split.items()]
-    groups = "patients" if study.has_patients else "folders, whose patients are not known"
     blocks = [
         judging.rows_text(table, "transitions"),
-        reporting.html_text(f"Groups are {groups}; {len(study.skipped)} rows skipped."),
+        reporting.html_text(f"Groups are patients, as far as they are known; {len(study.skipped)} rows skipped."),
         reporting.html_table(sizes),
         reporting.html_list(study.notes),
     ]

@@ -20,13 +20,13 @@ WITHIN_PATIENTS = ("Fewer than five patients were scored. Intervals, if any, are
                    "about others.")
 
 
-def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, doubts, compose, use):
+def judge_poses(run, table, setting, *, blocks, label_sd, unit, doubts, compose, use):
     """Judge a table of pose_scores, write tables, plots, report.html and metrics.json; returns the metrics.
 
-    blocks: (M,) of pose_scores.time_blocks; label_sd: (6,); has_patients False: each folder counts as one; doubts:
+    blocks: (M,) of pose_scores.time_blocks; label_sd: (6,); unit: patients, or folders where each counts as one; doubts:
     sentences on the split; compose: the name of a Convention; use: numbers of USE_MEANINGS.
     """
-    results = pose_scores.compare(table, blocks, label_sd, "patients" if has_patients else "folders")
+    results = pose_scores.compare(table, blocks, label_sd, unit)
     best = min(results.values(), key=lambda result: result.overall.baseline["mae"].value)
     result = pose_scores.in_units(best, label_sd)
     axes = pose_scores.axis_rows(result, table)
@@ -46,7 +46,7 @@ def judge_poses(run, table, setting, *, blocks, label_sd, has_patients, doubts, 
         doubts = [*doubts, WITHIN_PATIENTS]
     return judging.close_run(
         run, setting,
-        verdict=pose_scores.verdict(result, patients, has_patients, setting.worst_seen),
+        verdict=pose_scores.verdict(result, patients, unit, setting.worst_seen),
         result=result,
         metric="mae",
         doubts=verdicts.baseline_doubts(results) + doubts,

@@ -186,10 +186,10 @@ def fold_numbers(table, sd):
     }
 
 
-def verdict(result, per_patient, has_patients, seen="new"):
+def verdict(result, per_patient, unit, seen="new"):
     """One honest sentence: does the model beat its best baseline, over what, and what it proves nothing about.
 
-    per_patient: rows of patient_rows; has_patients False: each folder counted as a patient; seen: see verdict_sentence.
+    per_patient: rows of patient_rows; unit: patients, or folders where each counted as one; seen: see verdict_sentence.
     """
     text = verdicts.verdict_sentence(result, "mae", seen=seen, label="mean error in label sds")
     if result.unit != subject_intervals.TIME_BLOCKS:
@@ -198,8 +198,7 @@ def verdict(result, per_patient, has_patients, seen="new"):
     if n == 1:
         return f"One patient proves nothing across patients. Within it, over blocks of time: {text}"
     better = sum(row["error"] < row["baseline_error"] for row in per_patient)
-    who = "patients are" if has_patients else "folders, whose patients are not known, are"
-    return (f"{n} {who} too few for an interval across patients (better in {better} of {n}). "
+    return (f"{n} {unit} are too few for an interval across patients (better in {better} of {n}). "
             f"Within them, over blocks of time: {text}")
 
 
