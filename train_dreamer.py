@@ -1050,8 +1050,8 @@ def make_split(args, study):
     n_patients = len(set(study.patients))
     if n_patients < n_parts and not args.split_file:
         raise common.UserError(f"{n_patients} patients are too few for {n_parts} parts: --split_by time cuts the "
-                               "sequences in blocks (and says nothing across patients), --test_ratio 0 or --folds "
-                               f"{n_patients} leave one out")
+                               "sequences in blocks (and says nothing across patients); of two patients --folds 2 "
+                               "leaves one out in turn")
     return splitting.split_of_flags(args, study.names, None, study.patients)
 
 

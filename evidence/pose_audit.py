@@ -38,7 +38,7 @@ def check_study(study):
         *(check("WARNING" in note, "note", note) for note in study.notes),
         *check_composition(study.residuals, study.compose),
         *check_ranges(study.poses),
-        *check_chain(study.sequences, study.order, study.frames, study.at1, study.at2),
+        *check_chain(study.sequences, study.frames, study.at1, study.at2),
         *check_time(study.place, study.at1),
         *check_patients(study.sequences, study.patients, study.has_patients),
         *check_frames(study.store.audit, brightness, study.frames, study.patients),
@@ -103,14 +103,10 @@ def check_ranges(poses):
     return checks
 
 
-def check_chain(sequences, order, frames, at1, at2):
-    """Is each sequence one continuous sweep? order: (N,) within it; frames: (N, 2) indices of the frames t1 and t2."""
-    rows = np.lexsort((order, sequences))
-    before = rows[:-1]
-    after = rows[1:]
-    same = sequences[before] == sequences[after]
-    before = before[same]
-    after = after[same]
+def check_chain(sequences, frames, at1, at2):
+    """Is each sequence one continuous sweep? Rows in the order of the files; frames: (N, 2) indices of t1 and t2."""
+    before = np.flatnonzero(sequences[:-1] == sequences[1:])
+    after = before + 1
     if not len(after):
         return []
     linked = (frames[before, 1] == frames[after, 0]) & (frames[after, 0] >= 0)

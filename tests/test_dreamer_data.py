@@ -568,7 +568,7 @@ def test_what_chooses_the_epoch_of_a_fold_shares_no_frame_with_the_train_rows(tm
 def test_too_few_patients_for_the_parts_say_what_to_do(tmp_path):
     write_sequence(tmp_path / "data" / "a_01")
     study, _, args = load(tmp_path / "data")
-    with pytest.raises(common.UserError, match="--split_by time"):
+    with pytest.raises(common.UserError, match="--split_by time.*of two patients --folds 2"):
         train_dreamer.make_split(args, study)
 
 
