@@ -40,7 +40,7 @@ def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
     from torchvision.utils import draw_bounding_boxes
     height, width = pixels.shape[:2]
     scale = LONG_SIDE / max(height, width)
-    picture = cv2.resize(pixels, (round(width * scale), round(height * scale)))
+    picture = cv2.resize(pixels, (max(1, round(width * scale)), max(1, round(height * scale))))
     if not len(boxes):
         return picture
     texts = [parts[label] for label in labels]

@@ -540,6 +540,9 @@ def test_boxes_are_drawn_where_they_are():
         is_frame = (drawn == colour).all(2)
         assert is_frame[bottom, left:right].all() and is_frame[top:bottom, right].all()
         assert not is_frame[bottom - 4, left + 4:right - 4].any()
+    line = box_pictures.draw_boxes(
+        np.zeros((1, 4000, 3), np.uint8), (4000, 1), np.array([[0.0, 0, 900, 1]]), np.array([0]), np.array([0]), ["a"])
+    assert line.shape == (1, 640, 3), "less than half a pixel high"
 
 
 def test_without_states_each_part_has_a_colour():
