@@ -10,8 +10,6 @@ import numpy as np
 
 from evidence import reporting
 
-LONE = "; a row of one rater counts with the noise of a rating of the others"
-
 
 def noise_ceiling(mean, sd, n):
     """(R,) R2 ceiling of each target from summary ratings.
@@ -132,7 +130,7 @@ def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
         ratings = [single_ratings[name] for name in names]
         n = np.array([[np.isfinite(part).sum() for part in each] for each in ratings]).T
         r2 = np.array(list(map(split_half, ratings)))
-        return Ceiling(source="split half with Spearman-Brown, 100 halves of the single ratings" + LONE,
+        return Ceiling(source="split half with Spearman-Brown, 100 halves of the single ratings",
                        r2=with_lone_ratings(r2, mean, n),
                        icc=np.array(list(map(icc, ratings))))
     if sd is None:
@@ -140,7 +138,7 @@ def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
                               "(Valence_sd, Valence_n), or a row for every single rating, would give one")
     if n is not None:
         return Ceiling(source="1 - mean(sd^2 / n) / var(mean), where an sd of 0 counts if n is over 1: these raters "
-                              "agree, if only that the scale ends there" + LONE,
+                              "agree, if only that the scale ends there",
                        r2=with_lone_ratings(noise_ceiling(mean, sd, n), mean, n))
     sd = np.where(sd > 0, sd, np.nan)  # 0 may be of one rater
     tables = {f"n = {raters}": noise_ceiling(mean, sd, raters) for raters in (2, 4, 6, 10, 15, 20, 30)}

@@ -136,7 +136,7 @@ def estimate(model, baseline, subjects, unit, *, n, rows, support, names=None, d
     if subjects > MOST_FOR_SIGN_FLIP or baseline is None or unit == TIME_BLOCKS or folds > 1:
         per_subject = {}
     elif per_subject is None:
-        per_subject = _pseudo_values(model, baseline, whole, subjects)
+        per_subject = _pseudo_values(model, baseline, whole, subjects, support)
     return Result(
         names=list(map(str, range(len(n))) if names is None else names),
         n=n,
@@ -178,13 +178,16 @@ def _reach_of_interval(subjects, unit, folds):
     return reach * widening, method
 
 
-def _pseudo_values(model, baseline, whole, subjects):
+def _pseudo_values(model, baseline, whole, subjects, support):
     """{metric: (S,)}: what each subject says of the difference; of a mean over equal subjects its own difference.
 
-    Not where the difference is the same whoever is left out: then no subject says anything of its own.
+    Not where the difference is the same whoever is left out, or rests on a few of five or more subjects: then most say
+    nothing of their own.
     """
     left_out = _compare(model, baseline, 1.0 - np.eye(subjects))
-    places = {metric: ("difference", "overall", metric) for metric in CLASS_SIGN_FLIP_METRICS}
+    fewest = min(subjects, FEWEST_FOR_INTERVAL)
+    places = {metric: ("difference", "overall", metric) for metric in CLASS_SIGN_FLIP_METRICS
+              if support.get(("overall", metric), subjects) >= fewest}
     return {metric: subjects * whole[place] - (subjects - 1) * left_out[place]
             for metric, place in places.items() if place in whole and not np.allclose(left_out[place], whole[place], 1e-9)}
 

@@ -391,6 +391,11 @@ def test_a_class_in_few_subjects_has_no_interval_and_a_perfect_one_is_not_beyond
     rare = np.where(subjects < 4, label, 0)
     found = subject_intervals.bootstrap_classification(perfect, rare, subjects, names=["a", "b"])
     assert math.isnan(found.overall.model["roc_auc"].low) and math.isnan(found.each.model["recall"].at(1).high)
+    kept = subjects < 12  # a p of .018 came of one subject with b
+    baseline = np.random.default_rng(0).dirichlet([1, 1], 60)
+    lone = subject_intervals.bootstrap_classification(
+        perfect[kept], np.where(subjects == 0, label, 0)[kept], subjects[kept], baseline)
+    assert "roc_auc" not in lone.sign_flip_p and lone.sign_flip_p["accuracy"] is not None
     assert math.isfinite(found.overall.model["accuracy"].low)
     for folds, groups in ((1, subjects), (5, None)):  # b is given to two rows, both right
         given = perfect.copy()
