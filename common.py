@@ -1409,9 +1409,12 @@ def count_cores():
     return os.cpu_count() or 1
 
 
-def cores_of_process():
-    """This process's share of the cores, at least 1."""
-    return max(count_cores() // launched_processes().local_size, 1)
+def cores_of_process(env=os.environ):
+    """Cores for this process alone, at least 1: each task of srun has its own, those of torchrun share theirs."""
+    cores = count_cores()
+    if "SLURM_STEP_ID" in env and "SLURM_CPUS_PER_TASK" in env and "RANK" not in env:
+        return min(cores, int(env["SLURM_CPUS_PER_TASK"]))
+    return max(cores // launched_processes(env).local_size, 1)
 
 
 def resolve_workers(num_workers, cached):

@@ -179,6 +179,20 @@ def test_rank_from_the_environment(env, expected):
     assert dataclasses.astuple(common.launched_processes(env)) == expected
 
 
+@pytest.mark.parametrize("env, expected", [
+    ({}, 8),
+    ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, 2),
+    (STEP, 4),  # two tasks on this node, and not said how many cores each has
+    ({**STEP, "SLURM_CPUS_PER_TASK": "8"}, 8),  # bound to its own
+    ({**STEP, "SLURM_CPUS_PER_TASK": "3"}, 3),  # not bound
+    ({**STEP, "SLURM_CPUS_PER_TASK": "8", "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+     2),
+    ({"SLURM_CPUS_PER_TASK": "2"}, 8)])  # beside a job, not in one of its steps
+def test_cores_of_a_process(monkeypatch, env, expected):
+    monkeypatch.setattr(common, "count_cores", lambda: 8)
+    assert common.cores_of_process(env) == expected
+
+
 @pytest.mark.parametrize("env", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}])
 def test_a_rank_that_is_none(env):
     with pytest.raises(common.UserError, match="RANK=. and WORLD_SIZE=2 are no rank"):
