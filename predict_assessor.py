@@ -101,8 +101,7 @@ def find_inputs(args):
             inputs.append((path.relative_to(args.image_dir).as_posix(), path))
     if not inputs:
         raise common.UserError(f"no pictures found in {args.image_dir or args.image_list}")
-    found = [path for _, path in inputs if os.path.exists(path)]  # which a link that leads to itself is not
-    if args.output.exists() and any(map(args.output.samefile, found)):
+    if os.path.realpath(args.output) in [os.path.realpath(path) for _, path in inputs]:
         raise common.UserError(f"--output {args.output} is one of the pictures; name another file")
     return inputs
 

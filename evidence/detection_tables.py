@@ -122,18 +122,18 @@ def results_as_coco(entries, annotated, reading):
     """
     ids = dict(annotated.category_ids)
     image_ids = {file_names.clean_name(image.name): image.id for image in annotated.images}
-    names = {file_name(entry) for entry in entries if isinstance(entry, dict)}
+    names = [file_name(entry) if isinstance(entry, dict) else "" for entry in entries]
     fits = file_names.NameIndex(image_ids, file_names.IMAGE_SUFFIXES).match(names, exact=False)
     fits_any = any(fit.files for fit in fits.values())
     annotations = []
-    for number, entry in enumerate(entries):
+    for number, (entry, named) in enumerate(zip(entries, names)):
         name = f"result {number}"
         if not isinstance(entry, dict):
             reading.faults.append(f"{name}: expected an object, found {str(entry)[:60]}")
             continue
         written = entry.get("image_id")
-        fitting = fits[file_name(entry)].files
-        if fits_any and file_name(entry) and not fitting:
+        fitting = fits[named].files
+        if fits_any and named and not fitting:
             reading.counts["results are of pictures that are not annotated, and left out"] += 1
             continue
         image_id = image_ids[fitting[0]] if len(fitting) == 1 else written
