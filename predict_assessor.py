@@ -15,7 +15,6 @@ Letters: N images, B batch, R ratings, M members, S side of the square input in 
 import dataclasses
 import functools
 import os
-import os
 from pathlib import Path
 
 import numpy as np
