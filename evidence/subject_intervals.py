@@ -152,9 +152,8 @@ def estimate(model, baseline, subjects, unit, *, n, rows, support, names=None, d
 
 def support_alone(statistic, subjects):
     """Support for `estimate`: how many subjects have each metric by themselves."""
-    alone = statistic(np.eye(subjects))
-    return {(scope, metric): np.isfinite(values).sum(0) for scope, metrics in zip(("overall", "each"), alone)
-            for metric, values in metrics.items()}
+    alone = _compare(statistic, None, np.eye(subjects))
+    return {tuple(place): np.isfinite(values).sum(0) for (_, *place), values in alone.items()}
 
 
 def _reach_of_interval(subjects, unit, folds):

@@ -145,7 +145,7 @@ def spell_class_metrics(names):
 
     METRIC_CLASS always means the class; of a class called `macro`, macro_f1 is the metric of all, f1_macro its own.
     """
-    short = dict(zip(class_scores.CLASS_METRICS, class_scores.CLASS_METRICS)) | {"ap": "average_precision", "auc": "roc_auc"}
+    short = {metric: metric for metric in class_scores.CLASS_METRICS} | {"ap": "average_precision", "auc": "roc_auc"}
     meanings = {}
     for (spelled, metric), name in itertools.product(short.items(), names):
         meanings[f"{spelled}_{name}"] = MetricOf(metric, name)
