@@ -53,8 +53,6 @@ from PIL import Image, ImageDraw
 import common
 from readers import part_boxes, probe_poses
 
-TRUTH_FILE = "ground_truth.json"
-
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
@@ -816,12 +814,11 @@ TASKS = {  # task: (how its data are made, number of samples)
 def main():
     args = parse_args()
     folder = args.output_dir / args.task
-    truth_file = folder / TRUTH_FILE
+    truth_file = folder / "ground_truth.json"
     make, default_samples = TASKS[args.task]
     n_samples = args.n_samples or default_samples
     settings = {"task": args.task, "n_samples": n_samples, "seed": args.seed}
-    there = common.read_json(truth_file) if truth_file.is_file() else None
-    if isinstance(there, dict) and there.get("settings") == settings:
+    if common.read_or_warn(truth_file).get("settings") == settings:
         print(f"{folder}: already there with these settings, nothing to do")
         return
     if folder.exists() or args.output_dir.is_file():
@@ -834,7 +831,7 @@ def main():
         raise common.UserError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}; "
                                "name another folder") from None
     truth = make(draft, n_samples, args.seed)
-    common.write_json(draft / TRUTH_FILE, {"settings": settings, **truth})
+    common.write_json(draft / truth_file.name, {"settings": settings, **truth})
     draft.rename(folder)
     print(f"{folder}: made; the ground truth is in {truth_file}")
 

@@ -10,7 +10,8 @@
 
 With --task video, detector or dreamer further flags name the data: those of the train script's --mode audit (scores of
 frame sequences: --config configs/video_scores_small_data.yaml). For the assessor, ./images with the table in ./ratings
-need no flag. Writes only to a temporary folder and, with --download_weights, to the weights cache.
+need no flag. Writes only to a temporary folder, with --download_weights to the weights cache, and of data too large for
+the memory to the cache of decoded pictures.
 Exit code 1 if any row says FAIL, else 0. Packages are imported where used, so the table appears without torch too.
 """
 import argparse
@@ -263,7 +264,7 @@ def check_assessor(args):
     yield Check("OK", "data", f"{images_dir}, {path}")
     ratings = yield from check_table(path, args)
     paths, without_row, notes = file_names.match_images(ratings.images, images_dir, args.exact_names)
-    yield from (Check("WARN" if note.startswith("WARNING") else "OK", "note", note) for note in notes)
+    yield from (Check("WARN" if note.startswith("WARNING") else "OK", "note", note) for note in ratings.notes + notes)
     without_file = [name for name, image in zip(ratings.images, paths) if not image]
     yield listing("WARN", "rows without image", without_file, "they will be skipped")
     yield listing("WARN", "images without row", without_row, "they will be skipped")
@@ -282,7 +283,6 @@ def check_table(path, args):
     also = " and ".join(name for name in ("sd", "n") if getattr(ratings, name) is not None) or "neither sd nor n"
     yield Check("OK", "ratings", f"{len(ratings.images)} images; {len(ratings.names)} ratings with {also}, means "
                 f"{np.nanmin(ratings.mean):g} to {np.nanmax(ratings.mean):g}: {', '.join(ratings.names)}")
-    yield from (Check("OK", "note", note) for note in ratings.notes)
     counts = np.isnan(ratings.mean).sum(axis=0)
     gaps = [f"{name} lacks {count} of {len(ratings.images)}" for name, count in zip(ratings.names, counts) if count]
     yield listing("WARN", "missing cells", gaps, "the loss ignores them")
@@ -300,8 +300,7 @@ def check_images(paths, is_full):
     yield Check("OK", "loading", f"{len(audits)} of {len(paths)} pictures{'' if step == 1 else ' (--full: all)'} to a "
                 f"short side of 256 px: {speed:.0f} a second")
     bad = [f"{audit.path}: {audit.error}" for audit in audits if audit.error]
-    yield listing("FAIL", "unreadable images", bad, "fix or remove them, or train with --on_bad_file skip",
-                  f"{len(bad)} of {len(audits)}")
+    yield listing("FAIL", "unreadable images", bad, "fix or remove them, or train with --on_bad_file skip")
     same = common.rows_by_key(audit.pixel_sha or audit.path for audit in audits)
     twins = [" = ".join(audits[row].path for row in rows) for rows in same.values() if len(rows) > 1]
     yield listing("WARN", "identical images", twins, "a split between them would leak: keep one of each")
@@ -344,13 +343,13 @@ def counts_anything(found, what=""):
     return any(counts_anything(each, name) for name, each in found.items() if isinstance(each, dict))
 
 
-def listing(status, what, examples, remedy, count=None):
+def listing(status, what, examples, remedy):
     """A row of this status with the count and the first of the examples (FAIL: all), OK where there are none."""
     import common
     if not examples:
         return Check("OK", what, "none")
     shown = "\n".join(["", *examples]) if status == "FAIL" else f" {common.shorten_list(examples)}"
-    return Check(status, what, f"{count or len(examples)}:{shown}", remedy)
+    return Check(status, what, f"{len(examples)}:{shown}", remedy)
 
 
 def check_dry_run(task, temporary):
@@ -367,10 +366,7 @@ def check_dry_run(task, temporary):
 def parse_args(argv=None):
     """Command line; dashes within a flag are read as underscores. audit_flags: those of the train script's audit."""
     given = sys.argv[1:] if argv is None else argv
-
-    def with_underscores(flag):
-        return f"--{flag[0][2:].replace('-', '_')}"
-    words = [re.sub(r"^--[^=]+", with_underscores, word) for word in given]
+    words = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in given]
     of_task = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     of_task.add_argument("--task", choices=(*TASKS, "all"), default="all",
                          help="whose data, dry run and weights are checked")
