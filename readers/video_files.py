@@ -527,8 +527,9 @@ class ClipStore(pixel_cache.PixelStore):
                  pixel_range=None):
         self.sources = sources
         self.windows = [tuple(map(float, window)) for window in windows]
-        middles_sec = np.reshape(self.windows, (-1, 2)).mean(1)  # of two less than half a second apart, one place is the same
-        self.places = [self.windows, *(np.floor(middles_sec + shift) - shift for shift in (0, 0.5))]
+        middles_sec = np.reshape(self.windows, (-1, 2)).mean(1)
+        # of two that are less than .1 s apart, one place is the same; of two that are .2 s apart, none
+        self.places = [self.windows, *(np.floor(middles_sec / 0.2 + shift) - shift for shift in (0, 0.5))]
         self.grid_settings = grid, fps, n_frames, jitter_sec  # in the order of plan_grid
         self.fps = fps
         self.short_side = short_side

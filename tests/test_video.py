@@ -317,13 +317,30 @@ def test_predict_says_which_clips_were_trained_on_and_which_are_unlike_them(made
     rows = read_csv(tmp_path / "p.csv")
     assert {row["warning"] for row in rows} == {"trained on; unlike the training clips"}
     assert f"warning: {len(rows)} of {len(rows)} clips: unlike the training clips" in text
-    rounded = [{"path": row["video"], **{name: round(float(row[name]), 1) for name in ("start_sec", "end_sec")}}
-               for row in rows]  # training read frames around each window (--jitter_sec)
-    common.write_table(tmp_path / "rounded.csv", rounded)
-    video("--mode", "predict", "--checkpoint", behaviours, "--manifest", tmp_path / "rounded.csv", "--video_root",
-          made.folder / "videos", "--output", tmp_path / "p.csv", "--num_workers", 0)
-    found = read_csv(tmp_path / "p.csv")
-    assert len(found) == len(rows) and {row["seen"] for row in found} == {"train"}
+
+
+def test_a_clip_with_rounded_times_was_seen_and_its_neighbour_was_not(made, behaviours, tmp_path):
+    def predicted(manifest):
+        video("--mode", "predict", "--checkpoint", behaviours, "--manifest", manifest, *made.look,
+              "--output", tmp_path / "p.csv", "--num_workers", 0)
+        return read_csv(tmp_path / "p.csv")
+
+    trained = predicted(made.manifests / "train.csv")
+    middles = [(row["video"], (float(row["start_sec"]) + float(row["end_sec"])) / 2) for row in trained]
+
+    def again(change):
+        """(video, middle, seen) of the trained clips with other times."""
+        rows = [{"path": row["video"], **{name: change(float(row[name])) for name in ("start_sec", "end_sec")}}
+                for row in trained]
+        common.write_table(tmp_path / "again.csv", rows)
+        found = predicted(tmp_path / "again.csv")
+        assert len(found) == len(rows)
+        return [(row["path"], (row["start_sec"] + row["end_sec"]) / 2, other["seen"]) for row, other in zip(rows, found)]
+
+    assert {seen for _, _, seen in again(lambda sec: round(sec, 1))} == {"train"}
+    away = [seen for source, middle, seen in again(lambda sec: sec + 0.45)
+            if min(abs(middle - other) for name, other in middles if name == source) > 0.2]
+    assert away and set(away) == {"new"}
 
 
 def test_predict_needs_no_labels(made, behaviours, tmp_path):
