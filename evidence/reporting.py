@@ -52,9 +52,8 @@ def _note(body, level, kind="note"):
 
 
 def html_text(text, level=None):
-    """Paragraphs, split at blank lines; a level: a marked note."""
-    parts = re.split(r"\n\s*\n", text.strip())
-    body = "\n".join(f"<p>{html.escape(' '.join(part.split()))}</p>" for part in parts)
+    """A paragraph; a level: a marked note."""
+    body = f"<p>{html.escape(' '.join(text.split()))}</p>"
     return _note(body, level) if level else body
 
 

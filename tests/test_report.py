@@ -165,7 +165,7 @@ def test_a_table_without_rows_is_empty():
 
 
 def test_text_paragraphs_and_lists():
-    assert reporting.html_text("a\nb\n\nc") == "<p>a b</p>\n<p>c</p>"
+    assert reporting.html_text("a\nb  c") == "<p>a b c</p>"
     assert reporting.html_list(["a", "b"]) == "<ul><li>a</li><li>b</li></ul>" and reporting.html_list([]) == ""
 
 
