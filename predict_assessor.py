@@ -173,9 +173,9 @@ def half_widths(members, coverage):
     if None in owners and any(owners):
         raise common.UserError("--interval: some checkpoints were trained with --group_column and others without; give "
                                "those of one kind")
-    if any(seen_rows.of_checkpoint(member.settings).chose.size for member in members):
-        print(f"note: --interval rests on held-out rows, and such rows have chosen an epoch here: the bounds may hold less "
-              f"than {coverage:.0%} of new pictures (train with --select last)")
+    if any(member.settings["metric"] != "last" for member in members):
+        print("note: --interval rests on rows that have chosen an epoch: the bounds may hold less than "
+              f"{coverage:.0%} of new pictures (train with --select last)")
     once = np.unique(rows, return_index=True)[1]
     subjects = None if None in owners else np.concatenate(owners)[once]
     return np.array([calibrating.conformal_quantile(own, 1 - coverage, subjects) for own in residuals[once].T])

@@ -417,22 +417,23 @@ def fit(run, args, study, split, features):
         copy.deepcopy(model)(example)
     optimizer = common.build_optimizer(model, args, model.backbone)
 
+    latest = {}  # validation predictions of this epoch, for metadata(), which is called where it is the best so far
     training = common.Training(
         run, model, optimizer, args,
         select="last" if args.select == "last" else f"val_{args.select}",
-        # called in end_epoch, where `predicted` is what the epoch has given
-        metadata=lambda: model_metadata(args, study, split, scaler, predicted),
+        metadata=lambda: model_metadata(args, study, split, scaler, latest["val"]),
         higher_is_better=args.select != "loss",
         seen=seen_rows.of_run(run, args, study.hashes, split))
     for epoch in training.epochs():
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
         row = train_one_epoch(model, train_loader, training, compute)
-        predicted, row["val_loss"] = evaluate(model, loaders["val"], scaler, compute)
-        means = study.mean_metrics(split["val"], predicted)
+        latest["val"], row["val_loss"] = evaluate(model, loaders["val"], scaler, compute)
+        means = study.mean_metrics(split["val"], latest["val"])
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
-    return training, *finish_best_model(training, study, split, loaders, scaler)
+    best, tuned_features, predicted = finish_best_model(training, study, split, loaders, scaler)
+    return training, best, tuned_features, predicted
 
 
 def finish_best_model(training, study, split, loaders, scaler):

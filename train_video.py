@@ -328,7 +328,7 @@ class Study:
 
     @property
     def hashes(self):
-        """(N, 4) hashes of the rows."""
+        """(N, 4) hashes of the rows: of window, two roundings of its middle, pixels."""
         return self.store.hashes[self.stored]
 
     def data_record(self, split):
@@ -865,7 +865,7 @@ def start_model(args, names):
 def fit(run, args, study, split, features):
     """Train on split['train'], choose the epoch on split['val'].
 
-    Returns the common.Training, the objective, and what finish_best_model gives.
+    Returns the common.Training, the objective, and the outputs and answers of finish_best_model.
     """
     compute = run.compute
     train = split["train"]
@@ -901,7 +901,8 @@ def fit(run, args, study, split, features):
         found = objective.history(outputs, split["val"])
         row |= {f"val_{name}": value for name, value in found.items()}
         training.end_epoch(row)
-    return training, objective, *finish_best_model(training, study, split, loaders, objective)
+    outputs, answers = finish_best_model(training, study, split, loaders, objective)
+    return training, objective, outputs, answers
 
 
 def finish_best_model(training, study, split, loaders, objective):
@@ -916,9 +917,10 @@ def finish_best_model(training, study, split, loaders, objective):
     features = {}
     for part, loader in loaders.items():
         outputs[part], features[part] = evaluate(training.model, loader, run.compute)
-    train_table = study.table.take(split["train"])
-    best["known_data"] = row_warnings.known_data(features["train"], features["val"], train_table.target)
-    if train_table.target is None:
+    scores = study.table.target
+    known_scores = None if scores is None else scores[split["train"]]
+    best["known_data"] = row_warnings.known_data(features["train"], features["val"], known_scores)
+    if scores is None:
         val = split["val"]
         best["calibration"] = calibrating.calibrate(outputs["val"], objective.label[val], objective.positive)
         best["seen"] = training.seen.plus(seen_rows.SeenRows(fitted=[], chose=study.hashes[val]))
@@ -1133,7 +1135,8 @@ def run_split(run, args, study, split, features=None):
         features = untuned_features(args, study, run, np.sort(np.concatenate(list(split.values()))))
     similar = find_similar(run, study, split, features)
     training, objective, outputs, answers = fit(run, args, study, split, features)
-    seen = training.seen.words(study.hashes)  # (N,)
+    # by windows and pixels, not by the middle of a window, which another event of the same second may have too
+    seen = training.seen.words(study.hashes[:, [0, -1]])  # (N,)
     tables = {}
     for part in ("val", "test"):
         rows = split[part]

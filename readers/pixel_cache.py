@@ -74,7 +74,7 @@ class PixelStore:
     cache_keys(rows) -> [JSON types that decide the pixels of each row]; decode_again(row) -> pixels.
     """
 
-    places = (itertools.repeat(""),)  # K of N: where an item lies in its file; a picture is all of it
+    places = (itertools.repeat(""),)  # where the N items lie in their files, said in K ways; a picture is all of it
     pixel_range = None  # values that become 0 and 255, of pictures of more than 8 bits
 
     def load_all(self, rows_of_files, cache):

@@ -511,6 +511,15 @@ class GridFrames:
         self.kept = None
 
 
+def places_of(windows):
+    """N windows -> 3 places (N,) of each in its file: the window, and on two grids the middle.
+
+    A place on a grid is shared by two middles that are less than .1 s apart, and by none that are .2 s apart.
+    """
+    steps = np.round(np.reshape(windows, (-1, 2)).mean(1) / 0.2, 6)
+    return windows, np.floor(steps), np.floor(steps + 0.5) - 0.5
+
+
 class ClipStore(pixel_cache.PixelStore):
     """N rows of videos, each decoded once onto its grid of times and served as uint8 (G, H, W, 3) RGB, read-only.
 
@@ -527,9 +536,7 @@ class ClipStore(pixel_cache.PixelStore):
                  pixel_range=None):
         self.sources = sources
         self.windows = [tuple(map(float, window)) for window in windows]
-        middles_sec = np.reshape(self.windows, (-1, 2)).mean(1)
-        # of two that are less than .1 s apart, one place is the same; of two that are .2 s apart, none
-        self.places = [self.windows, *(np.floor(middles_sec / 0.2 + shift) - shift for shift in (0, 0.5))]
+        self.places = places_of(self.windows)
         self.grid_settings = grid, fps, n_frames, jitter_sec  # in the order of plan_grid
         self.fps = fps
         self.short_side = short_side

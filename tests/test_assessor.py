@@ -425,6 +425,7 @@ def test_every_input_keeps_its_row(sample, folds, tmp_path):
     assert float(rows[0]["Valence_low"]) < float(rows[0]["Valence"]) < float(rows[0]["Valence_high"])
     assert not rows[1]["Valence"] and "broken.jpg" in rows[1]["error"] and "missing.png" in rows[3]["error"]
     assert "2 could not be read" in text and "3 checkpoint(s)" in text
+    assert "note: --interval rests on rows that have chosen an epoch" in text
 
 
 def test_predictions_say_what_makes_them_doubtful(sample, trained, tmp_path):
@@ -588,12 +589,12 @@ def test_an_interval_needs_members_that_are_all_grouped_or_all_not(capsys):
     def member(name, subjects):
         return predict_assessor.Member(None, {
             "abs_residuals": torch.arange(20.0)[:, None], "residual_rows": [f"{name}{i}" for i in range(20)],
-            "residual_subjects": subjects})
+            "residual_subjects": subjects, "metric": "last"})
     whole = member("a", None)
     grouped = member("b", [f"s{i // 4}" for i in range(20)])
     assert predict_assessor.half_widths([whole], 0.5) == 10 and predict_assessor.half_widths([grouped], 0.5) > 0
     assert "chosen" not in capsys.readouterr().out
-    whole.settings["seen"] = {"fitted": [1], "chose": [2]}
+    whole.settings["metric"] = "val_r2"
     predict_assessor.half_widths([whole], 0.5)
     assert "the bounds may hold less than 50% of new pictures" in capsys.readouterr().out
     with pytest.raises(common.UserError, match="some checkpoints were trained with --group_column"):

@@ -721,6 +721,20 @@ def balanced_folds(made, tmp_path_factory):
     return only_run(folder)
 
 
+def test_events_of_two_animals_at_one_time_are_not_each_other(made, tmp_path):
+    """A long event and a short one with the same middle, in different parts: none was trained on."""
+    videos = sorted((made.folder / "videos").rglob("N*.mp4"))
+    spans = [("ear", 0.0, 3.8), ("tail", 1.4, 2.4), ("ear", 4.0, 7.8), ("tail", 5.4, 6.4)]
+    common.write_table(tmp_path / "pairs.csv", [
+        {"path": str(path), "label": label, "start_sec": start, "end_sec": end}
+        for path in videos for label, start, end in spans])
+    video("--manifest", tmp_path / "pairs.csv", "--video_root", made.folder / "videos", *made.solved, "--split_by", "event",
+          "--val_ratio", 0.2, "--test_ratio", 0.3, "--output_dir", tmp_path)
+    for part in ("val", "test"):
+        rows = read_csv(only_run(tmp_path) / f"predictions_{part}.csv")
+        assert rows and {row["seen"] for row in rows} == {"new"}
+
+
 def test_all_folds_have_one_positive_class(balanced_folds):
     folders = [balanced_folds, *(balanced_folds / f"fold_{k}" for k in range(2))]
     assert {read_json(folder / "metrics.json")["positive_class"] for folder in folders} == {"baseline"}
