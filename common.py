@@ -488,8 +488,9 @@ def config_values(parser, path):
     for key, value in read_config(path).items():
         name = f"--{key.replace('-', '_')}"
         if name not in declared:
-            raise UserError(f"{path}: unknown key {key!r}{closest(name, declared)}; a key is a flag of this script "
-                            "without its dashes, and a run has those of the script that made it")
+            near = closest(key, [other[2:] for other in declared])
+            raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script without its dashes, "
+                            "and a run has those of the script that made it")
         if value in (None, "", "~", "null"):
             continue
         action = declared[name]
@@ -550,7 +551,7 @@ def read_config(path):
     except RecursionError:
         raise UserError(f"{path} is nested too deeply to be a config file ({len(text)} characters)") from None
     except (OSError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a config file: {one_line(error)}") from None
+        raise UserError(f"{path} cannot be read as a config file (YAML or JSON in UTF-8): {one_line(error)}") from None
 
 
 def unique_keys(pairs):
@@ -664,7 +665,7 @@ class Run:
         return dataclasses.replace(self, folder=self.path(name), args=args or self.args, folds_after=0)
 
     def each_fold(self, splits, run_split):
-        """run_split(run, split) in fold_K/ for each fold of --fold; returns their numbers."""
+        """run_split(run, split) in fold_K/ for each fold of --fold that is not finished; returns the numbers of all."""
         chosen = range(len(splits)) if self.args.fold == "all" else [self.args.fold]
         for k in chosen:
             with self.child(f"fold_{k}") as child:
@@ -1209,7 +1210,7 @@ def _choose_device(name, processes):
         known.append("mps")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"  # not mps: nobody has run these scripts there yet
-    if gpus and name.split(":")[0] == "cuda" and processes.size > 1:
+    if gpus and processes.size > 1 and re.fullmatch(r"cuda(:\d+)?", name):
         name = gpus[processes.local_rank % len(gpus)]  # srun may show each process its own GPU alone
         torch.cuda.set_device(name)
     if name not in known:
@@ -1286,7 +1287,7 @@ def generator_for(*integers):
 
 @dataclasses.dataclass(eq=False)
 class EpochBatches(torch.utils.data.Sampler):
-    """Batches of (epoch, index), the key of a sample: a permutation seeded by (seed, epoch), cut.
+    """Batches of (epoch, index), by which samples are made and augmented: a permutation seeded by (seed, epoch), cut.
 
     In training each process takes its slice of every batch, and a single leftover sample joins the
     batch before it, since BatchNorm cannot take one alone. Else each takes a block of the rows, so
@@ -1989,7 +1990,7 @@ def schedule_factor(scheduler, progress, epochs, warmup_epochs):
     if scheduler == "step":
         return 0.1 ** (int(progress) // max(1, epochs // 3))
     passed = progress - warmup_epochs
-    part = passed / (epochs - warmup_epochs)
+    part = passed / max(epochs - warmup_epochs, 1e-9)
     if scheduler == "cosine":
         return _cosine(part)
     if scheduler == "onecycle":

@@ -249,12 +249,13 @@ def test_config_values_are_read_as_if_they_were_typed(tmp_path, name, text):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("epochz: 3", ["epochz", "epochs"]), ("lr: NO", ["lr", "NO"]), ("epochs: 3.5", ["epochs", "3.5"]),
+    ("epochz: 3", ["epochz", "(did you mean epochs?)"]), ("wd: 3", ["unknown key 'wd'; a key is a flag"]),
+    ("lr: NO", ["lr", "NO"]), ("epochs: 3.5", ["epochs", "3.5"]),
     ("lr: -1", ["lr", "-1"]), ("lr: .nan", ["lr", "nan"]), ("epochs: 1\nepochs: 2", ["epochs", "twice"]),
     ("a: {epochs: 1}\nb: {epochs: 2}", ["epochs", "two sections"]), ("a: &x {epochs: 1}\nb: *x", ["anchors"]),
     ("- epochs", ["list"]), ("epochs: 3\nmax_epochs: 5", ["epochs and max_epochs are names of one flag"]),
     ("pretrained: true\nno_pretrained: true", ["pretrained and no_pretrained"]), ("config: base.yaml", ["copy its lines"]),
-    ("name: K\udcfche", ["utf-8"]), ("a: [", ["cannot be read"]), ("scheduler: cosin", ["scheduler", "cosine"]),
+    ("name: K\udcfche", ["in UTF-8"]), ("a: [", ["cannot be read"]), ("scheduler: cosin", ["scheduler", "cosine"]),
     ("deterministic: 3", ["deterministic", "true or false"]), ("lr: [1e-4, 1e-3]", ["lr", "expected float", "1e-3"]),
     ("pixel_range: [0]", ["pixel_range", "expected 2"]), ("pixel_range: [0, 1, 27]", ["more values", "27"]),
     ("? [a]\n: 1", ["unknown key"]), ("lr: {a: {b: " + "{c: " * 5000, ["nested too deeply"]),
@@ -285,7 +286,7 @@ def test_a_config_that_may_not_be_read(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(Path, "read_text", refuse)
-    with pytest.raises(common.UserError, match="c.yaml cannot be read as a config file: .*Permission denied"):
+    with pytest.raises(common.UserError, match="c.yaml cannot be read as a config file .*Permission denied"):
         parse_config(tmp_path, "lr: 1")
 
 

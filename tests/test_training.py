@@ -114,7 +114,7 @@ def test_sgd_after_a_first_step_that_was_not_taken():
 
 def test_other_schedules():
     assert [common.schedule_factor("step", epoch, 9, 0) for epoch in (0, 2.9, 3, 6)] == pytest.approx([1, 1, 0.1, 0.01])
-    assert common.schedule_factor("none", 7, 9, 0) == 1
+    assert common.schedule_factor("none", 7, 9, 0) == common.schedule_factor("none", 9, 9, 9) == 1
     warm = [common.schedule_factor("cosine", progress, 10, 2) for progress in (0, 0.5, 1, 2)]
     assert 0 < warm[0] < 0.01 and warm[1:] == pytest.approx([0.25, 0.5, 1.0])
 

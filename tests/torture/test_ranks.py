@@ -193,6 +193,23 @@ def test_cores_of_a_process(monkeypatch, env, expected):
     assert common.cores_of_process(env) == expected
 
 
+@pytest.mark.parametrize("name, processes, expected", [
+    ("auto", common.Processes(), "cuda"), ("cuda:1", common.Processes(), "cuda:1"), ("cpu", common.Processes(), "cpu"),
+    ("cuda:0", common.Processes(3, 4, 3, 4), "cuda:1"), ("auto", common.Processes(2, 4, 0, 2), "cuda:0"),
+    ("cpu", common.Processes(1, 2, 1, 2), "cpu"),
+    *((name, common.Processes(1, 2, 1, 2), None) for name in ("cuda:x", "cuda:-1", "cudas", "mps")),
+    ("cuda:2", common.Processes(), None)])
+def test_device_of_a_process_on_two_gpus(monkeypatch, name, processes, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    if expected:
+        assert common._choose_device(name, processes) == torch.device(expected)
+    else:
+        with pytest.raises(common.UserError, match=f"--device {name}: expected"):
+            common._choose_device(name, processes)
+
+
 @pytest.mark.parametrize("env", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}])
 def test_a_rank_that_is_none(env):
     with pytest.raises(common.UserError, match="RANK=. and WORLD_SIZE=2 are no rank"):
