@@ -1014,13 +1014,14 @@ def data_blocks(run, study, split, table):
 
 def split_doubts(args, study):
     """Sentences on a split that does not tell how the model does on another patient."""
+    doubts = []
     if args.split_by == "time":
-        return ["The parts are blocks of time of the same sequences: nothing is said about another patient. Where there "
-                "are several, split by them (--split_by patient)"]
-    if study.has_patients:
-        return []
-    return ["Nobody said which patient a folder belongs to: two folders of one patient may stand on two sides of the "
-            "split. Give --patient_map or --patient_regex"]
+        doubts.append("The parts are blocks of time of the same sequences: nothing is said about another patient. Where "
+                      "there are several, split by them (--split_by patient)")
+    if not study.has_patients:
+        doubts.append("Nobody said which patient a folder belongs to: two folders of one patient count as two, and may "
+                      "stand on two sides of the split. Give --patient_map or --patient_regex")
+    return doubts
 
 
 def limits(study):

@@ -14,7 +14,7 @@ import common
 from evidence import class_scores, splitting
 
 RIDGE_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 13))  # .1 to a million
-LOGISTIC_LAMBDAS = RIDGE_LAMBDAS[:-2]
+LOGISTIC_LAMBDAS = RIDGE_LAMBDAS[:-2]  # .1 to 100,000
 FEATURE_SD_FLOOR = 0.01  # sd_floor for features of one network, see standardisation
 
 
@@ -39,7 +39,7 @@ def standardisation(features, sd_floor):
     sd = features.std(0)
     is_constant = sd <= 1e-10 * np.abs(mean)
     sd = np.where(is_constant, 1.0, sd)
-    varied = sd if is_constant.all() else sd[~is_constant]
+    varied = np.ones(1) if is_constant.all() else sd[~is_constant]
     return mean, np.hypot(sd, sd_floor * math.sqrt(np.mean(varied**2)))
 
 

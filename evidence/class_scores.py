@@ -37,11 +37,10 @@ def classification_metrics(probability, label, threshold=None, positive=1):
                         per_class={name: value[0] for name, value in per_class.items()})
 
 
-def confusion_matrix(probability, label, threshold=None, positive=1):
-    """(C, C) rows, true x predicted; arguments as in classification_metrics."""
-    count = probability.shape[1]
-    confusion = np.zeros((count, count), int)
-    np.add.at(confusion, (label, predicted_class(probability, threshold, positive)), 1)
+def confusion_matrix(label, chosen, n_classes):
+    """(C, C) rows, true x predicted; label, chosen: (N,) class indices."""
+    confusion = np.zeros((n_classes, n_classes), int)
+    np.add.at(confusion, (label, chosen), 1)
     return confusion
 
 

@@ -239,21 +239,16 @@ def mean(tables):
     """
     if len(tables) == 1:
         return tables[0]
-    found = combine(tables, _mean_of_numbers)
+    averaged = ("predicted", "probability", "threshold", "baselines", "baseline_thresholds")
+    found = combine(tables, lambda parts: np.mean(parts, axis=0), averaged)
     found.seen = seen_rows.worst_of_each(table.seen for table in tables)
     found.warning = None
     if isinstance(found, ScoreTable):
-        found.target = tables[0].target  # a mean of equal numbers is rounded
         found.spread = np.std([table.predicted for table in tables], axis=0, ddof=1)
     else:
         found.logits = class_scores.log_of(found.probability)
         found.uncalibrated = None
     return found
-
-
-def _mean_of_numbers(parts):
-    """Mean of arrays of numbers; of names and class indices, which all tables share, the first."""
-    return np.mean(parts, axis=0) if parts[0].dtype.kind == "f" else parts[0]
 
 
 def rows_of(table, names):
@@ -275,14 +270,16 @@ def labelled(table):
     return take(table, table.is_known.any(1))
 
 
-def combine(records, function):
+def combine(records, function, names=None):
     """Several records of one dataclass as one.
 
     A field of arrays becomes function(list of them), and so does each array in a dict. What one record lacks (None) is
-    None; all else is that of the first.
+    None; all else is that of the first, and so are fields that are not among `names`, if given.
     """
     fields = {}
     for name, first in vars(records[0]).items():
+        if names and name not in names:
+            continue
         parts = [getattr(record, name) for record in records]
         if any(part is None for part in parts):
             fields[name] = None

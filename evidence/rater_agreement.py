@@ -17,28 +17,16 @@ def noise_ceiling(mean, sd, n):
     mean, sd: (N, R); n: (N, R) raters, or a number.
 
     1 - mean(sd^2 / n) / var(mean), the reliability of a mean in classical test theory; its root is
-    the ceiling of r. Rows of one rater or with anything missing do not count. NaN: not measurable.
+    the ceiling of r. Rows of one rater or without an sd count with the noise of the others' single ratings, rows
+    without a mean or n not at all. NaN: not measurable.
     """
     import pandas as pd
-    valid = np.isfinite(mean) & (sd >= 0) & (n > 1)
-    noise = (pd.DataFrame(sd) ** 2 / n).where(valid).mean()
-    variance = pd.DataFrame(mean).where(valid).var()
-    r2 = 1.0 - noise / variance
+    mean = pd.DataFrame(np.where(n > 0, mean, np.nan))
+    share = 1 / (n + 0 * mean)  # of a single rating's noise
+    valid = (sd >= 0) & (n > 1)
+    noise = (sd ** 2 * share).where(valid).mean() / share.where(valid).mean()
+    r2 = 1 - noise * share.mean() / mean.var()
     return r2.where(r2 >= 0).to_numpy()
-
-
-def with_lone_ratings(r2, mean, n):
-    """(R,) R2 ceilings of all rows from those of the rows of several raters, whose noise those of one rater have too.
-
-    mean, n: (N, R) ratings and numbers of raters. NaN: not measurable.
-    """
-    import pandas as pd
-    mean = pd.DataFrame(mean).where(n > 0)
-    share = (1 / pd.DataFrame(n)).where(mean.notna())  # of a single rating's noise
-    several = n > 1
-    noise = (1 - r2) * mean.where(several).var() / share.where(several).mean()
-    every = 1 - noise * share.mean() / mean.var()
-    return every.where(every >= 0).to_numpy()
 
 
 def _stack_ratings(ratings, fewest):
@@ -53,12 +41,18 @@ def _stack_ratings(ratings, fewest):
     return values, np.repeat(np.arange(len(counts)), counts), counts
 
 
+def _weight_of_noise(values, image, counts):
+    """What noise of variance 1 in a single rating takes from the R2 ceiling of the means; ratings of _stack_ratings."""
+    means = np.bincount(image, values) / counts
+    return np.mean(1 / counts) / means.var(ddof=1)
+
+
 def split_half(ratings, halves=100):
     """Reliability of the mean rating (= its R2 ceiling) of one target: N 1-D arrays -> float.
 
     Each image's raters are cut in two at random, the halves' means correlated over images (those
     with 2 raters or more), stepped up by Spearman-Brown 2r / (1 + r) and averaged over `halves`.
-    Not above 0: NaN, not measurable.
+    Images of one rater count with the noise of the others' single ratings. Not above 0: NaN, not measurable.
     """
     values, image, counts = _stack_ratings(ratings, 2)
     if len(counts) < 3:  # two images always correlate by 1 or -1
@@ -75,8 +69,9 @@ def split_half(ratings, halves=100):
         second = total - first
         r = np.corrcoef(first / n_first, second / (counts - n_first))[0, 1]
         reliability.append(2 * r / (1 + r))
-    mean = np.mean(reliability)
-    return mean if mean > 0 else math.nan
+    weight = _weight_of_noise(*_stack_ratings(ratings, 1)) / _weight_of_noise(values, image, counts)
+    r2 = 1 - (1 - np.mean(reliability)) * weight
+    return r2 if r2 > 0 else math.nan
 
 
 def icc(ratings):
@@ -128,10 +123,8 @@ def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
     import pandas as pd
     if single_ratings:
         ratings = [single_ratings[name] for name in names]
-        n = np.array([[np.isfinite(part).sum() for part in each] for each in ratings]).T
-        r2 = np.array(list(map(split_half, ratings)))
         return Ceiling(source="split half with Spearman-Brown, 100 halves of the single ratings",
-                       r2=with_lone_ratings(r2, mean, n),
+                       r2=np.array(list(map(split_half, ratings))),
                        icc=np.array(list(map(icc, ratings))))
     if sd is None:
         return Ceiling(source="not measurable: the table has means alone. Columns of the raters' sd and number "
@@ -139,8 +132,8 @@ def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
     if n is not None:
         return Ceiling(source="1 - mean(sd^2 / n) / var(mean), where an sd of 0 counts if n is over 1: these raters "
                               "agree, if only that the scale ends there",
-                       r2=with_lone_ratings(noise_ceiling(mean, sd, n), mean, n))
-    sd = np.where(sd > 0, sd, np.nan)  # 0 may be of one rater
+                       r2=noise_ceiling(mean, sd, n))
+    mean = np.where(sd > 0, mean, np.nan)  # an sd of 0 may be of one rater
     tables = {f"n = {raters}": noise_ceiling(mean, sd, raters) for raters in (2, 4, 6, 10, 15, 20, 30)}
     possible = pd.DataFrame({"target": names, **tables}).to_dict("records")
     return Ceiling(source="not measurable: the table has rater sds but no number of raters n, on which the ceiling "

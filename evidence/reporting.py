@@ -22,7 +22,7 @@ SCREEN_WIDTH = 800  # of a plot of more than two panels
 EXPLANATIONS = {  # of a section's words, under its head
     "Leakage": "What stands on both sides of the split: a model that knows it already looks better than it is.",
     "Noise ceiling": "The R2 that a perfect model would reach, given how far the raters disagree; a row of one rater "
-                     "counts with the noise of the others' single ratings.",
+                     "or without an sd counts with the noise of the others' single ratings.",
     "Without a pixel": "What columns of the table predict without looking at the input. A model must do better.",
     "Calibration": "Whether a confidence of 80 % is right in 80 % of the rows. ECE: the mean gap, in shares of 1; "
                    "NLL and Brier: error of the probabilities, smaller is better.",

@@ -108,10 +108,10 @@ def estimate(model, baseline, subjects, unit, *, n, rows, support, names=None, d
 
     model, baseline (None = without): (D, S) times drawn -> ({metric: (D,)}, {metric: (D, R)}), overall and each;
     subjects: S; names: None = "0", "1", ...; support: {(scope, metric): how many subjects it rests on}, where those are
-    not all; folds: how many models predicted the rows; per_subject: {metric: (S,)}, None = pseudo-values of the
-    jackknife; n, rows, described: the other fields of the Result. An interval is value -+ t x standard error on the
-    scale where the metric is nearest to normal; the error is that of the jackknife, from 200 subjects on that of the
-    bootstrap. Resting on under 5 subjects: no interval.
+    not all, with the side before the scope where the sides differ; folds: how many models predicted the rows;
+    per_subject: {metric: (S,)}, None = pseudo-values of the jackknife; n, rows, described: the other fields of the
+    Result. An interval is value -+ t x standard error on the scale where the metric is nearest to normal; the error is
+    that of the jackknife, from 200 subjects on that of the bootstrap. Resting on under 5 subjects: no interval.
     """
     whole = _compare(model, baseline, np.ones((1, subjects)))
     estimates = {}
@@ -127,7 +127,7 @@ def estimate(model, baseline, subjects, unit, *, n, rows, support, names=None, d
             side, scope, metric = place
             values = np.concatenate([part[place] for part in drawn])
             scale = None if side == "difference" else metric_names.METRICS[metric].normal_scale
-            rests_on = np.asarray(support.get((scope, metric), subjects))
+            rests_on = np.asarray(support.get(place, support.get((scope, metric), subjects)))
             ends = _t_ends(found.value, values, reach, scale, rests_on)
             found.low, found.high = np.where(rests_on >= FEWEST_FOR_INTERVAL, ends, np.nan)
         for (side, *place), found in estimates.items():
@@ -152,8 +152,9 @@ def estimate(model, baseline, subjects, unit, *, n, rows, support, names=None, d
 
 def support_alone(statistic, subjects):
     """Support for `estimate`: how many subjects have each metric by themselves."""
-    alone = _compare(statistic, None, np.eye(subjects))
-    return {tuple(place): np.isfinite(values).sum(0) for (_, *place), values in alone.items()}
+    alone = statistic(np.eye(subjects))
+    return {(scope, metric): np.isfinite(values).sum(0) for scope, metrics in zip(("overall", "each"), alone)
+            for metric, values in metrics.items()}
 
 
 def _reach_of_interval(subjects, unit, folds):
@@ -184,9 +185,8 @@ def _pseudo_values(model, baseline, whole, subjects, support):
     nothing of their own.
     """
     left_out = _compare(model, baseline, 1.0 - np.eye(subjects))
-    fewest = min(subjects, FEWEST_FOR_INTERVAL)
     places = {metric: ("difference", "overall", metric) for metric in CLASS_SIGN_FLIP_METRICS
-              if support.get(("overall", metric), subjects) >= fewest}
+              if subjects < FEWEST_FOR_INTERVAL or support.get(("overall", metric), subjects) >= FEWEST_FOR_INTERVAL}
     return {metric: subjects * whole[place] - (subjects - 1) * left_out[place]
             for metric, place in places.items() if place in whole and not np.allclose(left_out[place], whole[place], 1e-9)}
 
@@ -415,37 +415,38 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, thr
     n_classes = probability.shape[1]
     owners = np.arange(len(label)) if groups is None else groups
     subjects, index = np.unique(owners, return_inverse=True)
-    chosen = class_scores.predicted_class(probability, threshold, positive)
-    support = _class_support(label, chosen, index, n_classes)
     statistic = class_scores.class_statistic(probability, label, threshold, positive, index)
-    confusion = class_scores.confusion_matrix(probability, label, threshold, positive)
+    chosen = {"model": class_scores.predicted_class(probability, threshold, positive)}
     of_baseline = None
     if baseline is not None:
         of_baseline = class_scores.class_statistic(baseline, label, baseline_threshold, positive, index)
+        chosen["baseline"] = class_scores.predicted_class(baseline, baseline_threshold, positive)
+    confusion = {side: class_scores.confusion_matrix(label, own, n_classes) for side, own in chosen.items()}
     result = estimate(
-        statistic, of_baseline, len(subjects), "rows" if groups is None else "subjects", n=confusion.sum(1),
-        rows=len(index), support=support, folds=folds, confusion=confusion, **described)
+        statistic, of_baseline, len(subjects), "rows" if groups is None else "subjects", rows=len(index),
+        n=confusion["model"].sum(1), support=_class_support(label, chosen, index, n_classes), folds=folds,
+        confusion=confusion["model"], **described)
     if groups is None and folds == 1 and result.has_intervals:
         result.exceptions = "; accuracy, recall and precision: Wilson"
-        _take_wilson_intervals(result.overall.model, result.each.model, confusion)
-        if baseline is not None:
-            confusion = class_scores.confusion_matrix(baseline, label, baseline_threshold, positive)
-            _take_wilson_intervals(result.overall.baseline, result.each.baseline, confusion)
+        for side, counts in confusion.items():
+            _take_wilson_intervals(getattr(result.overall, side), getattr(result.each, side), counts)
     return result
 
 
 def _class_support(label, chosen, index, n_classes):
-    """Support for `estimate`: (N,) labels, (N,) classes that are given, (N,) number of each row's subject."""
+    """Support for `estimate`: (N,) labels, {side: (N,) classes that it gives}, (N,) number of each row's subject."""
+    def subjects_with(is_so):  # (C, N) -> (C,)
+        return np.array([len(np.unique(index[rows])) for rows in is_so])
     classes = np.arange(n_classes)[:, None]
-    kinds = np.stack([label == classes, label != classes, chosen == classes])  # (3, C, N)
-    seen, outside, given = np.array([[len(np.unique(index[rows])) for rows in kind] for kind in kinds])
-    both = np.minimum(seen, outside)
+    seen = subjects_with(label == classes)
+    both = np.minimum(seen, subjects_with(label != classes))
     # a mean over three classes or more keeps its interval, however rare one of them is
     rarest = both.min() if n_classes == 2 else max(FEWEST_FOR_INTERVAL, min(seen[seen > 0], default=0))
     support = {("overall", metric): rarest for metric in ("roc_auc", "macro_f1", "balanced_accuracy", "mcc")}
     support |= {("each", metric): seen for metric in ("recall", "f1")}
-    support["each", "precision"] = np.minimum(seen, given)
     support |= {("each", metric): both for metric in ("average_precision", "roc_auc")}
+    for side, given in chosen.items():
+        support[side, "each", "precision"] = np.minimum(seen, subjects_with(given == classes))
     return support
 
 

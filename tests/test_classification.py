@@ -74,7 +74,7 @@ def test_metrics_equal_sklearn_with_and_without_ties(classes, digits):
     assert set(theirs) == set(ours.per_class) == set(class_scores.CLASS_METRICS)
     for name, values in theirs.items():
         np.testing.assert_allclose(ours.per_class[name], values, rtol=1e-9, err_msg=name)
-    ours = class_scores.confusion_matrix(probability, label)
+    ours = class_scores.confusion_matrix(label, chosen, classes)
     np.testing.assert_array_equal(ours, judge.confusion_matrix(label, chosen))
 
 
@@ -325,7 +325,7 @@ def test_bootstrap_classification_holds_values_and_pairs_the_baseline():
             np.testing.assert_array_equal(comparison.baseline[name].value, value)
             assert (model.low < value).all() and (value < model.high).all(), name
             assert not np.any([difference.low, difference.high]), name
-    confusion = class_scores.confusion_matrix(probability, label)
+    confusion = class_scores.confusion_matrix(label, probability.argmax(1), probability.shape[1])
     assert result.rows == result.subjects == confusion.sum() and result.method.endswith("rows")
     recall = result.each.model["recall"].at(2)
     assert (recall.low, recall.high) == subject_intervals.share_interval(
@@ -396,13 +396,22 @@ def test_a_class_in_few_subjects_has_no_interval_and_a_perfect_one_is_not_beyond
     lone = subject_intervals.bootstrap_classification(
         perfect[kept], np.where(subjects == 0, label, 0)[kept], subjects[kept], baseline)
     assert "roc_auc" not in lone.sign_flip_p and lone.sign_flip_p["accuracy"] is not None
+    kept = subjects < 4  # too few for any p, whatever they have
+    few = subject_intervals.bootstrap_classification(
+        perfect[kept], np.where(subjects < 2, label, 0)[kept], subjects[kept], baseline[:20])
+    assert len(few.per_subject["roc_auc"]) == 4
     assert math.isfinite(found.overall.model["accuracy"].low)
     for folds, groups in ((1, subjects), (5, None)):  # b is given to two rows, both right
         given = perfect.copy()
         given[np.flatnonzero(label)[2:]] = [0.9, 0.1]
-        found = subject_intervals.bootstrap_classification(given, label, groups, folds=folds, names=["a", "b"]).each.model
-        assert found["precision"].value[1] == 1 and np.isnan([found["precision"].low[1], found["precision"].high[1]]).all()
-        assert np.isfinite([found["recall"].low[1], found["precision"].low[0]]).all()
+        for model, baseline in ((given, perfect), (perfect, given)):
+            each = subject_intervals.bootstrap_classification(
+                model, label, groups, baseline, folds=folds, names=["a", "b"]).each
+            found, other = (each.model, each.baseline) if model is given else (each.baseline, each.model)
+            rare, often = found["precision"], other["precision"]
+            ends = [rare.low[1], rare.high[1], each.difference["precision"].low[1]]
+            assert rare.value[1] == 1 and np.isnan(ends).all()
+            assert np.isfinite([found["recall"].low[1], rare.low[0], often.low[1], often.high[1]]).all()
 
 
 @pytest.mark.parametrize("subjects, resolved", [(5, False), (6, True)])
@@ -793,7 +802,7 @@ def test_risk_over_coverage_ends_at_the_errors_of_the_confusion_matrix(tmp_path,
     table = prediction_tables.ClassTable(
         keys={"id": np.arange(200)}, names=["ear", "tail"], baselines={}, positive=1, label=label,
         probability=np.stack([1 - p, p], 1), threshold=np.full(200, 0.35))
-    confusion = class_scores.confusion_matrix(table.probability, label, table.threshold, 1)
+    confusion = class_scores.confusion_matrix(label, table.chosen, 2)
     drawn = []
     monkeypatch.setattr(plotting, "plot_risk_coverage", lambda confidence, correct, path: drawn.append(correct))
     class_judging.plot_classes(SimpleNamespace(path=lambda name: tmp_path / name), table, confusion)
@@ -806,7 +815,7 @@ def test_risk_over_coverage_ends_at_the_errors_of_the_confusion_matrix(tmp_path,
 def test_plots_are_written_and_survive_absent_classes(tmp_path):
     _, probability, label = scored_rows(rows=60)
     p, t = probability[label != 2], label[label != 2]
-    confusion = class_scores.confusion_matrix(p, t)
+    confusion = class_scores.confusion_matrix(t, p.argmax(1), len(NAMES))
     plotting.plot_confusion(confusion, NAMES, tmp_path / "confusion.png")
     plotting.plot_reliability(p, t, tmp_path / "reliability.png", before=p)
     plotting.plot_risk_coverage(p.max(1), p.argmax(1) == t, tmp_path / "risk.png")

@@ -368,6 +368,15 @@ def loaded(slices, *more):
     return study, np.arange(len(study.names))
 
 
+def test_folders_cut_in_time_leave_both_doubts():
+    """Blocks of time say nothing about another patient, nor are folders patients."""
+    args = types.SimpleNamespace(split_by="time")
+    unknown, known = (types.SimpleNamespace(has_patients=has_patients) for has_patients in (False, True))
+    in_time, folders = train_dreamer.split_doubts(args, unknown)
+    assert in_time.startswith("The parts are blocks of time") and "which patient a folder belongs to" in folders
+    assert train_dreamer.split_doubts(args, known) == [in_time]
+
+
 def test_inner_folds_never_cut_what_belongs_together(slices):
     study, rows = loaded(slices)
     assert set(study.inner_groups(rows)) == set(study.patients)

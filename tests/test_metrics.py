@@ -303,12 +303,15 @@ def test_ridge_uses_each_targets_own_labelled_rows():
     np.testing.assert_allclose(ours.predict(x)[:, 2], 5.0)
 
 
-def test_ridge_survives_constant_features_and_perfect_copies():
+def test_ridge_survives_constant_features_and_perfect_copies(recwarn):
     x, y = linear_data(60, 5)
     x = np.concatenate([x, x, np.full((60, 2), 0.1)], 1)
     predicted = baseline_models.fit_ridge(x, y).predict(x)
     assert np.isfinite(predicted).all()
     np.testing.assert_allclose(predicted, baseline_models.fit_ridge(x[:, :10], y).predict(x[:, :10]), rtol=1e-6)
+    for none in (x[:, :0], x[:, -1:]):  # no features, or none that varies
+        assert baseline_models.standardisation(none, 0.01)[1].tolist() == [math.hypot(1, 0.01)] * none.shape[1]
+        assert not recwarn.list
 
 
 def test_inner_folds_keep_groups_whole_and_are_balanced():
