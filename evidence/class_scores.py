@@ -27,9 +27,9 @@ def classification_metrics(probability, label, threshold=None, positive=1):
     loss: mean negative log-likelihood; ece, ece_adaptive: 15 bins of equal width, of equal mass. With a threshold,
     rows whose probability of `positive` reaches it get that class, the others the most probable of the rest. roc_auc:
     of the positive class, for three classes or more the mean one-vs-rest. NaN: recall, average precision and AUC of a
-    class without rows, precision of one never predicted, f1 where both are so; means leave them out. mcc of a constant prediction is 0, of
-    constant labels NaN. The Brier score is the sum over classes, halved for two (0 to 1). Not a finite number in any
-    probability: all NaN.
+    class without rows, precision of one never predicted, f1 where both are so; means leave them out. mcc of a constant
+    prediction is 0, of constant labels NaN. The Brier score is the sum over classes, halved for two (0 to 1). Not a
+    finite number in any probability: all NaN.
     """
     statistic = class_statistic(probability, label, threshold, positive)
     overall, per_class = statistic(np.ones((1, len(label))))

@@ -29,8 +29,8 @@ class Detections:
 
     def take(self, chosen):
         """The detections of a mask (D,) or of places."""
-        known = {name: values[chosen] for name, values in vars(self).items() if values is not None}
-        return dataclasses.replace(self, **known)
+        states = None if self.states is None else self.states[chosen]
+        return Detections(self.boxes[chosen], self.labels[chosen], self.scores[chosen], states)
 
     def called(self):
         """(D,) most probable state; UNKNOWN for a plain detector."""
@@ -278,8 +278,8 @@ class Judged:
         def over_draws(values):
             def statistic(weights):
                 times = weights.astype(int)[:, owners]  # (draws, M)
-                scopes = zip(*[values(np.repeat(self.every, drawn)) for drawn in times])
-                return tuple(map(stack_draws, scopes))
+                overall, each = zip(*[values(np.repeat(self.every, drawn)) for drawn in times])
+                return stack_draws(overall), stack_draws(each)
             return statistic
         model = over_draws(self.values)
         return subject_intervals.estimate(

@@ -231,14 +231,14 @@ def events_in(windows, table):
         "end_sec": np.nan_to_num(end_sec, nan=np.inf)})
     is_watched = events["video"].isin(windows["video"])
     print(f"{is_watched.sum()} of {len(events)} events are in the recordings")
-    empty = set(windows["video"]) - set(events["video"])
-    if empty:
-        print(f"note: {len(empty)} recordings have no event in the table, and every bout in them counts as false: "
-              f"{common.shorten_list(sorted(empty), 3)}")
     if not is_watched.any():
         raise common.UserError(
             f"no event is in one of the recordings: expected {common.shorten_list(set(windows['video']), 3)}, "
             f"found {common.shorten_list(set(events['video']), 3)}")
+    empty = set(windows["video"]) - set(events["video"])
+    if empty:
+        print(f"note: {len(empty)} recordings have no event in the table, and every bout in them counts as false: "
+              f"{common.shorten_list(sorted(empty), 3)}")
     return events
 
 

@@ -60,8 +60,9 @@ def _fewest_repeats(predicted, modal):
     """How many equal rows of (N, K) predictions speak for a fault: 3, and more where they meet by chance.
 
     Of very many rows some meet, and coarse predictions do: each a multiple of 1 / k with k up to 1000, as rounded ones
-    and the shares of neighbours or of a tree's leaf; of five digits; or in half precision. modal: how many rows share the
-    most frequent label; where labels too are few points of a scale, it is no fault to predict one of them often.
+    and the shares of neighbours or of a tree's leaf; of four digits, and some of five; or in half precision. modal: how
+    many rows share the most frequent label; where labels too are few points of a scale, it is no fault to predict one of
+    them often.
     """
     rows = len(predicted)
     values = np.unique(predicted[np.isfinite(predicted)])
@@ -70,8 +71,13 @@ def _fewest_repeats(predicted, modal):
         rest = rest[np.abs(rest * k - np.round(rest * k)) > 1e-8 * k]
     with np.errstate(over="ignore"):
         rest = rest[np.abs(rest - rest.astype(np.float16)) > 1e-6 * np.abs(rest)]
-    if any(abs(float(f"{value:.5g}") - value) > 1e-9 * abs(value) for value in rest):  # or 1 - a rounded one
+
+    def have_more_digits(than):
+        return any(abs(float(f"{value:.{than}g}") - value) > 1e-9 * abs(value) for value in rest)  # or 1 - a rounded one
+    if have_more_digits(5):
         return max(3, rows // 300)
+    if have_more_digits(4):
+        return max(3, rows // 20)
     usual = rows / 5
     if len(values) <= MOST_POINTS and not (values % 1).any():  # one of 7 points may well stand for a third
         usual = rows / 2
@@ -112,8 +118,9 @@ def classification_alarms(probability, label, names, threshold=None, positive=1)
         alarms.append("constant output (sd of the probability under 5 % of the labels'): "
                       f"{', '.join(itertools.compress(names, flat))}. {CONSTANT_REMEDY}")
     rounded = np.round(probability, 6)
-    unsure = rounded[rounded.max(1) < 0.99]  # rows that are told apart with ease have nearly 0 and 1
+    unsure = rounded[rounded.max(1) < 0.999]  # rows that are told apart with ease have nearly 0 and 1
     values, repeats = np.unique(unsure, axis=0, return_counts=True)
+    repeats[(values.max(1) >= 0.99) & (repeats <= rows / 20)] = 0  # some meet by chance
     fewest = _fewest_repeats(probability, counts.max())
     often = repeats >= fewest
     if often.any():

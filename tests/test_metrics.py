@@ -406,6 +406,13 @@ def test_many_answers_of_few_digits_or_a_sure_model_meet_by_chance(digits):
         score = np.round(1 / (1 + np.exp(-6 * (2 * label - 1) - draw.normal(size=890))), digits)
         assert verdicts.regression_alarms(predicted, rating, ["v"]) == []
         assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
+    predicted[:60] = 7.1234
+    [alarm] = verdicts.regression_alarms(predicted, rating, ["v"])
+    assert alarm.startswith("the same prediction for 60 of 890 rows")
+    score = 1 / (1 + np.exp(1 - 2 * label - draw.normal(size=890)))
+    score[:300] = 0.993456
+    [alarm] = verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"])
+    assert "in 300 of 890 rows; that of b is 0.993456 in 300 of them" in alarm
 
 
 @pytest.mark.parametrize("digits", [2, 3])
