@@ -39,9 +39,7 @@ def classification_metrics(probability, label, threshold=None, positive=1):
 
 def confusion_matrix(label, chosen, n_classes):
     """(C, C) rows, true x predicted; label, chosen: (N,) class indices."""
-    confusion = np.zeros((n_classes, n_classes), int)
-    np.add.at(confusion, (label, chosen), 1)
-    return confusion
+    return np.bincount(label * n_classes + chosen, minlength=n_classes ** 2).reshape(n_classes, n_classes)
 
 
 def predicted_class(probability, threshold, positive):

@@ -87,6 +87,9 @@ def read_results(path, annotated, box_format):
     if not isinstance(entries, list):
         raise common.UserError(f"{path}: expected a list of COCO results, found a {type(entries).__name__}")
     reading = part_boxes.Reading(box_format or "xywh", "state")
+    reading.faults += [f"result {number}: expected an object, found {str(entry)[:60]}"
+                       for number, entry in enumerate(entries) if not isinstance(entry, dict)]
+    part_boxes.refuse(reading.faults, f"{path}: cannot be read:", "Correct these entries.")
     found = part_boxes.read_coco(path, results_as_coco(entries, annotated, reading), reading)
     parts = list(found.category_ids)
     listed = [each for image in found.images for each in image.objects]
@@ -118,38 +121,35 @@ def read_results(path, annotated, box_format):
 def results_as_coco(entries, annotated, reading):
     """COCO results, and the images and categories of Annotations -> COCO.
 
-    The file_name decides, where it fits one image: a program may have written image ids of its own.
+    The file_name decides, where it fits one image: a program may have written image ids of its own. Then a result whose
+    file_name fits none is left out; where all ids are those of the names, its image_id decides.
     """
     ids = dict(annotated.category_ids)
     image_ids = {file_names.clean_name(image.name): image.id for image in annotated.images}
-    names = [file_name(entry) if isinstance(entry, dict) else "" for entry in entries]
-    fits = file_names.NameIndex(image_ids, file_names.IMAGE_SUFFIXES).match(names, exact=False)
-    fits_any = any(fit.files for fit in fits.values())
+    names = [file_names.clean_name(entry.get("file_name") or "") for entry in entries]
+    fits = file_names.NameIndex(image_ids, file_names.IMAGE_SUFFIXES).match(set(names), exact=False)
+    meant = {name: image_ids[fit.files[0]] for name, fit in fits.items() if len(fit.files) == 1}
+    written = [entry.get("image_id") for entry in entries]
+    decided = [meant.get(name, image_id) for name, image_id in zip(names, written)]
+    n_other = sum(part_boxes.read_id(one) != part_boxes.read_id(other) for one, other in zip(decided, written))
+    reading.counts["results have the image_id of another image than their file_name, which decides"] = n_other
+    known_ids = set() if n_other else set(map(part_boxes.read_id, image_ids.values()))
     annotations = []
-    for number, (entry, named) in enumerate(zip(entries, names)):
-        name = f"result {number}"
-        if not isinstance(entry, dict):
-            reading.faults.append(f"{name}: expected an object, found {str(entry)[:60]}")
-            continue
-        written = entry.get("image_id")
-        fitting = fits[named].files
-        if fits_any and named and not fitting:
+    for number, (entry, name, image_id) in enumerate(zip(entries, names, decided)):
+        if meant and name and not fits[name].files and part_boxes.read_id(image_id) not in known_ids:
             reading.counts["results are of pictures that are not annotated, and left out"] += 1
             continue
-        image_id = image_ids[fitting[0]] if len(fitting) == 1 else written
-        is_other = part_boxes.read_id(image_id) != part_boxes.read_id(written)
-        reading.counts["results have the image_id of another image than their file_name, which decides"] += is_other
         category = entry.get("category_id")
         part = entry.get("part")
         if isinstance(part, str):
             category = ids.setdefault(part, f"part {part}")
-        annotations.append({**entry, "id": number, "entry": name, "image_id": image_id, "category_id": category})
+        annotations.append({
+            **entry,
+            "id": number,
+            "entry": f"result {number}",
+            "image_id": image_id,
+            "category_id": category})
     return part_boxes.coco_content([image.fields for image in annotated.images], annotations, ids)
-
-
-def file_name(entry):
-    """The file_name of a result, cleaned; '' where it has none."""
-    return file_names.clean_name(entry.get("file_name") or "")
 
 
 def read_score(found, faults):

@@ -76,6 +76,8 @@ def test_metrics_equal_sklearn_with_and_without_ties(classes, digits):
         np.testing.assert_allclose(ours.per_class[name], values, rtol=1e-9, err_msg=name)
     ours = class_scores.confusion_matrix(label, chosen, classes)
     np.testing.assert_array_equal(ours, judge.confusion_matrix(label, chosen))
+    with pytest.raises(ValueError):  # a label of no class
+        class_scores.confusion_matrix(np.where(label, label, -1), chosen, classes)
 
 
 @pytest.mark.parametrize("classes", [2, 4])

@@ -385,6 +385,10 @@ def test_a_run_without_a_bout_finds_no_event(tmp_path, capsys):
     assert "trained on these events is not known here" in said
     row = {own["label"]: own for own in read_csv(tmp_path / "bout_scores.csv")}["1"]
     assert (row["bouts"], row["events"], float(row["recall_at_0.25"])) == ("0", "1", 0)
+    table.sources = [Path("/x.mp4")]
+    with pytest.raises(common.UserError, match="no event is in one of the recordings"):
+        ethograms.judge_folder(tmp_path, lambda names: table, None)
+    assert "counts as false" not in capsys.readouterr().out
 
 
 def test_recordings_that_cannot_be_read(made, tmp_path):
