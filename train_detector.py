@@ -698,7 +698,7 @@ def model_settings(args, truth):
 
 def starts_trained(args):
     """Whether the run starts from trained weights of any kind."""
-    return args.pretrained or args.weights is not None or args.init_from is not None
+    return any((args.pretrained, args.weights, args.init_from))
 
 
 def build_model(args, settings, class_weights):

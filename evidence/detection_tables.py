@@ -86,10 +86,10 @@ def read_results(path, annotated, box_format):
     entries = common.read_json(path)
     if not isinstance(entries, list):
         raise common.UserError(f"{path}: expected a list of COCO results, found a {type(entries).__name__}")
+    strange = [f"result {number}: expected an object, found {str(entry)[:60]}"
+               for number, entry in enumerate(entries) if not isinstance(entry, dict)]
+    part_boxes.refuse(strange, f"{path}: cannot be read:", "Correct these entries.")
     reading = part_boxes.Reading(box_format or "xywh", "state")
-    reading.faults += [f"result {number}: expected an object, found {str(entry)[:60]}"
-                       for number, entry in enumerate(entries) if not isinstance(entry, dict)]
-    part_boxes.refuse(reading.faults, f"{path}: cannot be read:", "Correct these entries.")
     found = part_boxes.read_coco(path, results_as_coco(entries, annotated, reading), reading)
     parts = list(found.category_ids)
     listed = [each for image in found.images for each in image.objects]

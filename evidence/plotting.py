@@ -118,10 +118,8 @@ def _history_panels(history):
 def _draw_history_panel(axis, history, title, columns, best_epoch):
     """These columns over the epochs, train_ dashed; a vertical line at the best epoch."""
     for column in columns:
-        if column.startswith("train_"):
-            axis.plot(history["epoch"], history[column], ".--", label=column, color=ORANGE)
-        else:
-            axis.plot(history["epoch"], history[column], ".-", label=column)
+        style = {"linestyle": "--", "color": ORANGE} if column.startswith("train_") else {}
+        axis.plot(history["epoch"], history[column], marker=".", label=column, **style)
     axis.set_xlabel("epoch", fontsize=8, color=SOFT)
     axis.locator_params(axis="x", integer=True)
     if len(columns) > 1:

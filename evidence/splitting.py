@@ -313,7 +313,7 @@ def found_items(items):
     return {"count": len(items), "examples": items[:5]}
 
 
-def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
+def leakage_report(split, keys, pixels, phash, values, pairs=None):
     """What every two parts share and what each holds twice, whatever the order of the rows.
 
     split: {part: rows}, a row of two parts is its own duplicate; keys: N unique names; pixels: N texts, equal for
@@ -332,7 +332,7 @@ def leakage_report(split, keys, pixels, phash=None, values=None, pairs=None):
     if phash is not None:
         alike["near_duplicates"] = _near_duplicates(readable, pixels, phash)
     held = {}  # {what: {text: its rows}}
-    for what, column in (values or {}).items():
+    for what, column in values.items():
         if column is not None:
             held[what] = _rows_by_value(column, parts_of)
     for what, sets in alike.items():

@@ -71,13 +71,9 @@ def _fewest_repeats(predicted, modal):
         rest = rest[np.abs(rest * k - np.round(rest * k)) > 1e-8 * k]
     with np.errstate(over="ignore"):
         rest = rest[np.abs(rest - rest.astype(np.float16)) > 1e-6 * np.abs(rest)]
-
-    def have_more_digits(than):
-        return any(abs(float(f"{value:.{than}g}") - value) > 1e-9 * abs(value) for value in rest)  # or 1 - a rounded one
-    if have_more_digits(5):
-        return max(3, rows // 300)
-    if have_more_digits(4):
-        return max(3, rows // 20)
+    for digits, share in ((5, 300), (4, 20)):
+        if any(abs(float(f"{value:.{digits}g}") - value) > 1e-9 * abs(value) for value in rest):  # or 1 - a rounded one
+            return max(3, rows // share)
     usual = rows / 5
     if len(values) <= MOST_POINTS and not (values % 1).any():  # one of 7 points may well stand for a third
         usual = rows / 2

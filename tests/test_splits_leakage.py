@@ -298,7 +298,7 @@ def test_a_mirrored_copy_is_near_and_others_are_not():
     mirrored = [saved_again(np.ascontiguousarray(image[:, ::-1]), 128, 70) for image in images]
     phash = [picture_files.perceptual_hash(image) for image in images + mirrored]
     names = [f"{i:02d}" for i in range(40)]
-    report = splitting.leakage_report({"train": np.arange(20), "val": np.arange(20, 40)}, names, names, phash)
+    report = splitting.leakage_report({"train": np.arange(20), "val": np.arange(20, 40)}, names, names, phash, {})
     assert report["between"]["train-val"]["near_duplicates"]["count"] == 20
     assert report["within"]["train"]["near_duplicates"]["count"] == 0
 
@@ -324,7 +324,7 @@ def test_similar_pictures_are_counted_and_shown_and_do_not_stop(tmp_path):
     said = []
     run = SimpleNamespace(path=lambda name: tmp_path / name, say=said.append,
                           compute=SimpleNamespace(processes=common.Processes()))
-    common.write_json(tmp_path / "leakage_report.json", splitting.leakage_report(split, keys, keys))
+    common.write_json(tmp_path / "leakage_report.json", splitting.leakage_report(split, keys, keys, None, {}))
     pairs = splitting.add_similar(run, features, split, keys)
     assert sorted(pairs) == [(2, 30), (4, 35)] and said == ["leakage train-val: 2 similar pictures (2.jpg = 30.jpg)"]
     splitting.check_leakage(common.read_json(tmp_path / "leakage_report.json"))
@@ -402,13 +402,13 @@ def test_what_stops_the_run_and_what_only_warns():
     assert "1 group (shared)" in message and "1 exact duplicate (003.jpg = 041.jpg)" in message
     assert "--allow_leakage" in message and "near" not in message
     splitting.check_leakage(report, allow_leakage=True)
-    splitting.check_leakage(splitting.leakage_report(split, keys, [""] * 60, values={"groups": groups}),
+    splitting.check_leakage(splitting.leakage_report(split, keys, [""] * 60, None, {"groups": groups}),
                             stopping=("events", "exact_duplicates"))
     clean, sha, _, _ = leaky_data()
-    events = splitting.leakage_report(clean, keys, sha, values={"events": ["e1"] * 60})
+    events = splitting.leakage_report(clean, keys, sha, None, {"events": ["e1"] * 60})
     assert "1 event (e1)" in fails(splitting.check_leakage, events)
     phash[55] = phash[41]
-    clean_but_near = splitting.leakage_report(split, keys, [f"s{i}" for i in range(60)], phash)
+    clean_but_near = splitting.leakage_report(split, keys, [f"s{i}" for i in range(60)], phash, {})
     assert clean_but_near["between"]["val-test"]["near_duplicates"]["count"] == 1
     splitting.check_leakage(clean_but_near)
 
@@ -422,7 +422,7 @@ def test_pairs_agree_with_counting_bit_by_bit():
         phash[1050 + i] = phash[5 + i] ^ np.packbits(flips).view(np.uint64)
     split = {"train": np.arange(1050), "val": np.arange(1050, 1100)}
     names = [f"{i:04d}" for i in range(1100)]
-    report = splitting.leakage_report(split, names, names, phash)
+    report = splitting.leakage_report(split, names, names, phash, {})
     expected = sum(bits_apart(phash[i], phash[j]) <= 40 for i in range(5, 11) for j in range(1050, 1056))
     assert report["between"]["train-val"]["near_duplicates"]["count"] == expected == 4
 
