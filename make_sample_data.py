@@ -821,8 +821,9 @@ def main():
     if common.read_or_warn(truth_file).get("settings") == settings:
         print(f"{folder}: already there with these settings, nothing to do")
         return
-    if folder.exists() or args.output_dir.is_file():
-        raise common.UserError(f"{folder}: something else is there; remove it or choose another --output_dir")
+    if folder.exists():
+        raise common.UserError(f"{folder}: something else is there ({truth_file.name} is missing, damaged or of other "
+                               "settings); remove it or choose another --output_dir")
     draft = args.output_dir / f".{args.task}.new"
     shutil.rmtree(draft, ignore_errors=True)
     try:

@@ -177,6 +177,8 @@ verify
 if [ "$task" = video ]; then
     set -- --config "$here/configs/video_small_data.yaml" --manifest "$sample/manifests/all.csv" \
         --video_root "$sample/videos" --label_map "$sample/manifests/label_map.json" "$@"
+    has_flag "folds|cv_file|split_file|test_groups|train_ratio|val_ratio|test_ratio" "$@" ||
+        set -- --val_ratio 0.25 --test_ratio 0.25 "$@"
 else  # takes about two minutes on two cores, with random weights too
     set -- --images_dir "$sample/images" --ratings_file "$sample/ratings/$published" --group_column subject \
         --backbone resnet18 --image_size 96 --epochs 20 --batch_size 8 --lr 5e-4 --dropout 0 --augment none "$@"

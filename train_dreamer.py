@@ -699,7 +699,7 @@ def to_device(batch, compute):
     poses = {name: compute.send(batch[name])
              for name in ("motion", "other_motion", "at1", "at2")}
     frames = compute.send(batch["frames"])
-    return frames[:, 0], frames[:, 1], poses  # (B, 2, ...) -> two of (B, ...)
+    return *frames.unbind(1), poses  # (B, 2, ...) -> two of (B, ...)
 
 
 def train_one_epoch(model, loader, loss_function, training, compute):
@@ -1046,12 +1046,12 @@ def make_split(args, study):
         return splitting.split_by_names(listed, study.patients, last_names | folders)
     if args.split_by == "time" and not args.split_file:
         return splitting.split_by_time(study.sequences, study.order, splitting.ratios_of_flags(args), args.gap)
-    n_parts = sum(ratio > 0 for ratio in splitting.ratios_of_flags(args).values())
+    n_parts = 3 if args.test_ratio else 2
     n_patients = len(set(study.patients))
     if n_patients < n_parts and not args.split_file:
         raise common.UserError(f"{n_patients} patients are too few for {n_parts} parts: --split_by time cuts the "
-                               "sequences in blocks (and says nothing across patients); of two patients --folds 2 "
-                               "leaves one out in turn")
+                               "sequences in blocks (and says nothing across patients); of two patients "
+                               "--test_ratio 0 keeps one for validation, --folds 2 leaves each out in turn")
     return splitting.split_of_flags(args, study.names, None, study.patients)
 
 
@@ -1285,7 +1285,7 @@ def evaluate_checkpoint(run, args):
     others = predict_baselines(study, fitted, rows, readout, content["scaler"]["at1"]["mean"].numpy())
     table = predictions_table(study, rows, predicted, others, seen.words(study.hashes[rows]))
     table.write(run.path(f"predictions_{part}.csv"))
-    trained = fitted[seen.words(study.hashes[fitted]) == "train"]
+    trained = fitted[np.isin(seen.words(study.hashes[fitted]), ["train", "not known"])]
     use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, trained, rows)
     known = sorted(set(table.groups) & set(content["train_patients"]))
     alarms = []

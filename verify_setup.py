@@ -89,15 +89,13 @@ def installed_version(package):
 def unmet_requirements(paths):
     """['torch 2.9.1 (needs 2.10 or newer)', 'tqdm is missing', ...] for requirements files; nothing is imported."""
     unmet = []
-    required = {}
     for path in paths:
-        required |= read_requirements(path)
-    for package, lowest in required.items():
-        name, version = installed_version(package)
-        if version is None:
-            unmet.append(f"{name} is missing")
-        elif version_numbers(version) < version_numbers(lowest):
-            unmet.append(f"{name} {version} (needs {lowest} or newer)")
+        for package, lowest in read_requirements(path).items():
+            name, version = installed_version(package)
+            if version is None:
+                unmet.append(f"{name} is missing")
+            elif version_numbers(version) < version_numbers(lowest):
+                unmet.append(f"{name} {version} (needs {lowest} or newer)")
     return unmet
 
 
@@ -264,7 +262,7 @@ def check_assessor(args):
     yield Check("OK", "data", f"{images_dir}, {path}")
     ratings = yield from check_table(path, args)
     paths, without_row, notes = file_names.match_images(ratings.images, images_dir, args.exact_names)
-    yield from (Check("WARN" if note.startswith("WARNING") else "OK", "note", note) for note in ratings.notes + notes)
+    yield from (Check("WARN" if note.startswith("WARNING") else "OK", "note", note) for note in notes)
     without_file = [name for name, image in zip(ratings.images, paths) if not image]
     yield listing("WARN", "rows without image", without_file, "they will be skipped")
     yield listing("WARN", "images without row", without_row, "they will be skipped")
@@ -283,6 +281,7 @@ def check_table(path, args):
     also = " and ".join(name for name in ("sd", "n") if getattr(ratings, name) is not None) or "neither sd nor n"
     yield Check("OK", "ratings", f"{len(ratings.images)} images; {len(ratings.names)} ratings with {also}, means "
                 f"{np.nanmin(ratings.mean):g} to {np.nanmax(ratings.mean):g}: {', '.join(ratings.names)}")
+    yield from (Check("OK", "note", note) for note in ratings.notes)
     counts = np.isnan(ratings.mean).sum(axis=0)
     gaps = [f"{name} lacks {count} of {len(ratings.images)}" for name, count in zip(ratings.names, counts) if count]
     yield listing("WARN", "missing cells", gaps, "the loss ignores them")
@@ -363,10 +362,11 @@ def check_dry_run(task, temporary):
 
 # --- the table -----------------------------------------------------------------
 
-def parse_args(argv=None):
+def parse_args(given):
     """Command line; dashes within a flag are read as underscores. audit_flags: those of the train script's audit."""
-    given = sys.argv[1:] if argv is None else argv
-    words = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in given]
+    def with_underscores(flag):
+        return f"--{flag[1].replace('-', '_')}"
+    words = [re.sub("^--([^=]+)", with_underscores, word) for word in given]
     of_task = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     of_task.add_argument("--task", choices=(*TASKS, "all"), default="all",
                          help="whose data, dry run and weights are checked")
@@ -428,9 +428,9 @@ def machine_and_task_checks(args, tasks, temporary):
             yield f"dry run {task}", check_dry_run(task, temporary)
 
 
-def main(argv=None):
-    """Print the table; returns the exit code."""
-    args = parse_args(argv)
+def main(given):
+    """Print the table for these flags; returns the exit code."""
+    args = parse_args(given)
     statuses = list(map(show, check_installation()))
     if "FAIL" in statuses:
         print("Fix these first; the other checks need them.")
@@ -449,4 +449,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

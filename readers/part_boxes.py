@@ -273,12 +273,15 @@ def read_records(content, key, reading):
     records = {}
     nameless = {}  # annotation without an id -> what stands for it
     for place, record in enumerate(listed):
-        is_object = isinstance(record, dict)
-        own = read_id(record.get("id")) if is_object else None
-        if is_object and record.get("id") is None and key == "annotations":
+        if not isinstance(record, dict):
+            reading.faults.append(f"{key}[{place}]: expected an object, found {str(record)[:60]}")
+            continue
+        own = record.get("id")
+        if own is None and key == "annotations":
             own = nameless.setdefault(str(record), f"number {place}")
+        own = read_id(own)
         if own is None:
-            reading.faults.append(f"{key}[{place}]: expected an object with an id, found {str(record)[:60]}")
+            reading.faults.append(f"{key}[{place}]: expected an id, a number or text, found {str(record)[:60]}")
         elif own not in records:
             records[own] = record
         elif records[own] == record or (key == "categories" and records[own].get("name") == record.get("name")):

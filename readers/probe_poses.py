@@ -465,10 +465,11 @@ def complete_rows(transitions, asked_unit, asked_composition, asked_order="auto"
         "angle_unit": unit, "euler_order": order, "compose": convention, "residuals": residuals, "notes": notes}
 
 
-# needs_labels: for all but prediction. imagines: by a world model, which learns from the frame at t2.
-
 def missing_frames(transitions, needs_labels, imagines):
-    """N texts on the picture that a row needs and lacks, '' = none."""
+    """N texts on the picture that a row needs and lacks, '' = none.
+
+    needs_labels: for all but prediction. imagines: by a world model, which learns from the frame at t2.
+    """
     def missing(row):
         if row.path_t1 is None:
             return f"no file {row.ft1!r}"
@@ -481,7 +482,7 @@ def missing_frames(transitions, needs_labels, imagines):
 
 
 def missing_poses(poses, needs_labels, imagines):
-    """(N,) text on the pose that a row needs and lacks, '' = none."""
+    """(N,) text on the pose that a row needs and lacks, '' = none; needs_labels, imagines: as in missing_frames."""
     lacks_motion = np.isnan(poses["motion"]).any(1)
     lacks_label = np.isnan(np.hstack([poses["at1"], poses["at2"]])).all(1)
     return np.select(
@@ -499,11 +500,12 @@ def patients_of(sequences, patient_map=None, patient_regex=None):
     patient_map: file of csv_tables.read_pairs, folder and patient; a folder may stand without the folders above it.
     """
     folders = sorted(set(sequences))
+    patients = dict(zip(folders, folders))
     if patient_map:
         named = csv_tables.read_pairs(patient_map, "--patient_map", ("folder", "patient"))
         patients = {folder: named.get(folder, named.get(folder.rsplit("/", 1)[-1])) for folder in folders}
-    else:
-        found = {folder: re.search(patient_regex or "(?s).*", folder) for folder in folders}
+    elif patient_regex:
+        found = {folder: re.search(patient_regex, folder) for folder in folders}
         patients = {folder: match[min(1, match.re.groups)] for folder, match in found.items() if match}
     unknown = [folder for folder in folders if not patients.get(folder)]
     if unknown:

@@ -566,10 +566,17 @@ def test_what_chooses_the_epoch_of_a_fold_shares_no_frame_with_the_train_rows(tm
 
 
 def test_too_few_patients_for_the_parts_say_what_to_do(tmp_path):
-    write_sequence(tmp_path / "data" / "a_01")
-    study, _, args = load(tmp_path / "data")
-    with pytest.raises(common.UserError, match="--split_by time.*of two patients --folds 2"):
-        train_dreamer.make_split(args, study)
+    for folder, n_patients in (("a_01", 1), ("b_01", 2)):
+        write_sequence(tmp_path / "data" / folder)
+        study, _, args = load(tmp_path / "data")
+        with pytest.raises(common.UserError, match=f"{n_patients} patients are too few for 3 parts: --split_by time.*of "
+                                                   "two patients --test_ratio 0 .*--folds 2"):
+            train_dreamer.make_split(args, study)
+    study, _, args = load(tmp_path / "data", "--test_ratio", 0)
+    assert {name: len(set(study.patients[rows])) for name, rows in train_dreamer.make_split(args, study).items()} == {
+        "train": 1, "val": 1, "test": 0}
+    study, _, args = load(tmp_path / "data", "--folds", 2)
+    assert len(train_dreamer.make_folds(args, study)) == 2
 
 
 def test_scaler_is_fitted_on_train_rows_alone(clinic):

@@ -189,7 +189,8 @@ def test_second_run_with_the_same_flags_changes_nothing(small, monkeypatch, caps
     assert before == {p: p.stat().st_mtime_ns for p in small.rglob("*")}
 
 
-@pytest.mark.parametrize("there", ["other settings", "no truth", "an empty folder", "a truth of something else", "a list"])
+@pytest.mark.parametrize("there", ["other settings", "no truth", "an empty folder", "a truth of something else", "a list",
+                                   "damaged"])
 def test_what_else_is_there_is_left_alone(small, monkeypatch, there):
     n_images = 31 if there == "other settings" else 30
     truth = small / "ground_truth.json"
@@ -202,22 +203,20 @@ def test_what_else_is_there_is_left_alone(small, monkeypatch, there):
         truth.write_text('{"answer": 42}')
     elif there == "a list":
         truth.write_text("[42]")
+    elif there == "damaged":
+        truth.write_bytes(truth.read_bytes()[:100])
     before = digest(small)
-    with pytest.raises(common.UserError, match=f"{small}: something else is there; remove it or choose another --out"):
+    with pytest.raises(common.UserError, match=f"{small}: something else is there .ground_truth.json is missing, damaged or "
+                                                r"of other settings.; remove it or choose another --out"):
         run(monkeypatch, "--output_dir", small.parent, "--n_images", n_images, "--seed", 1)
     assert digest(small) == before
 
 
-def test_an_output_folder_that_is_a_file_is_said(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(common.UserError, match="something else is there"):
-        run(monkeypatch, "--output_dir", tmp_path / "file")
-
-
-def test_an_output_folder_that_cannot_be_made_is_said(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_an_output_folder_that_cannot_be_made_is_said(tmp_path, monkeypatch, place):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(common.UserError, match="--output_dir .* cannot be written: Not a directory"):
-        run(monkeypatch, "--output_dir", tmp_path / "file" / "below")
+        run(monkeypatch, "--output_dir", tmp_path / place)
 
 
 def test_interrupted_run_leaves_no_half_data(tmp_path, monkeypatch):

@@ -184,9 +184,12 @@ def test_video_without_data_makes_samples(repo, tmp_path):
     assert "SAMPLE DATA" in result.stderr
     assert value(flags, "manifest") == str(repo / "sample_data/video/manifests/all.csv")
     assert value(flags, "config") == str(repo / "configs/video_small_data.yaml") and value(flags, "epochs") == "3"
-    real = [flag.replace(str(repo), str(REPO)) for flag in flags[:-2]]
-    for split in ("--folds=4", "--val_ratio=0.1", "--test_ratio=0.3", "--split_file=s.json", "--test_groups=1,2"):
-        assert train_video.parse_args([*real, split]), split
+    assert value(flags, "val_ratio") == value(flags, "test_ratio") == "0.25", "rows that choose nothing are judged"
+    for split in ("--folds=4", "--val-ratio=0.6", "--test_ratio=0.7", "--split_file=s.json", "--test_groups=1,2",
+                  "--cv_file=f.json"):
+        own = calls(run([repo / "run_local.sh", "train_video.py", split], tmp_path), "train_video.py")[0]
+        args = train_video.parse_args([flag.replace(str(repo), str(REPO)) for flag in own])
+        assert own[-1] == split and args.test_ratio in (0, 0.7), "no shares beside those that are asked for"
     assert calls(result, "make_sample_data.py") == [["--task", "video", "--output_dir", str(repo / "sample_data")]]
     set_verify(repo, missing=1)
     flags = calls(run([repo / "run_local.sh", "train_video.py"], tmp_path), "train_video.py")[0]

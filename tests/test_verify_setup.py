@@ -282,6 +282,16 @@ def test_no_image_of_the_table_is_there(study, capsys, monkeypatch):
     assert "no row of ratings/mine.csv has an image in images" in capsys.readouterr().out
 
 
+def test_notes_on_the_table_are_said_even_where_no_picture_is_there(study, capsys):
+    study.table.write_text("\n".join(["Ratings of 2024", "image,warm_mean,cold_mean", *study.rows]) + "\n")
+    for path in study.images.iterdir():
+        path.unlink()
+    data = ["--images_dir", str(study.images), "--ratings_file", str(study.table)]
+    assert verify_setup.main(["--task", "assessor", *data]) == 1
+    printed = capsys.readouterr().out
+    assert "expected images" in printed and "note                 1 line(s) above the header were skipped" in printed
+
+
 def test_data_are_looked_for_in_the_stated_order(study, monkeypatch):
     monkeypatch.chdir(study.folder)
     args = SimpleNamespace(images_dir=None, ratings_file=None)

@@ -106,7 +106,7 @@ class BareEpochs:
     def epoch(self):
         for (frame_t1, frame_t2), motion, poses in self.batches:
             with self.compute.autocast():
-                imagined, features_t2 = self.model(frame_t1, motion), self.model.look(frame_t2)
+                imagined, features_t2 = self.model(frame_t1, motion), self.model.true_features(frame_t2)
             loss, _ = self.loss_function(imagined, poses, features_t2)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -152,7 +152,7 @@ class ReferenceEpochs:
         for frames, motion, at1 in self.loader:
             frames, motion, at1 = frames.to(self.device), motion.to(self.device), at1.to(self.device)
             imagined = self.model(frames[:, :1], motion)
-            loss, _ = self.loss_function(imagined, {"at1": at1, "at2": at1 + motion}, self.model.look(frames[:, 1:]))
+            loss, _ = self.loss_function(imagined, {"at1": at1, "at2": at1 + motion}, self.model.true_features(frames[:, 1:]))
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

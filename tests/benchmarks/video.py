@@ -67,7 +67,7 @@ class ScriptEpochs:
         rows = np.arange(options.clips)
         objective = train_video.Behaviours(self.args, study.table, rows)
         self.objective, split = objective, {"train": rows, "val": rows[:2], "test": rows[:0]}
-        self.loader, _ = train_video.make_loaders(study, split, objective, self.args, self.run.compute, None)
+        self.loader, _ = train_video.make_loaders(study, split, objective, self.run.compute, None)
         self.model = self.run.compute.place(train_video.build_model(self.args, 2))
         optimizer = common.build_optimizer(self.model, self.args)
         self.training = common.Training(self.run, self.model, optimizer, self.args, "last", dict)
