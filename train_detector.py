@@ -835,19 +835,6 @@ def evaluate(model, loader, args, compute):
 
 
 @torch.no_grad()
-def mean_features(model, loader, compute):
-    """Whole split -> (M, 256) of model.picture_features, without detecting anything."""
-    model.eval()
-    looks = []
-    for batch in itertools.chain.from_iterable(loader):
-        inputs = to_inputs(batch, compute, model.settings)
-        with compute.autocast():
-            maps = model.features(inputs)  # (B, 3, H, W) -> maps
-        looks.append(model.picture_features(maps, batch["sizes"]))
-    return torch.cat(compute.processes.gather(looks)).numpy()
-
-
-@torch.no_grad()
 def detect(model, loader, compute):
     """Whole split at once -> lists of M: {detections, picture_features (256,), of Pictures also hashes, errors}."""
     model.eval()
@@ -924,9 +911,9 @@ def finish_best_model(training, val_truth, train_loader, val_loader):
     model = training.model
     run = training.run
     best = training.load_best()
-    train_features = mean_features(model, train_loader, run.compute)
+    of_train = detect(model, train_loader, run.compute)["picture_features"]
     found = detect(model, val_loader, run.compute)
-    best["known_data"] = row_warnings.known_data(train_features, np.stack(found["picture_features"]))
+    best["known_data"] = row_warnings.known_data(np.stack(of_train), np.stack(found["picture_features"]))
     if model.settings["states"]:
         matching = detection_scores.coco_match(val_truth, found["detections"], "map")
         states = detection_scores.found_states(matching, found["detections"])

@@ -129,14 +129,13 @@ def results_as_coco(entries, annotated, reading):
     names = [file_names.clean_name(entry.get("file_name") or "") for entry in entries]
     fits = file_names.NameIndex(image_ids, file_names.IMAGE_SUFFIXES).match(set(names), exact=False)
     meant = {name: image_ids[fit.files[0]] for name, fit in fits.items() if len(fit.files) == 1}
-    written = [entry.get("image_id") for entry in entries]
-    decided = [meant.get(name, image_id) for name, image_id in zip(names, written)]
-    n_other = sum(part_boxes.read_id(one) != part_boxes.read_id(other) for one, other in zip(decided, written))
+    written = [part_boxes.read_id(entry.get("image_id")) for entry in entries]
+    n_other = sum(name in meant and part_boxes.read_id(meant[name]) != own for name, own in zip(names, written))
     reading.counts["results have the image_id of another image than their file_name, which decides"] = n_other
     known_ids = set() if n_other else set(map(part_boxes.read_id, image_ids.values()))
     annotations = []
-    for number, (entry, name, image_id) in enumerate(zip(entries, names, decided)):
-        if meant and name and not fits[name].files and part_boxes.read_id(image_id) not in known_ids:
+    for number, (entry, name, own) in enumerate(zip(entries, names, written)):
+        if meant and name and not fits[name].files and own not in known_ids:
             reading.counts["results are of pictures that are not annotated, and left out"] += 1
             continue
         category = entry.get("category_id")
@@ -147,7 +146,7 @@ def results_as_coco(entries, annotated, reading):
             **entry,
             "id": number,
             "entry": f"result {number}",
-            "image_id": image_id,
+            "image_id": meant.get(name, entry.get("image_id")),
             "category_id": category})
     return part_boxes.coco_content([image.fields for image in annotated.images], annotations, ids)
 

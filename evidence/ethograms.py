@@ -166,8 +166,8 @@ def annotate(recording, windows, names, path):
             width = pixels.shape[1] // 2 * 2
             pixels = pixels[:height, :width].copy()
             if stream is None:
-                stream = container.add_stream(codec, options={"g": "50"})
-                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                stream = container.add_stream(
+                    codec, options={"g": "50"}, width=width, height=height, pix_fmt="yuv420p")
                 stream.codec_context.time_base = fractions.Fraction(1, 1000)
             k = windows.at(time)
             c = windows.chosen[k]

@@ -376,12 +376,11 @@ def test_validation_changes_nothing_and_repeats():
     assert model.backbone.body.bn1.training and model.roi_heads.state_head[2].training
 
 
-def test_mean_features_are_those_of_predict_and_need_no_detection(monkeypatch):
+def test_the_features_of_pictures_in_a_batch_are_those_of_each_alone():
     """In batches of two and one, padded, on a model that was in training."""
     model = small_detector().train()
     batches = [train_detector.collate([sample(), sample((2, 2, 3, 3))]), train_detector.collate([sample()])]
-    monkeypatch.setattr(model, "heads", lambda *_: pytest.fail("detected"))
-    found = train_detector.mean_features(model, [batches], FP32)
+    found = np.stack(train_detector.detect(model, [batches], FP32)["picture_features"])
     assert found.shape == (3, 256)
     for features, (batch, k) in zip(found, [(batches[0], 0), (batches[0], 1), (batches[1], 0)]):
         with torch.no_grad():
