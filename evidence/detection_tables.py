@@ -93,9 +93,11 @@ def read_results(path, annotated, box_format):
     found = part_boxes.read_coco(path, results_as_coco(entries, annotated, reading), reading)
     parts = list(found.category_ids)
     listed = [each for image in found.images for each in image.objects]
-    scores = {each.key: read_score(each, reading.faults) for each in listed}
     states = {each.key: read_states(each, reading.faults) for each in listed}
     for each in listed:
+        score = each.fields.get("score")
+        if part_boxes.read_number(score) is None:
+            reading.faults.append(f"{each.key}: score {score!r} is no number")
         if np.less(each.box[2:], each.box[:2]).any():
             reading.faults.append(f"{each.key}: its box has a negative width or height")
     n_without = list(states.values()).count(None)
@@ -111,7 +113,7 @@ def read_results(path, annotated, box_format):
         detections.append(detection_scores.Detections(
             boxes=boxes.clip(0, [*image.size, *image.size]),  # as the annotated ones
             labels=np.array([parts.index(each.part) for each in own], int),
-            scores=np.array([scores[each.key] for each in own], float),
+            scores=np.array([part_boxes.read_number(each.fields["score"]) for each in own], float),
             states=None if n_without else np.reshape([states[each.key] for each in own], (-1, N_STATES))))
         words = [each.fields.get("seen") for each in own]
         seen.append(seen_rows.worst([word for word in words if word in seen_rows.WORDS] or ["not known"]))
@@ -149,14 +151,6 @@ def results_as_coco(entries, annotated, reading):
             "image_id": meant.get(name, entry.get("image_id")),
             "category_id": category})
     return part_boxes.coco_content([image.fields for image in annotated.images], annotations, ids)
-
-
-def read_score(found, faults):
-    """Score of a result."""
-    score = part_boxes.read_number(found.fields.get("score"))
-    if score is None:
-        faults.append(f"{found.key}: score {found.fields.get('score')!r} is no number")
-    return score
 
 
 def read_states(found, faults):
