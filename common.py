@@ -1209,7 +1209,7 @@ def _choose_device(name, processes):
     if torch.backends.mps.is_available():
         known.append("mps")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"  # not mps: nobody has run these scripts there yet
+        name = "cuda" if gpus else "cpu"  # not mps: nobody has run these scripts there yet
     if gpus and processes.size > 1 and re.fullmatch(r"cuda(:\d+)?", name):
         name = gpus[processes.local_rank % len(gpus)]  # srun may show each process its own GPU alone
         torch.cuda.set_device(name)
@@ -1411,9 +1411,9 @@ def count_cores():
 
 
 def cores_of_process(env=os.environ):
-    """Cores for this process alone, at least 1: each task of srun has its own, those of torchrun share theirs."""
+    """Cores for this process alone, at least 1: each task of SLURM has its own, processes of torchrun share theirs."""
     cores = count_cores()
-    if "SLURM_STEP_ID" in env and "SLURM_CPUS_PER_TASK" in env and "RANK" not in env:
+    if "SLURM_CPUS_PER_TASK" in env and "RANK" not in env:
         return min(cores, int(env["SLURM_CPUS_PER_TASK"]))
     return max(cores // launched_processes(env).local_size, 1)
 

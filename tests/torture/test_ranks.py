@@ -187,7 +187,7 @@ def test_rank_from_the_environment(env, expected):
     ({**STEP, "SLURM_CPUS_PER_TASK": "3"}, 3),  # not bound
     ({**STEP, "SLURM_CPUS_PER_TASK": "8", "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
      2),
-    ({"SLURM_CPUS_PER_TASK": "2"}, 8)])  # beside a job, not in one of its steps
+    ({"SLURM_CPUS_PER_TASK": "2"}, 2)])  # in the script of a job, which asked for so many
 def test_cores_of_a_process(monkeypatch, env, expected):
     monkeypatch.setattr(common, "count_cores", lambda: 8)
     assert common.cores_of_process(env) == expected
@@ -200,7 +200,6 @@ def test_cores_of_a_process(monkeypatch, env, expected):
     *((name, common.Processes(1, 2, 1, 2), None) for name in ("cuda:x", "cuda:-1", "cudas", "mps")),
     ("cuda:2", common.Processes(), None)])
 def test_device_of_a_process_on_two_gpus(monkeypatch, name, processes, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     if expected:
