@@ -1217,7 +1217,7 @@ def load_models(path, args, compute):
     return models, content
 
 
-def load_detector(path, compute, nms_iou=None):
+def load_detector(path, compute, nms_iou):
     """Checkpoint -> (PartDetector on the device, all that the file holds)."""
     content = common.load_model_file(path)
     with common.checkpoint_fields(path):

@@ -290,7 +290,7 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
     usual: angle_unit, euler_order and compose of the data that a model was trained on.
     """
     rows, matching = probe_poses.find_transitions(args.data_dir, args.max_transitions, args.exact_names)
-    poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose, args.euler_order, usual)
+    poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose, args.euler_order, usual or {})
     facts["notes"] += matching
     imagines = args.token_type != "none"
     without_frame = probe_poses.missing_frames(rows, needs_labels, imagines)
@@ -1042,7 +1042,7 @@ def make_split(args, study):
             names = (getattr(args, f"{part}_patients") or "").split(",")
             listed[part] = [name.strip() for name in names if name.strip()]
         folders = dict(zip(study.sequences, study.patients))
-        last_names = {sequence.rsplit("/", 1)[-1]: patient for sequence, patient in folders.items()}
+        last_names = {Path(sequence).name: patient for sequence, patient in folders.items()}
         return splitting.split_by_names(listed, study.patients, last_names | folders)
     if args.split_by == "time" and not args.split_file:
         return splitting.split_by_time(study.sequences, study.order, splitting.ratios_of_flags(args), args.gap)

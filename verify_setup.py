@@ -34,7 +34,6 @@ from readers import rating_flags
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements.txt"
-TASKS = ("assessor", "video", "detector", "dreamer")
 PUBLISHED_TABLE = "per_image_Slider_mean_sd_from_wide.csv"
 QUICK_PICTURES = 300  # decoded without --full
 DRY_RUN_FLAGS = {  # paths are relative to the folder of make_sample_data.py
@@ -48,9 +47,10 @@ DRY_RUN_FLAGS = {  # paths are relative to the folder of make_sample_data.py
              "--model cnn_lstm --image_size 32 --n_frames 4"}
 WEIGHTS = {
     "assessor": "resnet18 resnet34 resnet50 resnet101 efficientnet_b0 efficientnet_b3 vit_b_16",
+    "video": "r3d_18 resnet18",
     "detector": "resnet18 fasterrcnn_resnet50_fpn fasterrcnn_resnet50_fpn_v2 fasterrcnn_mobilenet_v3_large_320_fpn",
-    "dreamer": "resnet34 resnet18",
-    "video": "r3d_18 resnet18"}
+    "dreamer": "resnet34 resnet18"}
+TASKS = tuple(WEIGHTS)
 OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 MODULES = {"pillow": "PIL", "opencv-python": "cv2", "PyYAML": "yaml"}  # packages whose module has another name
 IMPORT_REMEDIES = {

@@ -131,7 +131,7 @@ def _draw_history_panel(axis, history, title, columns, best_epoch):
     set_title(axis, title, note)
 
 
-def plot_history(history, path, best_epoch=None, facts=()):
+def plot_history(history, path, best_epoch, facts=()):
     """Learning curves as PNG: a panel for each of _history_panels, and one for facts, lines of text.
 
     history: dicts with epoch and any train_*, val_* and learning_rate (None leaves a gap).

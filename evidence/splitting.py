@@ -432,7 +432,7 @@ def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None
     return alarms
 
 
-def unused_groups(columns, split, groups=None):
+def unused_groups(columns, split, groups):
     """Sentences on columns that repeat as subjects do and of which a split parts the rows; else [].
 
     columns: {name: (N,) text}; split: {part: rows}; groups: (N,) of --group_column, or None. A column that each group

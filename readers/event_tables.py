@@ -132,7 +132,7 @@ def read_label_map(path):
     return spell_themselves | {key: name or None for key, name in classes.items()}
 
 
-def classes_of(spelled, label_map=None, names=None):
+def classes_of(spelled, label_map, names):
     """(N,) labels as written -> (C names, N class names; '' = blank, None = left out by the map).
 
     Without a map the spellings that differ in case and outer spaces are one class, named by the most frequent one.
@@ -565,7 +565,7 @@ def unique_ids(table):
 # Units of a split, and choosing rows by their columns
 # --------------------------------------------------------------------------------------
 
-def split_keys(table, split_by=None):
+def split_keys(table, split_by):
     """(N,) text units that a split must keep whole: events, videos with their events, or groups with all of both.
 
     split_by None: the coarsest that there is more than one of. Units that share an event or a video are one.

@@ -617,7 +617,7 @@ def as_truth(images, parts, min_trust, **others):
 # Annotations -> pictures
 # --------------------------------------------------------------------------------------
 
-def find_pictures(found, folder, exact_names=False):
+def find_pictures(found, folder, exact_names):
     """Give the images of Annotations their paths; those without a picture are skipped.
 
     Links out of the folder are refused.

@@ -445,13 +445,12 @@ def complete_poses(poses, convention):
     return notes
 
 
-def complete_rows(transitions, asked_unit, asked_composition, asked_order="auto", usual=None):
+def complete_rows(transitions, asked_unit, asked_composition, asked_order, usual):
     """({at1, motion, at2: (N, 6)} of N Transitions, checked and completed, what was found on the way).
 
-    usual: {angle_unit, euler_order, compose} of the data that a model was trained on. Found are the same three of these
-    data, residuals (of composition_residuals) and notes.
+    usual: {angle_unit, euler_order, compose} of the data that a model was trained on, {} where there is none. Found are
+    the same three of these data, residuals (of composition_residuals) and notes.
     """
-    usual = usual or {}
     poses = {name: np.stack([row.poses[name] for row in transitions]) for name in FIELDS}
     notes = check_positions(poses)
     unit, why = choose_unit(poses, asked_unit, usual.get("angle_unit"))
@@ -494,7 +493,7 @@ def missing_poses(poses, needs_labels, imagines):
 # Patients
 # --------------------------------------------------------------------------------------
 
-def patients_of(sequences, patient_map=None, patient_regex=None):
+def patients_of(sequences, patient_map, patient_regex):
     """{sequence: patient} from --patient_map or --patient_regex; without both the folder's own name.
 
     patient_map: file of csv_tables.read_pairs, folder and patient; a folder may stand without the folders above it.
@@ -503,7 +502,7 @@ def patients_of(sequences, patient_map=None, patient_regex=None):
     patients = dict(zip(folders, folders))
     if patient_map:
         named = csv_tables.read_pairs(patient_map, "--patient_map", ("folder", "patient"))
-        patients = {folder: named.get(folder, named.get(folder.rsplit("/", 1)[-1])) for folder in folders}
+        patients = {folder: named.get(folder, named.get(Path(folder).name)) for folder in folders}
     elif patient_regex:
         found = {folder: re.search(patient_regex, folder) for folder in folders}
         patients = {folder: match[min(1, match.re.groups)] for folder, match in found.items() if match}

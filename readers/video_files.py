@@ -649,7 +649,7 @@ class ClipStore(pixel_cache.PixelStore):
         return audit, grid.kept
 
 
-def check_clips(audit, max_missing=0.05, on_bad_file="skip"):
+def check_clips(audit, max_missing, on_bad_file):
     """Name and count the broken and damaged videos in a list of ClipAudit.
 
     UserError, listing all of them, where their rows are more than max_missing of all rows, or damaged frames more than

@@ -898,7 +898,7 @@ def test_prediction_lists_every_picture(bicycles, trained, tmp_path, monkeypatch
     for name in ("0.jpg", "1.jpg", "2.jpg"):
         own = [row for row in rows if row["image"] == name]
         assert sorted(row["part"] for row in own) == sorted(train_detector.load_detector(
-            trained / "best_model.pth", common.choose_compute("cpu", "off"))[1]["settings"]["parts"])
+            trained / "best_model.pth", common.choose_compute("cpu", "off"), None)[1]["settings"]["parts"])
         assert all(row["state"] == "absent" for row in own if not row["score"])
     assert len(list((tmp_path / "d_pictures").glob("*.jpg"))) == 1
     # the name of the CSV was given: the JSON stands beside it

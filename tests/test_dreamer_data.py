@@ -269,7 +269,7 @@ def test_data_tell_their_unit_whatever_the_model_was_trained_on(unit, named):
     poses = sweep(21)
     for usual in ("deg", "rad"):
         found, facts = probe_poses.complete_rows(
-            transitions(poses, unit), "auto", "se3_left", usual={"angle_unit": usual, "euler_order": "zyx"})
+            transitions(poses, unit), "auto", "se3_left", "auto", {"angle_unit": usual, "euler_order": "zyx"})
         assert facts["angle_unit"] == named
         np.testing.assert_allclose(found["at1"], poses[:-1], atol=1e-9)
 
@@ -279,7 +279,7 @@ def test_data_that_do_not_tell_their_unit_are_read_as_the_training_data(usual):
     """New frames without labels, small motions: a guess by their size would be radians."""
     rows = transitions(sweep(21) * [1, 1, 1, 0.3, 0.3, 0.3], labelled=False)
     found, facts = probe_poses.complete_rows(
-        rows, "auto", "se3_left", usual={"angle_unit": usual, "euler_order": "xyz"})
+        rows, "auto", "se3_left", "auto", {"angle_unit": usual, "euler_order": "xyz"})
     assert (facts["angle_unit"], facts["euler_order"]) == (usual, "xyz")
     assert "WARNING" in facts["notes"][0] and "as in the training data, --angle_unit" in facts["notes"][0]
     assert any(note.startswith("angles are read as R = Rx Ry Rz") for note in facts["notes"])
@@ -293,7 +293,7 @@ def test_data_tell_their_euler_order_whatever_the_model_was_trained_on(order):
     poses = np.hstack([DRAWS.uniform(-20, 20, (21, 3)), DRAWS.uniform(-40, 40, (21, 3))])
     for usual in ("zyx", "xyz"):
         found, facts = probe_poses.complete_rows(
-            transitions(poses, order=order), "auto", "auto", usual={"angle_unit": "deg", "euler_order": usual})
+            transitions(poses, order=order), "auto", "auto", "auto", {"angle_unit": "deg", "euler_order": usual})
         assert facts["euler_order"] == order
         warnings = [note for note in facts["notes"] if note.startswith("WARNING: angles are read as R = ")]
         assert len(warnings) == (order != usual), "a change from the training data, to our order or from it"
@@ -493,7 +493,7 @@ def test_without_a_map_folders_are_suspected(clinic):
     assert not study.has_patients and "a folder is not a patient" in text
     assert text.count("names alike") == 4 and "names alike: p2_01, p2_02, p2_03; one patient?" in text
     hint = text.rsplit("--patient_regex '")[-1].split("'")[0]
-    assert probe_poses.patients_of(["p2_01", "p2_02", "scan3", "scan10"], patient_regex=hint) == {
+    assert probe_poses.patients_of(["p2_01", "p2_02", "scan3", "scan10"], None, hint) == {
         "p2_01": "p2", "p2_02": "p2", "scan3": "scan", "scan10": "scan"}
 
 

@@ -313,7 +313,7 @@ def test_plots_leave_pyplot_alone(tmp_path):
 from pathlib import Path
 from evidence import plotting
 assert "matplotlib" not in sys.modules, "plotting imports matplotlib only when it draws"
-plotting.plot_history([{{"epoch": 1, "val_loss": 1.0}}], Path({str(tmp_path / 'h.png')!r}))
+plotting.plot_history([{{"epoch": 1, "val_loss": 1.0}}], Path({str(tmp_path / 'h.png')!r}), 1)
 assert "matplotlib.pyplot" not in sys.modules, "no pyplot, no global state"
 """
     folder = Path(common.__file__).parent
@@ -324,7 +324,7 @@ def test_one_epoch_makes_no_learning_curve(tmp_path):
     history = [{"epoch": epoch, "val_loss": 1 / epoch, "learning_rate": 1e-3} for epoch in (1, 2)]
     for n_rows, n_shown in ((1, 0), (2, 1)):
         common.write_table(tmp_path / "training_history.csv", history[:n_rows])
-        plotting.plot_history(history[:n_rows], tmp_path / "training_history.png")
+        plotting.plot_history(history[:n_rows], tmp_path / "training_history.png", None)
         assert len(reporting.history_blocks(SimpleNamespace(folder=tmp_path))) == n_shown
 
 

@@ -448,7 +448,7 @@ def test_a_column_that_repeats_and_is_parted_is_an_alarm_with_its_flag():
                "note": rows.astype(str), "farm site": np.array([f"farm {n}" for n in rows // 15]), "emotion": rows % 7}
     halves = {"train": rows[rng.permutation(120) < 90], "val": rows[:0]}
     halves["val"] = np.setdiff1d(rows, halves["train"])
-    found = splitting.unused_groups(columns, halves)
+    found = splitting.unused_groups(columns, halves, None)
     assert len(found) == 2 and "--group_column scene_group" in found[0] and "40 values in 120 rows" in found[0]
     whole = splitting.make_split(rows, {"train": 0.75, "val": 0.25}, groups=scene)
     assert splitting.unused_groups(columns, whole, scene) == []
@@ -477,7 +477,7 @@ def test_a_dry_run_tries_rows_with_two_ratings_of_each_and_every_class():
     ("anatom_site_general", False), ("familiar", False), ("group_mean", False), ("patient_age", False)])
 def test_names_of_columns_that_say_who_or_where_and_their_false_friends(name, is_group):
     rows = np.arange(60)
-    found = splitting.unused_groups({name: rows % 12}, {"train": rows[:40], "val": rows[40:]})
+    found = splitting.unused_groups({name: rows % 12}, {"train": rows[:40], "val": rows[40:]}, None)
     assert bool(found) is is_group
 
 

@@ -310,8 +310,8 @@ def test_damage_in_the_middle_is_stepped_over_counted_and_named(tmp_path, capsys
     assert numbers_of(store[0]) == list(range(3, 18)) and numbers_of(store[2]) == list(range(63, 78))
     assert [found.fault for found in store.audit] == ["", "most frames of its window are damaged", ""]
     with pytest.raises(common.UserError, match="20 of 90 frames are damaged.*--max_missing[^!]*hole.mp4: 20 of 90"):
-        video_files.check_clips(store.audit)
-    video_files.check_clips(store.audit, max_missing=0.4)
+        video_files.check_clips(store.audit, 0.05, "skip")
+    video_files.check_clips(store.audit, 0.4, "skip")
     assert "note: 20 of 90 frames are damaged; left out:" in capsys.readouterr().out
 
 
@@ -492,18 +492,18 @@ def audits(n_good, n_bad, n_files):
 
 
 def test_broken_videos_stop_the_run_above_the_limit(capsys):
-    video_files.check_clips(audits(20, 0, 1), on_bad_file="error")
+    video_files.check_clips(audits(20, 0, 1), 0.05, "error")
     assert not capsys.readouterr().out
-    video_files.check_clips(audits(95, 5, 2))
+    video_files.check_clips(audits(95, 5, 2), 0.05, "skip")
     out = capsys.readouterr().out
     assert "2 videos" in out and "5 of 100 rows" in out and "bad0.mp4: empty file" in out and "bad1.mp4" in out
     with pytest.raises(common.UserError, match="6 videos cannot be read, which takes 6 of 100 rows") as caught:
-        video_files.check_clips(audits(94, 6, 6))
+        video_files.check_clips(audits(94, 6, 6), 0.05, "skip")
     assert all(f"bad{i}.mp4" in str(caught.value) for i in range(6)) and "--max_missing" in str(caught.value)
     with pytest.raises(common.UserError, match="1 videos cannot be read"):
-        video_files.check_clips(audits(99, 1, 1), on_bad_file="error")
+        video_files.check_clips(audits(99, 1, 1), 0.05, "error")
     with pytest.raises(common.UserError, match="2 of 2 rows"):
-        video_files.check_clips(audits(0, 2, 1), max_missing=1.0)
+        video_files.check_clips(audits(0, 2, 1), 1.0, "skip")
 
 
 # Folders of frames and arrays.

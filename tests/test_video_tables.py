@@ -595,7 +595,7 @@ def test_take_keeps_all_columns_together(tmp_path):
 # --- labels -------------------------------------------------------------------------
 
 def test_spellings_of_case_and_spaces_are_one_class():
-    names, chosen = event_tables.classes_of(["Ear", "ear ", "Ear", "TAIL", "tail", ""])
+    names, chosen = event_tables.classes_of(["Ear", "ear ", "Ear", "TAIL", "tail", ""], None, None)
     assert names == ["Ear", "TAIL"] and chosen == ["Ear"] * 3 + ["TAIL"] * 2 + [""]
 
 
@@ -616,7 +616,8 @@ def test_label_map_in_every_format(tmp_path, name, text):
 
 def test_unmapped_labels_are_listed_with_their_counts(tmp_path):
     path = write(tmp_path / "map.json", '{"Ear": "ear"}')
-    message = fails(event_tables.classes_of, ["ear", "tailhead", "tailhead", "x"], event_tables.read_label_map(path))
+    message = fails(event_tables.classes_of, ["ear", "tailhead", "tailhead", "x"],
+                    event_tables.read_label_map(path), None)
     assert "'tailhead' (2 rows)" in message and "'x' (1 rows)" in message and "--label_map" in message
     assert "'x' (1 rows)" in fails(event_tables.classes_of, ["ear", "x"], None, ["ear", "tail"])
     assert "'b' (1 rows)" in fails(event_tables.classes_of, ["a", "b"], {"a": "ear", "b": "other"}, ["ear", "tail"])
@@ -1120,5 +1121,5 @@ def test_an_audit_of_scores_needs_no_classes(scores):
 def test_real_clips():
     table = event_tables.read_events({"": FIGHT / "clips.csv"}, group_column="scene_group")
     assert len(table) == 300 and table.names == ["fight", "noFight"] and (np.bincount(table.label) == 150).all()
-    assert len(set(table.groups)) == len(set(event_tables.split_keys(table))) == 232 and not table.skipped
+    assert len(set(table.groups)) == len(set(event_tables.split_keys(table, None))) == 232 and not table.skipped
     assert len(event_tables.read_events({"": FIGHT})) == 300

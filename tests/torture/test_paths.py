@@ -68,7 +68,7 @@ def test_a_link_out_of_the_folder_is_refused_where_a_stranger_may_have_made_it(i
     listed.write_text('{"link.png": {"parts": {}}}')
     found = part_boxes.read_annotations(listed)
     with cases.case(GROUP), pytest.raises(common.UserError, match="lead out of") as caught:
-        part_boxes.find_pictures(found, images)
+        part_boxes.find_pictures(found, images, exact_names=False)
     assert "link.png" in str(caught.value)
 
 
@@ -76,7 +76,7 @@ def test_annotations_of_other_pictures_name_the_first(images):
     listed = images.parent / "parts.json"
     listed.write_text('{"strange.png": {"parts": {}}}')
     with pytest.raises(common.UserError, match=r"none of the 1 pictures .*'strange.png'"):
-        part_boxes.find_pictures(part_boxes.read_annotations(listed), images)
+        part_boxes.find_pictures(part_boxes.read_annotations(listed), images, exact_names=False)
 
 
 def test_videos_never_lie_outside_their_root(tmp_path, cases):
