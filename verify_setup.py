@@ -428,9 +428,9 @@ def machine_and_task_checks(args, tasks, temporary):
             yield f"dry run {task}", check_dry_run(task, temporary)
 
 
-def main(given):
-    """Print the table for these flags; returns the exit code."""
-    args = parse_args(given)
+def main(argv=None):
+    """Print the table; returns the exit code."""
+    args = parse_args(sys.argv[1:] if argv is None else argv)
     statuses = list(map(show, check_installation()))
     if "FAIL" in statuses:
         print("Fix these first; the other checks need them.")
@@ -449,4 +449,4 @@ def main(given):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
