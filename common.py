@@ -1203,13 +1203,11 @@ def announce_compute(args, fp32_on_cpu=False):
 
 def _choose_device(name, processes):
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    known = ["cpu", *gpus]
-    if gpus:
-        known.append("cuda")
+    known = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
     if torch.backends.mps.is_available():
         known.append("mps")
     if name == "auto":
-        name = "cuda" if gpus else "cpu"  # not mps: nobody has run these scripts there yet
+        name = "cuda" if torch.cuda.is_available() else "cpu"  # not mps: nobody has run these scripts there yet
     if gpus and processes.size > 1 and re.fullmatch(r"cuda(:\d+)?", name):
         name = gpus[processes.local_rank % len(gpus)]  # srun may show each process its own GPU alone
         torch.cuda.set_device(name)

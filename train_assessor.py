@@ -328,10 +328,7 @@ def fit_scaler(ratings, normalize):
     """Train-row mean and sd (R,) that targets are scaled by; with --no_normalize_targets 0 and 1: no change."""
     if not normalize:
         return {"mean": np.zeros(ratings.shape[1]), "sd": np.ones(ratings.shape[1])}
-    return {
-        "mean": np.nanmean(ratings, axis=0),
-        "sd": np.maximum(np.nanstd(ratings, axis=0), 1e-8),
-    }
+    return {"mean": np.nanmean(ratings, axis=0), "sd": np.maximum(np.nanstd(ratings, axis=0), 1e-8)}
 
 
 def scaled_ratings(study, scaler):

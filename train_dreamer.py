@@ -438,8 +438,7 @@ class GreyEncoder(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        mean = 0.5
-        sd = 0.5
+        mean = sd = 0.5
         if args.pretrained or args.weights:
             mean, sd = backbones.pixel_statistics(args.encoder, args.weights)
         scale = torch.tensor([255 * np.mean(mean), 255 * np.mean(sd)], dtype=torch.float32)

@@ -1135,8 +1135,8 @@ def run_split(run, args, study, split, features=None):
         features = untuned_features(args, study, run, np.sort(np.concatenate(list(split.values()))))
     similar = find_similar(run, study, split, features)
     training, objective, outputs, answers = fit(run, args, study, split, features)
-    # by windows and pixels, not by the middle of a window, which another event of the same second may have too
-    seen = training.seen.words(study.hashes[:, [0, -1]])  # (N,)
+    # its own rows by window and pixels: another event of the same second may have the same middle
+    seen = seen_rows.of_run(run, args, study.hashes[:, [0, -1]], split).words(study.hashes)  # (N,)
     tables = {}
     for part in ("val", "test"):
         rows = split[part]

@@ -124,17 +124,19 @@ def results_as_coco(entries, annotated, reading):
     """COCO results, and the images and categories of Annotations -> COCO.
 
     The file_name decides, where it fits one image: a program may have written image ids of its own. Then a result whose
-    file_name fits none is left out; where all ids are those of the names, its image_id decides.
+    file_name fits none is left out; where all ids are those of the names, its image_id decides if it is that of a picture
+    that no result names.
     """
     ids = dict(annotated.category_ids)
-    image_ids = {file_names.clean_name(image.name): image.id for image in annotated.images}
+    image_ids = {file_names.clean_name(image.name): part_boxes.read_id(image.id) for image in annotated.images}
     names = [file_names.clean_name(entry.get("file_name") or "") for entry in entries]
     fits = file_names.NameIndex(image_ids, file_names.IMAGE_SUFFIXES).match(set(names), exact=False)
     meant = {name: image_ids[fit.files[0]] for name, fit in fits.items() if len(fit.files) == 1}
     written = [part_boxes.read_id(entry.get("image_id")) for entry in entries]
-    n_other = sum(name in meant and part_boxes.read_id(meant[name]) != own for name, own in zip(names, written))
+    n_other = sum(meant.get(name, own) != own for name, own in zip(names, written))
     reading.counts["results have the image_id of another image than their file_name, which decides"] = n_other
-    known_ids = set() if n_other else set(map(part_boxes.read_id, image_ids.values()))
+    # ids that count for a result of another name
+    known_ids = set() if n_other else set(image_ids.values()) - set(meant.values())
     annotations = []
     for number, (entry, name, own) in enumerate(zip(entries, names, written)):
         if meant and name and not fits[name].files and own not in known_ids:

@@ -254,7 +254,7 @@ def test_file_names_decide_by_all_of_their_folders_and_then_by_unique_base_names
     for image, name in zip(truth["images"], names):
         image["file_name"] = name
     common.write_json(tmp_path / "truth.json", truth)
-    ids = [image["id"] for image in truth["images"]]
+    ids = [part_boxes.read_id(image["id"]) for image in truth["images"]]
     found = part_boxes.read_annotations(tmp_path / "truth.json")
     written = {"d2/a.jpg": 1, "/data/d2/a.jpg": 1, "a.jpg": 0, "val/2.jpg": 2, None: 0, 7: 7}
     elsewhere = {**RESULT, "image_id": ids[0], "file_name": "elsewhere.jpg"}
@@ -269,10 +269,10 @@ def test_file_names_decide_by_all_of_their_folders_and_then_by_unique_base_names
     for entries in ([elsewhere], [elsewhere, {**RESULT, "image_id": ids[2], "file_name": "2.jpg"}]):
         content = detection_tables.results_as_coco(entries, found, part_boxes.Reading("xywh", "state"))
         assert [each["image_id"] for each in content["annotations"]] == [ids[0], ids[2]][:len(entries)]
-    entries += [{**elsewhere, "image_id": 7}]
+    entries += [{**elsewhere, "image_id": 7}, {**elsewhere, "image_id": ids[2]}]  # the picture of that id has its own
     reading = part_boxes.Reading("xywh", "state")
     assert len(detection_tables.results_as_coco(entries, found, reading)["annotations"]) == 2
-    assert list(reading.counts.values()) == [0, 1]
+    assert list(reading.counts.values()) == [0, 2]
 
 
 def test_boxes_over_the_edge_are_cut_on_both_sides_and_those_without_area_are_listed(tmp_path):

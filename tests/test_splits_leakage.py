@@ -435,7 +435,7 @@ def test_aligned_faces_are_told_apart():
     n_rows = len(images) + len(copies)
     split = {"train": np.arange(len(images)), "val": np.arange(len(images), n_rows)}
     names = [f"{i:04d}" for i in range(n_rows)]
-    report = splitting.leakage_report(split, names, names, np.concatenate([phash, copies]))
+    report = splitting.leakage_report(split, names, names, np.concatenate([phash, copies]), {})
     assert report["within"]["train"]["near_duplicates"]["count"] == 0
     assert report["between"]["train-val"]["near_duplicates"]["count"] == 100
 

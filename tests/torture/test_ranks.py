@@ -200,6 +200,7 @@ def test_cores_of_a_process(monkeypatch, env, expected):
     *((name, common.Processes(1, 2, 1, 2), None) for name in ("cuda:x", "cuda:-1", "cudas", "mps")),
     ("cuda:2", common.Processes(), None)])
 def test_device_of_a_process_on_two_gpus(monkeypatch, name, processes, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     if expected:
