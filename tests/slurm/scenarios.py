@@ -22,6 +22,7 @@ from test_resume import fingerprint  # noqa: E402
 
 FLAGS = ("--backbone shufflenet_v2_x0_5 --no_pretrained --image_size 32 --batch_size 8 --group_column subject "
          "--save_minutes 0.01 --epochs 40 --patience 0 --keep_last").split()
+LONG = "1000"  # epochs that take longer than a time limit, on a quick machine too
 ROOM = "--gres=none --mem=1G --cpus-per-task=2".split()  # what these nodes have, instead of a GPU
 DREAMER = ("--encoder resnet18 --no_pretrained --image_size 32 --token_type spatial --d_model 32 --n_layers 1 "
            "--n_heads 2 --feedforward 32 --batch_size 8 --optimizer sgd --save_minutes 0.01 --epochs 8 --keep_last").split()
@@ -117,7 +118,7 @@ class Lab:
                       pictures / "ratings" / "per_image_Slider_mean_sd_from_wide.csv"]
         self.dreamer = [*DREAMER, "--data_dir", slices, "--patient_map", slices / "patient_map.json"]
         kinds = {"one": ("train_assessor.py", self.flags, 1), "two": ("train_assessor.py", self.flags, 2),
-                 "long": ("train_assessor.py", [*self.flags, "--epochs", "500"], 1),
+                 "long": ("train_assessor.py", [*self.flags, "--epochs", LONG], 1),
                  "dreamer": ("train_dreamer.py", self.dreamer, 1)}
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             self.expected = dict(zip(kinds, pool.map(lambda kind: self.local_run(kind, *kinds[kind]), kinds)))
@@ -176,7 +177,7 @@ def signalled_three_times(lab):
 def time_limit(lab):
     """SLURM's own time limit, requeued each time"""
     # this SLURM sends the signal up to a minute earlier than asked for
-    job = Job(lab, "limit", [*lab.flags, "--epochs", "500", "--num_workers", 2], "--time=2", "--signal=USR1@40")
+    job = Job(lab, "limit", [*lab.flags, "--epochs", LONG, "--num_workers", 2], "--time=2", "--signal=USR1@40")
     assert job.ended(600) == ("COMPLETED", "0"), job.text()[-2000:]
     job.has_bits_of("long")
     assert job.starts() >= 2, "the limit was never reached"
