@@ -343,6 +343,20 @@ def test_a_clip_with_rounded_times_was_seen_and_its_neighbour_was_not(made, beha
     assert away and set(away) == {"new"}
 
 
+def test_a_run_from_weights_knows_their_clips_by_rounded_times(made, behaviours, tmp_path):
+    """Every row trained the run that it starts from, with times that lie a little beside."""
+    video("--mode", "predict", "--checkpoint", behaviours, "--manifest", made.manifests / "train.csv", *made.look,
+          "--output", tmp_path / "p.csv", "--num_workers", 0)
+    common.write_table(tmp_path / "moved.csv", [
+        {"path": row["video"], "label": row["true_label"], "group": row["group"],
+         "start_sec": float(row["start_sec"]) + 0.04, "end_sec": float(row["end_sec"]) + 0.04}
+        for row in read_csv(tmp_path / "p.csv")])
+    video("--manifest", tmp_path / "moved.csv", "--video_root", made.folder / "videos", *made.small, "--split_by", "event",
+          "--epochs", 1, "--init_from", behaviours, "--output_dir", tmp_path)
+    rows = read_csv(only_run(tmp_path) / "predictions_val.csv")
+    assert rows and {row["seen"] for row in rows} == {"train"}
+
+
 def test_predict_needs_no_labels(made, behaviours, tmp_path):
     rows = read_csv(made.manifests / "test.csv")
     with open(tmp_path / "new.csv", "w", newline="") as handle:
