@@ -253,12 +253,17 @@ class Study:
         """{at1, motion, at2: (N, 6)}"""
         return {name: getattr(self, name) for name in probe_poses.FIELDS}
 
+    @property
+    def unit(self):
+        """What a group is: a patient, or a folder where nobody said whose it is."""
+        return "patients" if self.has_patients else "folders"
+
     def inner_groups(self, rows):
         """(n,) names of what an inner fold never cuts: patients, or blocks of time where there is but one."""
         patients = self.patients[rows]
         if len(set(patients)) > 1:
             return patients
-        blocks = (TIME_BLOCKS * self.place[rows]).astype(int)
+        blocks = (TIME_BLOCKS * self.place[rows]).astype(int).clip(max=TIME_BLOCKS - 1)
         return np.char.add(self.sequences[rows], blocks.astype(str))
 
     def grids_at_t1(self, rows):
@@ -985,7 +990,7 @@ def judge(run, args, study, split, rows, table, *, part, use, alarms, best_epoch
         run, table, setting,
         blocks=pose_scores.time_blocks(table, study.sequences[rows], study.order[rows]),
         label_sd=study.label_sd,
-        unit="patients" if study.has_patients else "folders",
+        unit=study.unit,
         doubts=split_doubts(args, study),
         compose=study.compose,
         use=use)
@@ -1001,7 +1006,7 @@ def data_blocks(run, study, split, table):
     } for part, rows in split.items()]
     blocks = [
         judging.rows_text(table, "transitions"),
-        reporting.html_text(f"Groups are patients, as far as they are known; {len(study.skipped)} rows skipped."),
+        reporting.html_text(f"Groups are {study.unit}; {len(study.skipped)} rows skipped."),
         reporting.html_table(sizes),
         reporting.html_list(study.notes),
     ]

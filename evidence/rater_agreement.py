@@ -22,7 +22,8 @@ def noise_ceiling(mean, sd, n):
     """
     import pandas as pd
     mean = pd.DataFrame(np.where(n > 0, mean, np.nan))
-    share = 1 / (n + 0 * mean)  # of a single rating's noise
+    raters = pd.DataFrame(np.broadcast_to(n, mean.shape)).where(mean.notna())
+    share = 1 / raters  # of a single rating's noise
     valid = (sd >= 0) & (n > 1)
     noise = (sd ** 2 * share).where(valid).mean() / share.where(valid).mean()
     r2 = 1 - noise * share.mean() / mean.var()
