@@ -38,12 +38,12 @@ class Member:
 
         With flip_average both are means over each picture and its mirror image. The head of a frozen backbone reads the
         mean of the features, on which it was trained, selected and judged. All others give the mean of their outputs,
-        by which they were selected and judged; so do files that do not say which. The two differ with an mlp head.
+        by which they were selected and judged. The two differ with an mlp head.
         """
         views = views_of(inputs, self.settings["flip_average"])
         features = [self.model.backbone(view) for view in views]  # (B, 3, S, S) -> (B, F) each
         mean = sum(features) / len(views)
-        if self.settings.get("freeze_backbone"):
+        if self.settings["freeze_backbone"]:
             features = [mean]
         outputs = mean_over(self.model, features)  # (B, F) -> (B, R)
         scaler = self.settings["scaler"]
@@ -112,10 +112,9 @@ def load_members(files, compute):
     first = members[0].settings
     for path, member in zip(files, members):
         for key in ("names", "image_size", "pixel_range"):
-            if member.settings.get(key) != first.get(key):
+            if member.settings[key] != first[key]:
                 raise common.UserError(
-                    f"{path} has {key} {member.settings.get(key)}, {files[0]} {first.get(key)}; members of one mean "
-                    "must agree")
+                    f"{path} has {key} {member.settings[key]}, {files[0]} {first[key]}; members of one mean must agree")
     networks = dict.fromkeys(
         "{backbone}, head {head}, flip average {flip_average}".format(**member.settings) for member in members)
     epochs = ", ".join(str(member.settings["epoch"]) for member in members)
@@ -128,7 +127,7 @@ def pictures_to_predict(inputs, settings):
     """picture_files.Pictures of find_inputs, in the size that the model takes."""
     prepare = functools.partial(crop_picture, settings["image_size"])
     short_side = common.resize_side(settings["image_size"])
-    return picture_files.Pictures([path for _, path in inputs], short_side, prepare, settings.get("pixel_range"))
+    return picture_files.Pictures([path for _, path in inputs], short_side, prepare, settings["pixel_range"])
 
 
 def crop_picture(image_size, pixels, _):
@@ -168,8 +167,7 @@ def half_widths(members, coverage):
     """
     residuals = np.concatenate([member.settings["abs_residuals"].numpy() for member in members])
     owners = [member.settings["residual_subjects"] for member in members]
-    with common.checkpoint_fields("the checkpoint of an older version"):
-        rows = np.concatenate([member.settings["residual_rows"] for member in members])
+    rows = np.concatenate([member.settings["residual_rows"] for member in members])
     if None in owners and any(owners):
         raise common.UserError("--interval: some checkpoints were trained with --group_column and others without; give "
                                "those of one kind")

@@ -420,7 +420,7 @@ def fit(run, args, study, split, features):
         select="last" if args.select == "last" else f"val_{args.select}",
         metadata=lambda: model_metadata(args, study, split, scaler, latest["val"]),
         higher_is_better=args.select != "loss",
-        seen=seen_rows.of_run(run, args, study.hashes, split))
+        seen=seen_rows.of_run(args, study.hashes, split))
     for epoch in training.epochs():
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
         row = train_one_epoch(model, train_loader, training, compute)

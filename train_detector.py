@@ -505,7 +505,7 @@ class PartDetector(nn.Module):
         n_features = heads.box_predictor.cls_score.in_features
         heads.box_roi_pool = PaddedRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio)
         heads.box_predictor = FastRCNNPredictor(n_features, len(settings["parts"]) + 1)
-        heads.nms_thresh = settings.get("nms_iou", 0.5)  # older files lack it
+        heads.nms_thresh = settings["nms_iou"]
         self.roi_heads = heads  # list up to 100 detections of a picture, from a score of .05 on
         self.temperature = 1.0  # of the states' probabilities, see finish_best_model
         self.n_states = len(settings["states"])
@@ -891,7 +891,7 @@ def fit(run, args, study, split):
         select=f"val_{args.select.removeprefix('val_')}",
         metadata=lambda: content,
         higher_is_better=args.select != "val_loss",
-        seen=seen_rows.of_run(run, args, study.hashes, split))
+        seen=seen_rows.of_run(args, study.hashes, split))
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, training, compute, args.state_weight)
         detections, losses = evaluate(model, val_loader, args, compute)
@@ -1223,7 +1223,6 @@ def load_detector(path, compute, nms_iou):
     with common.checkpoint_fields(path):
         model = PartDetector(content["settings"])
         common.load_state(model, content["model"], path)
-        content["absent"], content["baseline"]["states"]  # an older file without them stops here
         model.temperature = content.get("temperature", 1.0)
         if nms_iou is not None:
             model.roi_heads.nms_thresh = nms_iou

@@ -781,7 +781,7 @@ def fit(run, args, study, split, readout):
         select="last" if args.select == "last" else f"val_{args.select}",
         metadata=lambda: model_metadata(args, study, split, scaler),
         higher_is_better=False,
-        seen=seen_rows.of_run(run, args, study.hashes, split))
+        seen=seen_rows.of_run(args, study.hashes, split))
     unused = flags_without_effect(args)
     if unused:
         run.say(f"note: {' '.join(unused)} belong to the world model and change nothing; --token_type channel is the "
@@ -1238,8 +1238,6 @@ def load_checkpoint(args, run):
     path = args.checkpoint
     content = common.load_model_file(path)
     with common.checkpoint_fields(path):
-        if content["settings"].get("imagine") == "change":  # once a flag
-            raise common.UserError(f"{path} imagines changes: use it with the version that trained it")
         settings = {name: content["settings"][name] for name in MODEL_FLAGS}
         settings["pretrained"] = content["pretrained"]
         settings["pixel_range"] = args.pixel_range or content["settings"]["pixel_range"]

@@ -889,7 +889,7 @@ def fit(run, args, study, split, features):
         select=column,
         metadata=lambda: model_metadata(args, study, objective, model),
         higher_is_better=higher_is_better,
-        seen=seen_rows.of_run(run, args, study.hashes, split))
+        seen=seen_rows.of_run(args, study.hashes, split))
     for _ in training.epochs():
         if args.model == MOTION_READOUT:
             solve_head(model, study, train, features, run.say)
@@ -1136,7 +1136,7 @@ def run_split(run, args, study, split, features=None):
     similar = find_similar(run, study, split, features)
     training, objective, outputs, answers = fit(run, args, study, split, features)
     # its own rows by window and pixels: another event of the same second may have the same middle
-    seen = seen_rows.of_run(run, args, study.hashes[:, [0, -1]], split).words(study.hashes)  # (N,)
+    seen = seen_rows.of_run(args, study.hashes[:, [0, -1]], split).words(study.hashes)  # (N,)
     tables = {}
     for part in ("val", "test"):
         rows = split[part]
@@ -1445,8 +1445,7 @@ def judge_bouts(args):
     """--mode judge_bouts: the bouts of predict --video against a table of events, whose frames have its rate."""
     file = args.predictions / "args.json"
     if "fps" not in args.given and file.exists():
-        data = common.read_json(file)["data"]
-        args = common.with_flags(args, fps=data.get("fps", args.fps))  # older versions do not say it
+        args = common.with_flags(args, fps=common.read_json(file)["data"]["fps"])
     ethograms.judge_folder(args.predictions, lambda names: read_table(args, names), args.output)
 
 

@@ -17,19 +17,15 @@ SENTENCES = {  # what follows from the words but "new"
     "chose": "chose the epoch, the threshold or the temperature: the result is selected on these rows, therefore "
              "optimistic; give a test part or, where they chose the epoch alone, a fixed number of epochs "
              "(--select last; a detector has --folds)",
-    "not known": "may have been seen in training: their table or the checkpoint does not say it",
+    "not known": "may have been seen in training: their table does not say it",
 }
 
 
 @dataclasses.dataclass
 class SeenRows:
-    """Which rows made a checkpoint and all that it started from, as pixel_cache.content_hashes.
-
-    is_complete False: one of them does not say, so that a row which is not listed may have been seen all the same.
-    """
+    """Which rows made a checkpoint and all that it started from, as pixel_cache.content_hashes."""
     fitted: np.ndarray  # trained on
     chose: np.ndarray  # chose an epoch, a threshold or a temperature
-    is_complete: bool = True
 
     def __post_init__(self):
         self.fitted = np.asarray(self.fitted, np.int64)
@@ -37,25 +33,22 @@ class SeenRows:
 
     def plus(self, other):
         """The rows of both."""
-        return SeenRows(np.union1d(self.fitted, other.fitted), np.union1d(self.chose, other.chose),
-                        self.is_complete and other.is_complete)
+        return SeenRows(np.union1d(self.fitted, other.fitted), np.union1d(self.chose, other.chose))
 
     def words(self, hashes):
         """(M, K) hashes of rows -> (M,) one of WORDS each."""
         is_fitted = np.isin(hashes, self.fitted).any(1)
         has_chosen = np.isin(hashes, self.chose).any(1)
-        return np.select([is_fitted, has_chosen], ["train", "chose"], "new" if self.is_complete else "not known")
+        return np.select([is_fitted, has_chosen], ["train", "chose"], "new")
 
 
 def of_checkpoint(content, path="the checkpoint"):
-    """The SeenRows in what a checkpoint holds; one of an older version does not say them."""
-    if not content.get("seen"):
-        return SeenRows([], [], is_complete=False)
+    """The SeenRows in what a checkpoint holds."""
     with common.checkpoint_fields(path):
         return SeenRows(**content["seen"])
 
 
-def of_run(run, args, hashes, split):
+def of_run(args, hashes, split):
     """SeenRows of a run and of the weights it starts from; those of other programs have seen none of our rows.
 
     hashes: (N, K) of all rows; split: {part: rows} of train, and of val, which chooses the epoch unless --select says
@@ -68,9 +61,6 @@ def of_run(run, args, hashes, split):
         content = common.read_checkpoint(path)
         if content.get("format") == common.FORMAT:
             seen = seen.plus(of_checkpoint(content, path))
-    if not seen.is_complete:
-        run.say("note: the weights to start from are of an older version, which does not say the rows it was "
-                "trained on: whether rows are new is not known in this run")
     return seen
 
 

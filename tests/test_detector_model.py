@@ -25,7 +25,7 @@ VALIDATION = SimpleNamespace(seed=5, state_weight=0.5)  # the flags that evaluat
 
 def small_settings(**changes):
     return {"model": "fasterrcnn_resnet18_fpn", "min_size": 64, "max_size": 64, "anchor_sizes": [12, 20, 32, 48],
-            "parts": ["bell", "chain", "saddle"], "states": list(STATES), "frozen_norm": False,
+            "parts": ["bell", "chain", "saddle"], "states": list(STATES), "nms_iou": 0.5, "frozen_norm": False,
             "pixel_mean": list(common.IMAGENET_MEAN), "pixel_sd": list(common.IMAGENET_STD), **changes}
 
 
@@ -278,12 +278,11 @@ def test_of_two_boxes_of_a_part_the_better_is_kept():
 
 
 def test_the_overlap_of_a_run_stays_with_its_checkpoint(monkeypatch, tmp_path):
-    """One that is older has torchvision's .5; a flag overrules both."""
+    """A flag overrules it."""
     (tmp_path / "best_model.pth").touch()
     model = small_detector()
-    for kept, flag, expected in ((0.3, None, 0.3), (None, None, 0.5), (0.3, 0.7, 0.7)):
-        settings = small_settings() if kept is None else small_settings(nms_iou=kept)
-        content = {"settings": settings, "model": model.state_dict(), "absent": "keep", "baseline": {"states": []}}
+    for flag, expected in ((None, 0.3), (0.7, 0.7)):
+        content = {"settings": small_settings(nms_iou=0.3), "model": model.state_dict()}
         monkeypatch.setattr(common, "load_model_file", lambda path: content)
         found, _ = train_detector.load_detector(tmp_path / "best_model.pth", FP32, flag)
         assert found.roi_heads.nms_thresh == expected

@@ -35,10 +35,8 @@ def test_a_row_is_seen_where_one_of_its_hashes_is():
     seen = seen_rows.SeenRows(np.array([1, 4]), np.array([2, 7]))
     hashes = np.array([[1, 9], [9, 4], [2, 9], [4, 2], [9, 8]])
     assert seen.words(hashes).tolist() == ["train", "train", "chose", "train", "new"]
-    older = seen.plus(seen_rows.of_checkpoint({"model": {}}))  # before these rows were kept
-    assert older.words(hashes).tolist() == ["train", "train", "chose", "train", "not known"]
     both = seen.plus(seen_rows.SeenRows([8], []))
-    assert both.words(hashes).tolist()[-1] == "train" and both.is_complete
+    assert both.words(hashes).tolist()[-1] == "train"
 
 
 def test_the_worst_word_counts():
@@ -48,11 +46,11 @@ def test_the_worst_word_counts():
 
 
 def test_a_checkpoint_gives_back_what_it_has_seen(tmp_path):
-    seen = seen_rows.SeenRows(np.array([3, 5]), np.array([4]), is_complete=False)
-    content = {"seen": {"fitted": seen.fitted, "chose": seen.chose, "is_complete": False}}
+    seen = seen_rows.SeenRows(np.array([3, 5]), np.array([4]))
+    content = {"seen": {"fitted": seen.fitted, "chose": seen.chose}}
     common.save_checkpoint(tmp_path / "c.pth", common.to_plain_types(content))
     found = seen_rows.of_checkpoint(common.read_checkpoint(tmp_path / "c.pth"))
-    assert found.fitted.tolist() == [3, 5] and found.chose.tolist() == [4] and not found.is_complete
+    assert found.fitted.tolist() == [3, 5] and found.chose.tolist() == [4]
 
 
 def test_hashes_of_the_same_content_are_the_same():
@@ -150,22 +148,6 @@ def test_a_start_from_weights_that_saw_the_validation_rows(script, tiny_flags, t
     turned = [item for pair in swapped.items() for item in pair]
     run_script(script, *flags, *turned, "--init_from", first / "best_model.pth", "--output_dir", tmp_path / "second")
     assert_not_held_out(only_run(tmp_path / "second"))
-
-
-def test_weights_of_an_older_version_are_said_once(sample, tmp_path):
-    flags = small_run(sample, tmp_path / "first", "--dry_run", "--select", "last")
-    run_script("train_assessor.py", *flags)
-    path = only_run(tmp_path / "first") / "best_model.pth"
-    content = common.read_checkpoint(path)
-    del content["seen"]
-    common.save_checkpoint(path, content)
-    text = run_script("train_assessor.py", *flags, "--init_from", path, "--output_dir", tmp_path / "second").text
-    assert text.count("note: the weights to start from are of an older version") == 1
-    metrics = read_json(only_run(tmp_path / "second") / "metrics.json")
-    assert metrics["held_out"] is None and "not known" in metrics["verdict"]
-    text = run_here("predict_assessor.py", "--checkpoint", path, "--image_dir", sample.images, "--output",
-                    tmp_path / "p.csv").text
-    assert text.count("may have been seen") == 1 and seen_in(tmp_path / "p.csv") == {"not known"}
 
 
 # --- tables of predictions --------------------------------------------------------------------
