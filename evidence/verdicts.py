@@ -20,7 +20,6 @@ NOT_FINITE_REMEDY = "Lower --lr, or --use_amp off"
 REPEATS_REMEDY = ("Look for rows with the same input (the section Leakage), and keep them together: --group_column "
                   "(probe guidance: --patient_map)")
 LABELS_REMEDY = "Add rows with other labels, or leave it out (--target_columns, where a script has them)"
-MOST_POINTS = 11  # of a scale: 0 to 10
 
 
 def regression_alarms(predicted, target, names):
@@ -41,43 +40,23 @@ def regression_alarms(predicted, target, names):
     ]
     alarms = [f"{fault}: {', '.join(itertools.compress(names, flags))}. {remedy}"
               for fault, flags, remedy in faults if flags.any()]
-    inside = predicted[~_cut_to_scale(predicted, target)]
-    most = np.unique(inside, axis=0, return_counts=True)[1].max(initial=0)
+    most = np.unique(predicted, axis=0, return_counts=True)[1].max(initial=0)
     if most >= _fewest_repeats(predicted, min(modal)) and not is_constant.all():
         alarms.append(f"the same prediction for {most} of {len(predicted)} rows. {REPEATS_REMEDY}")
     return alarms
 
 
-def _cut_to_scale(predicted, target):
-    """(N,) bool, True = all R predictions stand at ends of the labels' scale, about as often as labels do."""
-    ends = np.stack([np.fmin.reduce(target), np.fmax.reduce(target)])[:, None]  # (2, 1, R)
-    is_end = predicted == ends  # (2, N, R)
-    is_usual = is_end.sum(1) <= 3 * (target == ends).sum(1)  # (2, R)
-    return (is_end & is_usual[:, None]).any(0).all(1)
-
-
 def _fewest_repeats(predicted, modal):
-    """How many equal rows of (N, K) predictions speak for a fault: 3, and more where they meet by chance.
+    """How many equal rows of (N, K) predictions speak for a fault: 3, or one in a hundred, as some of many rows meet.
 
-    Of very many rows some meet, and coarse predictions do: each a multiple of 1 / k with k up to 1000, as rounded ones
-    and the shares of neighbours or of a tree's leaf; of four digits, and some of five; or in half precision. modal: how
-    many rows share the most frequent label; where labels too are few points of a scale, it is no fault to predict one of
-    them often.
+    Where all have up to four digits behind the point, equal ones meet by chance: half of the rows, or more where so many
+    (modal) share one label.
     """
     rows = len(predicted)
-    values = np.unique(predicted[np.isfinite(predicted)])
-    rest = values[::len(values) // 10_000 + 1]  # so many tell
-    for k in range(501, 1001):  # every k below has a multiple among them
-        rest = rest[np.abs(rest * k - np.round(rest * k)) > 1e-8 * k]
-    with np.errstate(over="ignore"):
-        rest = rest[np.abs(rest - rest.astype(np.float16)) > 1e-6 * np.abs(rest)]
-    for digits, share in ((5, 300), (4, 20)):
-        if any(abs(float(f"{value:.{digits}g}") - value) > 1e-9 * abs(value) for value in rest):  # or 1 - a rounded one
-            return max(3, rows // share)
-    usual = rows / 5
-    if len(values) <= MOST_POINTS and not (values % 1).any():  # one of 7 points may well stand for a third
-        usual = rows / 2
-    return math.ceil(min(0.95 * rows, max(3, usual, 3 * modal)))
+    is_rounded = np.abs(predicted - np.round(predicted, 4)) < 1e-9
+    if is_rounded.all():
+        return math.ceil(min(0.95 * rows, max(rows / 2, 3 * modal)))
+    return math.ceil(max(3, rows / 100))
 
 
 def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
@@ -116,7 +95,6 @@ def classification_alarms(probability, label, names, threshold=None, positive=1)
     rounded = np.round(probability, 6)
     unsure = rounded[rounded.max(1) < 0.999]  # rows that are told apart with ease have nearly 0 and 1
     values, repeats = np.unique(unsure, axis=0, return_counts=True)
-    repeats[(values.max(1) >= 0.99) & (repeats <= rows / 20)] = 0  # some meet by chance
     fewest = _fewest_repeats(probability, counts.max())
     often = repeats >= fewest
     if often.any():

@@ -381,54 +381,38 @@ def test_identical_confusion_matrices_over_folds():
     assert alarms(2, [0] * 6) == alarms(4, None) == alarms(3, [0] * 8 + [1]) == []
 
 
-@pytest.mark.parametrize("digits", [1, 2, 3])
+@pytest.mark.parametrize("digits", [1, 2, 3, 4])
 def test_rounding_is_no_repeated_prediction(digits):
-    """Rounded predictions of different rows meet by chance; a model that has few answers is told from them."""
+    """Rounded predictions of different rows meet by chance; a model that is stuck is told from them."""
     draw = np.random.default_rng(digits)
-    target = draw.normal(3, 1, (200, 1))
-    rounded = np.round(target + draw.normal(size=(200, 1)), digits)
-    assert np.unique(rounded, return_counts=True)[1].max() >= 3 or digits == 3
+    target = draw.normal(3, 1, (890, 1))
+    rounded = np.round(target + draw.normal(size=(890, 1)), digits)
+    assert np.unique(rounded, return_counts=True)[1].max() >= 3 or digits == 4
     assert verdicts.regression_alarms(rounded, target, ["v"]) == []
-    few = np.round(draw.choice(rounded[:5, 0], (200, 1)), digits)
-    stuck = np.where(np.arange(200)[:, None] % 3 == 0, 2.5, rounded)
-    for predicted in (few, stuck):
-        assert faults(verdicts.regression_alarms(predicted, target, ["v"]))[0].startswith("the same prediction for")
+    stuck = np.where(np.arange(890)[:, None] % 3 > 0, 2.5, rounded)
+    assert faults(verdicts.regression_alarms(stuck, target, ["v"]))[0].startswith("the same prediction for")
 
 
-@pytest.mark.parametrize("digits", [4, 5, 6])
-def test_many_answers_of_few_digits_or_a_sure_model_meet_by_chance(digits):
-    """Ratings in 4 digits raised the alarm in 27 of 100 tables, probabilities in 5 in all, in 6 or more in 36."""
+@pytest.mark.parametrize("digits", [2, 3, 4, 5, 6])
+def test_rounding_is_no_repeated_probability(digits):
+    """Neither is a model that is sure of many rows."""
     for seed in range(20):
         draw = np.random.default_rng(seed)
-        rating = draw.normal(4, 1, (890, 1))
-        predicted = np.round(4 + 0.35 * (rating - 4) + 0.35 * draw.normal(size=rating.shape), 4)
         label = draw.integers(0, 2, 890)
         score = np.round(1 / (1 + np.exp(-6 * (2 * label - 1) - draw.normal(size=890))), digits)
-        assert verdicts.regression_alarms(predicted, rating, ["v"]) == []
         assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
-    predicted[:60] = 7.1234
-    [alarm] = verdicts.regression_alarms(predicted, rating, ["v"])
-    assert alarm.startswith("the same prediction for 60 of 890 rows")
     score = 1 / (1 + np.exp(1 - 2 * label - draw.normal(size=890)))
     score[:300] = 0.993456
     [alarm] = verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"])
     assert "in 300 of 890 rows; that of b is 0.993456 in 300 of them" in alarm
-
-
-@pytest.mark.parametrize("digits", [2, 3])
-def test_rounding_is_no_repeated_probability(digits):
-    draw = np.random.default_rng(digits)
-    label = draw.integers(0, 2, 200)
-    score = np.round(1 / (1 + np.exp(-(2 * label - 1 + draw.normal(size=200)))), digits)
-    assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
-    few = np.where(label == 1, 1 / 2 ** 0.5, 0.4)
+    few = np.where(label == 1, 1 / 2 ** 0.5, 0.4)[:200]
     few[::3] = 0.55
-    [alarm] = verdicts.classification_alarms(np.stack([1 - few, few], 1), label, ["a", "b"])
+    [alarm] = verdicts.classification_alarms(np.stack([1 - few, few], 1), label[:200], ["a", "b"])
     assert alarm.startswith("the same probability 3 times or more, in 200 of 200 rows; that of b is ")
 
 
 def test_answers_as_coarse_as_the_labels_are_no_fault():
-    """Whole points of a scale, the shares of five neighbours, the shares in a tree's leaves; one answer alone is one."""
+    """Whole points of a scale, the shares of five neighbours; one answer alone is one."""
     draw = np.random.default_rng(0)
     points = draw.integers(1, 6, (200, 1)).astype(float)
     predicted = np.clip(points + draw.integers(-1, 2, (200, 1)), 1, 5)
@@ -437,35 +421,8 @@ def test_answers_as_coarse_as_the_labels_are_no_fault():
     mostly = np.where(np.arange(200)[:, None] < 190, 3.0, predicted)
     assert faults(verdicts.regression_alarms(mostly, points, ["pain"])) == ["the same prediction for 192 of 200 rows"]
     label = draw.integers(0, 2, 200)
-    neighbours = np.clip(2 * label + draw.integers(0, 4, 200), 0, 5) / 5
-    leaves = np.array([2 / 31, 11 / 13, 5 / 7])[label + (np.arange(200) % 5 == 0)]
-    for score in (neighbours, leaves):
-        assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
-
-
-def test_whole_points_of_continuous_ratings_are_no_fault():
-    """As a language model answers on a scale of 1 to 7; of a hundred points one that stands for a third of the rows is."""
-    draw = np.random.default_rng(0)
-    ratings = draw.normal(4, 1, (200, 1)).clip(1, 7)
-    assert verdicts.regression_alarms(np.rint(ratings + 0.5 * draw.normal(size=(200, 1))), ratings, ["v"]) == []
-    few = np.where(np.arange(200)[:, None] % 10 > 0, 3, np.rint(ratings))
-    assert "the same prediction for" in " ".join(verdicts.regression_alarms(few, ratings, ["v"]))
-    stuck = np.where(np.arange(200)[:, None] % 3 == 0, 50, np.rint(20 * ratings))
-    assert faults(verdicts.regression_alarms(stuck, ratings, ["v"]))[0].startswith("the same prediction for")
-
-
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_half_precision_is_no_repeated_probability(precision):
-    """As numbers or as text; a third of the rows that are stuck are found all the same."""
-    draw = np.random.default_rng(0)
-    label = draw.integers(0, 2, 1000)
-    logits = torch.tensor(draw.normal(size=(1000, 2)) + 1.5 * np.stack([1 - label, label], 1))
-    half = torch.softmax(logits, 1).to(precision).double().numpy()
-    written = np.array([[float(f"{value:.4g}") for value in row] for row in half])
-    for found in (half, written):
-        assert verdicts.classification_alarms(found, label, ["a", "b"]) == []
-        stuck = np.where(np.arange(1000)[:, None] % 3 == 0, [2 ** 0.5 - 1, 2 - 2 ** 0.5], found)
-        assert "the same probability" in verdicts.classification_alarms(stuck, label, ["a", "b"])[0]
+    score = np.clip(2 * label + draw.integers(0, 4, 200), 0, 5) / 5
+    assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
 
 
 def test_pairs_beside_them_do_not_hide_repeated_predictions():
@@ -475,19 +432,6 @@ def test_pairs_beside_them_do_not_hide_repeated_predictions():
     predicted[:20] = np.repeat(predicted[:10], 2, axis=0)
     predicted[20:] = np.repeat(predicted[20:40], 4, axis=0)
     assert faults(verdicts.regression_alarms(predicted, target, ["v"])) == ["the same prediction for 4 of 100 rows"]
-
-
-def test_predictions_that_are_cut_to_the_scale_are_no_fault():
-    draw = np.random.default_rng(0)
-    latent = draw.normal(3, 3, (150, 1))
-    pain = latent.round().clip(0, 10)
-    predicted = (0.9 * latent + draw.normal(0, 0.8, (150, 1))).clip(0, 10)
-    assert (predicted == 0).sum() > 15 and verdicts.regression_alarms(predicted, pain, ["pain"]) == []
-    predicted[:4] = 2 ** 0.5
-    assert faults(verdicts.regression_alarms(predicted, pain, ["pain"])) == ["the same prediction for 4 of 150 rows"]
-    ratings = latent + draw.normal(size=(150, 1))
-    low = np.where(np.arange(150)[:, None] < 90, ratings.min(), latent)
-    assert faults(verdicts.regression_alarms(low, ratings, ["pain"])) == ["the same prediction for 90 of 150 rows"]
 
 
 def test_of_very_many_rows_some_meet_by_chance():
