@@ -516,19 +516,14 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
 
 
 def _from_score(table, column, path, notes):
-    """(M, 2) probabilities in the order of the column: its own, of log odds the logistic, of other numbers the ranks."""
+    """(M, 2) probabilities in the order of the column: its own, or where it is not from 0 to 1 the ranks."""
     import pandas as pd
     score = _block(table, [column], path)  # (M, 1)
     if ((score < 0) | (score > 1)).any():
-        logistic = 1 / (1 + np.exp(-score.clip(-700)))
-        kept = len(np.unique(logistic)) / len(np.unique(score))  # large ones are all 1 in float64
-        if (score < 0).any() and (score > 0).any() and kept > 0.95:
-            score = logistic
-        else:
-            score = pd.DataFrame(score).rank(method="dense", pct=True).to_numpy()
-            notes.append(f"{column} is neither a probability nor log odds (on both sides of 0, few large), so its rank "
-                         "stands for it: AUC and average precision are those of the score; calibration, loss and what a "
-                         "threshold decides (accuracy, precision, recall, F1) mean nothing")
+        score = pd.DataFrame(score).rank(method="dense", pct=True).round(4).to_numpy()  # points may meet, see verdicts.py
+        notes.append(f"{column} is no probability, so its rank stands for it: AUC and average precision are those of the "
+                     "score; calibration, loss and what a threshold decides (accuracy, precision, recall, F1) mean "
+                     "nothing. Of log odds write the logistic, 1 / (1 + exp(-x))")
     return np.concatenate([1 - score, score], axis=1)
 
 

@@ -4,7 +4,6 @@
 """
 import csv
 import json
-import math
 import re
 import shutil
 
@@ -319,27 +318,6 @@ def test_a_threshold_is_of_the_class_that_its_table_names(tmp_path):
         prediction_tables.read_predictions(tmp_path / "t.csv")
 
 
-def test_scores_without_a_bound_are_logits_whatever_is_blank(tmp_path):
-    rows = [{"id": k, "label": k % 2, "score": 8 * (k % 2) - 4 + 0.1 * k} for k in range(20)]
-    full = table_of(tmp_path, rows)
-    rows[4] |= {"label": "", "score": ""}
-    holed = table_of(tmp_path, rows)
-    assert np.allclose(np.delete(holed.probability, 4, 0), np.delete(full.probability, 4, 0))
-
-
-def test_one_large_log_odd_is_one_all_the_same(tmp_path):
-    rows = [{"id": k, "label": k % 2, "score": 8 * (k % 2) - 4 + 0.1 * k} for k in range(40)] + [
-        {"id": 40, "label": 1, "score": 31}]
-    assert table_of(tmp_path, rows).probability[0, 1] == pytest.approx(1 / (1 + math.exp(4)))
-
-
-def test_few_log_odds_that_meet_at_one_do_not_make_ranks_of_the_others(tmp_path):
-    rows = [{"id": k, "label": k % 2, "score": 8 * (k % 2) - 4 + 0.1 * k} for k in range(40)]
-    rows += [{"id": k, "label": 1, "score": k} for k in (40, 41)]
-    found = table_of(tmp_path, rows)
-    assert found.probability[0, 1] == pytest.approx(1 / (1 + math.exp(4))) and found.notes == []
-
-
 @pytest.mark.parametrize("unit, offset", [(1, 0), (20, -2000), (0.1, 0)])
 def test_the_auc_of_a_sum_score_is_that_of_the_score(tmp_path, unit, offset):
     """0 to 100, as points of a questionnaire, far below 0, and 0 to 10. Judge: scikit-learn."""
@@ -353,11 +331,6 @@ def test_the_auc_of_a_sum_score_is_that_of_the_score(tmp_path, unit, offset):
     run = judge(tmp_path, "--predictions", tmp_path / "t.csv")
     assert json.loads((run / "metrics.json").read_text())["alarms"] == []
     assert all("so its rank stands for it" in (run / name).read_text() for name in ("report.html", "log.txt"))
-
-
-def test_log_probabilities_are_no_log_odds(tmp_path):
-    found = table_of(tmp_path, [{"id": k, "label": k % 2, "score": math.log((1 + k + k % 2) / 50)} for k in range(40)])
-    assert found.probability[-1].tolist() == [0, 1] and "so its rank stands for it" in found.notes[0]
 
 
 def test_a_table_and_its_captions_are_called_what_they_are(tmp_path):
