@@ -124,8 +124,7 @@ def results_as_coco(entries, annotated, reading):
     """COCO results, and the images and categories of Annotations -> COCO.
 
     The file_name decides, where it fits one image: a program may have written image ids of its own. Then a result whose
-    file_name fits none is left out; where all ids are those of the names, its image_id decides if it is that of a picture
-    that no result names.
+    file_name fits none is left out.
     """
     ids = dict(annotated.category_ids)
     image_ids = {file_names.clean_name(image.name): part_boxes.read_id(image.id) for image in annotated.images}
@@ -135,11 +134,9 @@ def results_as_coco(entries, annotated, reading):
     written = [part_boxes.read_id(entry.get("image_id")) for entry in entries]
     n_other = sum(meant.get(name, own) != own for name, own in zip(names, written))
     reading.counts["results have the image_id of another image than their file_name, which decides"] = n_other
-    # ids that count for a result of another name
-    known_ids = set() if n_other else set(image_ids.values()) - set(meant.values())
     annotations = []
-    for number, (entry, name, own) in enumerate(zip(entries, names, written)):
-        if meant and name and not fits[name].files and own not in known_ids:
+    for number, (entry, name) in enumerate(zip(entries, names)):
+        if meant and name and not fits[name].files:
             reading.counts["results are of pictures that are not annotated, and left out"] += 1
             continue
         category = entry.get("category_id")
