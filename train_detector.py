@@ -172,8 +172,6 @@ def add_result_arguments(result):
                 "which takes about as long again")
     result("--visualize", type=common.WHOLE, default=8, may_change=True,
            help="pictures to draw with boxes and states")
-    result("--bootstrap_draws", type=common.bounded(int, 20), default=200,
-           help="resamples for intervals, from 200 images or groups on")
 
 
 def environment_defaults():
@@ -1000,9 +998,7 @@ def judge(run, args, study, split, part, scored, **known):
         priors=[each.prior for each in scored for _ in each.rows],
         trained=found,
         picture=lambda k: study.picture(rows[k]),
-        threshold=args.score_threshold,
-        draws=args.bootstrap_draws,
-        seed=args.seed)
+        threshold=args.score_threshold)
 
 
 def data_blocks(args, study, split, n_scored):

@@ -76,22 +76,20 @@ def baseline_detections(priors, sizes):
 
 # --- judging --------------------------------------------------------------------------------
 
-def judge_detections(run, truth, detections, setting, priors, trained, picture=None, threshold=0.5,
-                     draws=200, seed=0):
+def judge_detections(run, truth, detections, setting, priors, trained, picture=None, threshold=0.5):
     """Judge the Detections of M pictures; write tables, plots, sheets, report.html and metrics.json.
 
     truth: PartTruth of the pictures; priors: for each picture, of mean_boxes; trained: {name: M
     Detections} of baselines that look at pixels; picture: function of a row -> uint8 (H, W, 3),
     without it no sheets; threshold: score from which a detection counts in precision, recall and
-    hallucinations; draws: resamples of pictures. The model is compared with the baseline of the
-    highest AP. Returns the metrics.
+    hallucinations. The model is compared with the baseline of the highest AP. Returns the metrics.
     """
     others = {"mean box": baseline_detections(priors, truth.sizes), **trained}
     baselines = {name: detection_scores.mean_ap(truth, each) for name, each in others.items()}
     strongest = max(baselines, key=baselines.get)
     state_rates = np.array([prior["states"] for prior in priors])  # (M, P, S)
     judged = detection_scores.Judged(truth, detections, threshold, others[strongest], state_rates)
-    result = judged.result(draws, seed, strongest, len(setting.folds))
+    result = judged.result(strongest, len(setting.folds))
     part_rows = per_part_rows(judged, result)
     state_rows = per_state_rows(judged)
     calibration = calibration_rows(judged)

@@ -17,6 +17,7 @@ from readers import part_boxes
 
 FOUND_IOU = 0.5  # a part is found from this overlap
 N_STATES = len(part_boxes.STATES)
+N_DRAWS = 200  # of resamples, each a pass of pycocotools
 
 
 @dataclasses.dataclass
@@ -270,7 +271,7 @@ class Judged:
             support["overall", metric] = sorted(n_owners, reverse=True)[1]
         return support
 
-    def result(self, draws, seed, baseline_name="mean box", folds=0):
+    def result(self, baseline_name="mean box", folds=0):
         """The subject_intervals.Result over all pictures; resampled are groups, else images; folds: of the run."""
         groups = self.truth.groups
         units, owners = np.unique(self.every if groups is None else groups, return_inverse=True)
@@ -287,8 +288,7 @@ class Judged:
             over_draws(self.baseline_values) if self.of_baseline else None,
             len(units),
             "images" if groups is None else "groups",
-            draws=draws,
-            seed=seed,
+            draws=N_DRAWS,
             names=self.truth.parts,
             support=self.support(model, owners),
             n=self.counts["truth"].sum(0).astype(int),

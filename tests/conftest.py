@@ -248,7 +248,7 @@ ASSESSOR = "--scheduler plateau --accumulate 2 --save_every 2 --keep_last".split
 VIDEO = ("--model cnn_lstm --backbone shufflenet_v2_x0_5 --hidden 16 --no_pretrained --image_size 32 --n_frames 4 "
          "--fps 4 --epochs 3 --batch_size 8 --num_workers 0 --augment heavy --mixup 0.3 --jitter_sec 0.3 --balance sampler --keep_last").split()
 DETECTOR = ("--model fasterrcnn_resnet18_fpn --no_pretrained --min_size 32 --max_size 40 --epochs 3 --batch_size 2 "
-            "--num_workers 0 --bootstrap_draws 20 --visualize 1 --optimizer sgd --keep_last").split()
+            "--num_workers 0 --visualize 1 --optimizer sgd --keep_last").split()
 DREAMER = ("--encoder resnet18 --no_pretrained --image_size 32 --token_type spatial --d_model 32 --n_layers 1 "
            "--n_heads 2 --feedforward 32 --epochs 3 --batch_size 8 --num_workers 0 --optimizer sgd --augment full "
            "--scheduler onecycle --accumulate 2 --keep_last").split()

@@ -34,7 +34,7 @@ from readers.part_boxes import ABSENT, UNKNOWN, PartTruth
 
 BOX, OTHER, FAR = [10, 10, 30, 30], [50, 10, 90, 40], [5, 60, 25, 95]
 SMALL = ("--model fasterrcnn_resnet18_fpn --no_pretrained --min_size 32 --max_size 40 --epochs 1 --batch_size 4 "
-         "--num_workers 0 --bootstrap_draws 20 --visualize 2").split()
+         "--num_workers 0 --visualize 2").split()
 
 
 def annotated(*pictures, parts=("bell", "saddle"), absent=(), groups=None, size=(100, 100)):
@@ -197,8 +197,7 @@ def judge_files(folder, baseline):
     args = train_detector.parse_args(["--mode", "audit", "--json", "x", "--images_dir", "y", "--output_dir",
                                       str(folder / "out")])
     with common.start_run(args) as run:
-        return detection_judging.judge_detections(run, truth, found, judging.Setting(), [baseline] * len(found), {},
-                                                  draws=20)
+        return detection_judging.judge_detections(run, truth, found, judging.Setting(), [baseline] * len(found), {})
 
 
 def test_results_of_another_program_are_judged_as_pycocotools_does(tmp_path):
@@ -413,7 +412,7 @@ def test_hallucinations_by_hand():
     assert values["hallucination_rate"] == pytest.approx(1 / 2)
     assert values["hallucination_rate_anywhere"] == pytest.approx(2 / 4)
     judged = judge(truth, found, baseline=found)
-    rows = detection_judging.per_part_rows(judged, judged.result(20, 0))
+    rows = detection_judging.per_part_rows(judged, judged.result())
     for row, k in zip(rows, (1, 1)):
         low, high = binomtest(k, 2).proportion_ci(method="wilson")
         assert row["hallucination_rate_anywhere"] == k / 2 and row["absent"] == 2
@@ -447,16 +446,16 @@ def test_intervals_pair_model_and_baseline_and_need_five_pictures():
     truth, found = random_case(1, 24)
     baseline_boxes = [detections((0, 0.5, 0, [20, 20, 50, 50])) for _ in found]
     judged = judge(truth, found, baseline=baseline_boxes)
-    result = judged.result(60, 0)
+    result = judged.result()
     model, baseline, difference = (getattr(result.overall, side)["map"] for side in ("model", "baseline", "difference"))
     assert "24 images" in result.method and model.low < model.value < model.high and difference.low > 0
     assert difference.value == pytest.approx(model.value - baseline.value)
-    four = judge(truth.take(range(4)), found[:4]).result(20, 0)
+    four = judge(truth.take(range(4)), found[:4]).result()
     assert four.method == "no interval: only 4 images" and math.isnan(four.overall.model["map"].low)
-    few = judge(truth.take(range(12)), found[:12], baseline=baseline_boxes[:12]).result(20, 0)
+    few = judge(truth.take(range(12)), found[:12], baseline=baseline_boxes[:12]).result()
     assert "t-interval" in few.method and few.overall.model["map"].low < few.overall.model["map"].high
     truth = dataclasses.replace(truth, groups=np.array([f"g{k % 3}" for k in range(24)]))
-    assert judge(truth, found).result(20, 0).method == "no interval: only 3 groups"
+    assert judge(truth, found).result().method == "no interval: only 3 groups"
 
 
 def test_what_rests_on_under_five_pictures_or_groups_has_no_interval():
@@ -466,7 +465,7 @@ def test_what_rests_on_under_five_pictures_or_groups_has_no_interval():
     pictures[1].append((1, ABSENT, FAR))
     found = [detections((0, 0.9, k % 2, BOX), (1, 0.8, 1, OTHER)) for k in range(12)]
     truth = annotated(*pictures)
-    result = judge(truth, found, baseline=found).result(20, 0)
+    result = judge(truth, found, baseline=found).result()
     ap = result.each.model["ap"]
     assert ap.low[0] <= ap.value[0] and math.isnan(ap.low[1]) and math.isnan(result.each.difference["ap"].low[1])
     model = result.overall.model
@@ -478,11 +477,11 @@ def test_what_rests_on_under_five_pictures_or_groups_has_no_interval():
     bars = verdicts.parse_criteria("ap_saddle<1,hallucination_rate<0.9", meanings)
     judged = verdicts.judge_criteria(bars, verdicts.named_estimates(result, meanings))
     assert [bar["verdict"] for bar in judged] == ["NOT RESOLVABLE"] * 2
-    two_states = judge(annotated(*pictures[:1], *pictures[2:]), found[:11]).result(20, 0).overall.model
+    two_states = judge(annotated(*pictures[:1], *pictures[2:]), found[:11]).result().overall.model
     assert math.isfinite(two_states["state_accuracy"].high) and math.isnan(two_states["balanced_accuracy"].high)
     bells = dataclasses.replace(annotated(*([[(0, 0, BOX)]] * 8), *([[(1, 0, OTHER)]] * 4)),
                                 groups=np.array([f"g{k // 2}" for k in range(12)]))
-    few = judge(bells, found).result(20, 0)
+    few = judge(bells, found).result()
     assert "6 groups" in few.method and np.isnan(few.each.model["ap"].low).all()
 
 
@@ -494,7 +493,7 @@ def test_intervals_cover_the_truth():
     for seed in range(60):
         truth, found = random_case(seed, 30)
         judged = judge(truth, found, states=False)
-        found = judged.result(50, seed).overall.model["map"]
+        found = judged.result().overall.model["map"]
         covered.append(found.low <= whole <= found.high)
     assert 0.85 <= np.mean(covered) <= 1, np.mean(covered)
 
@@ -805,7 +804,7 @@ def test_evaluation_repeats_the_test_numbers(bicycles, trained, tmp_path):
         annotation["image_id"] += 100
     (tmp_path / "test.json").write_text(json.dumps(content))
     flags = ["--mode", "evaluate", "--checkpoint", trained, "--json", tmp_path / "test.json", "--images_dir",
-             bicycles / "images", "--num_workers", 0, "--bootstrap_draws", 20]
+             bicycles / "images", "--num_workers", 0]
     run_script("train_detector.py", *flags, "--output_dir", tmp_path / "out")
     folder = only_run(tmp_path / "out")
     ours, theirs = (json.loads((run / "metrics.json").read_text()) for run in (folder, trained))
@@ -830,7 +829,7 @@ def test_evaluation_on_pictures_of_the_run_is_not_held_out(bicycles, trained, tm
     names = splits[part][:3]
     (tmp_path / "part.json").write_text(json.dumps({name: truth[name] for name in names}))
     run_script("train_detector.py", "--mode", "evaluate", "--checkpoint", trained, "--json", tmp_path / "part.json",
-               "--images_dir", bicycles / "images", "--num_workers", 0, "--bootstrap_draws", 20, "--output_dir",
+               "--images_dir", bicycles / "images", "--num_workers", 0, "--output_dir",
                tmp_path / "out")
     folder = only_run(tmp_path / "out")
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -959,8 +958,8 @@ def test_a_trained_baseline(bicycles, tmp_path):
     resumed = json.loads((folder / "metrics.json").read_text())
     assert resumed["baselines"] == metrics["baselines"] and resumed["model"] == metrics["model"]
     run_script("train_detector.py", "--mode", "evaluate", "--checkpoint", folder, "--baseline", "heads", "--json",
-               folder / "test_coco.json", "--images_dir", bicycles / "images", "--num_workers", 0, "--bootstrap_draws",
-               20, "--output_dir", tmp_path / "evaluated")
+               folder / "test_coco.json", "--images_dir", bicycles / "images", "--num_workers", 0, "--output_dir",
+               tmp_path / "evaluated")
     run_script("judge_predictions.py", "--predictions", folder / "detections_test.json", "--truth",
                folder / "test_coco.json", "--baseline", folder / "detections_test.json", "--output_dir",
                tmp_path / "judged")
@@ -973,7 +972,7 @@ def test_a_trained_baseline(bicycles, tmp_path):
 
 def test_metrics_are_of_the_boxes_that_one_per_part_keeps(trained, bicycles, tmp_path):
     run_script("train_detector.py", "--mode", "evaluate", "--checkpoint", trained, "--json", trained / "test_coco.json",
-               "--images_dir", bicycles / "images", "--num_workers", 0, "--bootstrap_draws", 20, "--score_threshold",
+               "--images_dir", bicycles / "images", "--num_workers", 0, "--score_threshold",
                0.06, "--one_per_part", "--output_dir", tmp_path)
     one = only_run(tmp_path)
     truth, found, *_ = detection_judging.read_coco_results(
