@@ -12,7 +12,6 @@ from evidence import plotting
 from readers import probe_poses
 
 STRONG_R = 0.5
-DARK_MEAN = 2.55  # grey levels of 255, 1 %
 
 
 @dataclasses.dataclass
@@ -31,7 +30,6 @@ def check(is_bad, name, found, remedy="", status="WARN"):
 
 def check_study(study):
     """All checks of a train_dreamer.Study."""
-    brightness = [study.store[i].mean() for i in np.setdiff1d(study.frames, [-1])]
     return [
         Check("OK", "data", f"{len(study.names)} transitions in {len(set(study.sequences))} sequences"),
         *check_rows(study.skipped),
@@ -41,7 +39,7 @@ def check_study(study):
         *check_chain(study.sequences, study.frames, study.at1, study.at2),
         *check_time(study.place, study.at1),
         *check_patients(study.sequences, study.patients, study.has_patients),
-        *check_frames(study.store.audit, brightness, study.frames, study.patients),
+        *check_frames(study.store.audit, study.frames, study.patients),
     ]
 
 
@@ -145,13 +143,9 @@ def check_patients(sequences, patients, has_patients):
                   "one patient proves nothing across patients: --split_by time, or more patients")]
 
 
-def check_frames(audit, brightness, frames, patients):
-    """Unreadable, dark and shared pictures.
-
-    audit: one ImageAudit a picture; brightness: mean grey level of those in use; frames: (N, 2) indices, -1 = none.
-    """
+def check_frames(audit, frames, patients):
+    """Unreadable and shared pictures; audit: one ImageAudit a picture; frames: (N, 2) indices, -1 = none."""
     bad = [f"{found.path}: {found.error}" for found in audit if found.error]
-    n_dark = np.sum(np.array(brightness) < DARK_MEAN)
     owners = collections.defaultdict(set)
     for patient, pair in zip(patients, frames):
         for index in pair[pair >= 0]:
@@ -159,7 +153,6 @@ def check_frames(audit, brightness, frames, patients):
     n_shared = sum(len(names) > 1 for names in owners.values())
     return [check(bad, "unreadable frames", f"{len(bad)} of {len(audit)} {common.shorten_list(bad, 5)}",
                   "replace or remove them", "FAIL"),
-            check(n_dark, "dark frames", f"{n_dark} of {len(brightness)} are nearly black (mean under 1 %)"),
             check(n_shared, "shared frames", f"{n_shared} pictures belong to two patients",
                   "one patient under two names? see --patient_map")]
 

@@ -437,15 +437,12 @@ def test_an_axis_without_a_label_is_named_before_training(tmp_path, recwarn):
 def test_the_audit_lists_what_is_missing_or_broken(tmp_path):
     write_sequence(tmp_path / "data" / "a_01", edit=lambda rows: rows[0].update(ft1_image_path="ft1/gone.png"))
     (tmp_path / "data" / "a_01" / "ft2" / "frame_0004.png").write_bytes(b"no picture")
-    Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "data" / "a_01" / "ft2" / "frame_0003.png")
     run_script("train_dreamer.py", "--mode", "audit", "--data_dir", tmp_path / "data", "--image_size", 32,
                "--output_dir", tmp_path / "out")
     checks = json.loads((only_run(tmp_path / "out") / "audit.json").read_text())["checks"]
     failed = {check["name"]: check["found"] for check in checks if check["status"] == "FAIL"}
     assert set(failed) == {"missing files", "unreadable frames"} and "a_01 row 1" in failed["missing files"]
     assert "frame_0004.png" in failed["unreadable frames"]
-    [dark] = [check for check in checks if check["name"] == "dark frames"]
-    assert dark["status"] == "WARN" and dark["found"].startswith("1 of ")
 
 
 def test_poses_are_audited_without_any_picture(tmp_path):
