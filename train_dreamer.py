@@ -171,16 +171,6 @@ def check_flags(parser, args):
         parser.error(f"--patient_regex {args.patient_regex!r} is no regular expression: {error}")
 
 
-def flags_without_effect(args):
-    """Flags of the world model that are set although --token_type none has none."""
-    if args.token_type != "none":
-        return []
-    parser = common.Parser()
-    add_world_model_arguments(parser.group("world model"))
-    defaults = vars(parser.parse_args([]))
-    return [f"--{name} {getattr(args, name)}" for name in defaults if getattr(args, name) != defaults[name]]
-
-
 def dependent_defaults(args):
     """{flag: default} of flags whose default depends on another flag."""
     defaults = {}
@@ -782,10 +772,6 @@ def fit(run, args, study, split, readout):
         metadata=lambda: model_metadata(args, study, split, scaler),
         higher_is_better=False,
         seen=seen_rows.of_run(args, study.hashes, split))
-    unused = flags_without_effect(args)
-    if unused:
-        run.say(f"note: {' '.join(unused)} belong to the world model and change nothing; --token_type channel is the "
-                "published one")
     for _ in training.epochs():
         row = train_one_epoch(model, train_loader, loss_function, training, compute)
         *_, numbers = evaluate(model, val_loader, loss_function, compute)

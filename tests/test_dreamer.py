@@ -820,14 +820,6 @@ def test_a_typed_precision_wins_over_a_config(tmp_path):
     assert train_dreamer.parse_args([]).use_amp == "auto"
 
 
-def test_flags_of_the_world_model_without_one_are_said():
-    args = train_dreamer.parse_args(["--num_layers", "3", "--primary_task_only", "--backbone_lr_mult", "0.1"])
-    assert train_dreamer.flags_without_effect(args) == [
-        "--n_layers 3", "--backbone_lr_mult 0.1", "--primary_task_only True"]
-    args = train_dreamer.parse_args(["--num_layers", "3", "--token_type", "channel"])
-    assert not train_dreamer.flags_without_effect(args)
-
-
 def test_the_published_size_can_be_trained_in_folds_and_without_a_test_part():
     config = ["--config", str(ROOT / "configs" / "dreamer_production.yaml")]
     args = train_dreamer.parse_args([*config, "--folds", "3"])
