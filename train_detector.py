@@ -874,8 +874,6 @@ def fit(run, args, study, split):
     if args.augment == "light" and part_boxes.mirrored_labels(train_truth.parts) is None:
         run.say("note: a part is called left or right and its counterpart is missing, so pictures are not mirrored")
     run.say(f"anchors of {' '.join(map(str, settings['anchor_sizes']))} input pixels (--anchor_sizes)")
-    if args.state_class_weights != "none" and not settings["states"]:
-        run.say(f"note: no box has a state, so --state_class_weights {args.state_class_weights} does nothing")
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
     train_loader = make_loader(study, split["train"], settings, args, compute, train=True)
     val_loader = make_loader(study, split["val"], settings, args, compute)
@@ -1054,10 +1052,6 @@ def make_folds(args, study):
     truth = study.truth
     ratios = {"train": 1 - args.val_ratio, "val": args.val_ratio}
     folds = splitting.folds_of_flags(args, truth.images, study.strata, truth.groups)
-    if truth.groups is not None and min(len(set(truth.groups[fold["train"]])) for fold in folds) < 2:
-        raise common.UserError(
-            f"--folds {args.folds} --group_column {args.group_column}: each fold must leave two groups or more, since "
-            f"one chooses the epoch; found {len(set(truth.groups))} groups in all. Three groups need three folds")
 
     def divide(rows):
         own = truth.take(rows)
@@ -1150,11 +1144,8 @@ def run_folds(run, args, study):
     """One run per fold in fold_K/; what the detectors of all folds found in the left-out pictures is judged as one."""
     splits = make_folds(args, study)
     folds = {f"fold_{k}": split["test"] for k, split in enumerate(splits)}
-    for k, split in enumerate(splits):  # all of them before the first one is trained
+    for split in splits:  # all of them before the first one is trained
         splitting.check_leakage(examine_split(study, split), args.allow_leakage)
-        if study.truth.take(split["train"]).has_states() != study.truth.has_states():
-            raise common.UserError(f"--folds {args.folds}: no box that trains fold {k} has a state, so its detector "
-                                   "would name none; fewer folds, or another --group_column")
         check_states(args, study.truth, split)
     alarms = check_split(run, study, folds)
     run.write_record(study, folds)

@@ -442,12 +442,6 @@ def test_attributes_that_are_not_used_are_named_and_survive_a_conversion(tmp_pat
     content = with_states(lambda state: {"condition": state, "view": "side"})
     study = study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
     assert not study.truth.has_states()
-    said = []
-    monkeypatch.setattr(train_detector, "build_model", lambda *_: sys.exit(0))  # what is said before is enough
-    with pytest.raises(SystemExit):
-        train_detector.fit(SimpleNamespace(compute=SimpleNamespace(place=None), say=said.append),
-                           flags("--state_class_weights", "balanced"), study, {"train": np.array([0]), "val": np.array([1])})
-    assert "note: no box has a state, so --state_class_weights balanced does nothing" in said
     for said in ("attribute condition of the boxes was not used: intact 2, damaged 2", "attribute view", "side 4"):
         assert any(said in note for note in study.notes)
     command = f"train_detector.py --mode convert --json {tmp_path}/a.json --output {tmp_path}/c.json"
