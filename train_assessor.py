@@ -586,8 +586,6 @@ def limits(args):
     lines = ["Valid for pictures like these, rated by people like these; nothing else was tested."]
     if not args.group_column:
         lines.append("No --group_column: pictures of one person or session may stand on both sides of the split.")
-    if args.select == "last":
-        lines.append("The number of epochs was fixed beforehand: no validation row has chosen anything.")
     if args.head == "ridge":
         lines.append("The readout is solved anew on the features of the chosen epoch; the curves show it before that.")
     return lines + judging.limits_of_start(args)

@@ -163,8 +163,6 @@ def check_flags(parser, args):
     if bool(args.checkpoint) != (args.mode in ("evaluate", "predict")):
         parser.error(f"--mode {args.mode}: evaluate and predict need --checkpoint FILE, the others take none (training "
                      "starts from its weights with --init_from)")
-    if "gap" in args.given and args.split_by != "time" and not args.folds:
-        parser.error("--gap is for blocks of time: give --split_by time or --folds")
     try:
         re.compile(args.patient_regex or "")
     except re.error as error:
@@ -1072,8 +1070,6 @@ def make_folds(args, study):
 def check_split(run, args, study, split):
     """Refuse a split that leaks; write splits.json, the leakage report over the frames, and the statistics."""
     by_time = args.split_by == "time"
-    if by_time:
-        run.say("split by time: every patient stands in every part, so nothing is said across patients")
     patient_of = np.full(len(study.store), "", dtype=object)  # of every picture in the store
     patient_of[study.frames] = study.patients[:, None]
     names = [path.relative_to(args.data_dir).as_posix() for path in study.store.paths]
@@ -1273,7 +1269,7 @@ def evaluate_checkpoint(run, args):
     others = predict_baselines(study, fitted, rows, readout, content["scaler"]["at1"]["mean"].numpy())
     table = predictions_table(study, rows, predicted, others, seen.words(study.hashes[rows]))
     table.write(run.path(f"predictions_{part}.csv"))
-    trained = fitted[np.isin(seen.words(study.hashes[fitted]), ["train", "not known"])]
+    trained = fitted[seen.words(study.hashes[fitted]) == "train"]
     use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, trained, rows)
     known = sorted(set(table.groups) & set(content["train_patients"]))
     alarms = []

@@ -968,7 +968,6 @@ FLAG_MISTAKES = {
     "a checkpoint to train from": (["--checkpoint", "x.pth"], ["--mode train", "--init_from"]),
     "two splits": (["--split_file", "s.json", *LISTS], ["own split"]),
     "lists in time": (["--split_by", "time", *LISTS], ["own split"]),
-    "a gap without time": (["--gap", 3], ["--gap", "--split_by time"]),
     "a broken pattern": (["--patient_regex", "("], ["--patient_regex '('", "unterminated"]),
     "no ResNet": (["--encoder", "vgg11"], ["vgg11", "ResNet"]),
     "unknown encoder": (["--encoder", "resnet99"], ["resnet99"]),
