@@ -309,12 +309,11 @@ def test_windows_in_frames_under_other_names(tmp_path, header, cells):
     assert table.windows.tolist() == [[10, 20]] * 2 and set(table.unit) == {"frame"}
 
 
-def test_each_row_has_the_unit_of_its_own_start_and_end(tmp_path):
-    """Tables of two people joined; a start without an end in seconds does not hide the end in frames."""
-    header = "start_sec,end_sec,start_frame,end_frame"
-    table = windows(tmp_path, header, "1,2,,", ",,10,20", "3,5,,", "4,,100,120", "6,7,150,175", "8,,,")
-    assert table.windows.tolist() == [[1, 2], [10, 21], [3, 5], [100, 121], [6, 7], [7.5, 8.5]] and not table.skipped
-    assert list(table.unit) == ["sec", "frame", "sec", "frame", "sec", "sec"]
+def test_rows_without_a_start_in_the_unit_of_their_table_are_skipped(tmp_path):
+    table = windows(tmp_path, "start_sec,end_sec,start_frame,end_frame", "1,2,25,49", ",,10,20", "6,7,150,175", "8,,,")
+    assert table.windows.tolist() == [[1, 2], [6, 7], [7.5, 8.5]] and set(table.unit) == {"sec"}
+    assert [(row["row"], row["reason"]) for row in table.skipped] == [
+        ("m.csv line 3", "no offset, while other rows have one")]
 
 
 def test_the_unit_of_a_column_that_says_none_can_be_given(tmp_path):
