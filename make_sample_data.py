@@ -17,8 +17,7 @@ Takes a few seconds. The same flags and package versions give the same files, by
                                 drawn; its box is where it would be) or occluded (by leaves)
     detector/annotations.json   part annotations with quirks: a key without suffix, states as numbers, missing trust,
                                 control characters, a box of zero size, a box over the edge, a picture without parts
-    detector/train_coco.json, val_coco.json    the same as COCO, other streets in val: image ids from 0 with gaps, a
-                                category missing in val, boolean iscrowd, no area, the state under three names
+    detector/train_coco.json, val_coco.json    the same as COCO, other streets in val
     dreamer/patient_PP_QQ/      sequence QQ of patient PP: transitions_dataset.json, and grey frames of 64 px in ft1/
                                 and ft2/; a few with quirks (backslashes, a dict for a list, no at2, NaN, an outlier)
     dreamer/patient_map.json    {folder: patient}
@@ -654,27 +653,6 @@ def part_annotations(bicycles, rng):
     return content
 
 
-def coco_annotations(bicycles, part_names):
-    """COCO of these parts; image ids from 0 with gaps, the state under three names."""
-    category_ids = {part: 3 * k for k, part in enumerate(part_names)}
-    images = []
-    annotations = []
-    for row, bicycle in enumerate(bicycles):
-        width, height = bicycle.size
-        images.append({
-            "id": 7 * row, "file_name": bicycle.name, "street": f"street {bicycle.street}", "width": width,
-            "height": height})
-        for part, category_id in category_ids.items():
-            state, box = bicycle.parts[part]
-            spellings = ({"state": state}, {"state_id": part_boxes.STATES.index(state), "iscrowd": False},
-                         {"attributes": {"state": state}})
-            annotations.append({
-                "id": len(annotations), "image_id": 7 * row, "category_id": category_id,
-                "bbox": [round(value, 1) for value in part_boxes.to_xywh(*box)],
-                **spellings[row % 3]})
-    return part_boxes.coco_content(images, annotations, category_ids)
-
-
 def make_detector(folder, n_images, seed):
     """Bicycles, their annotations in both formats in `folder`; returns the ground truth."""
     n_streets = max(5, n_images // 6)
@@ -694,12 +672,15 @@ def make_detector(folder, n_images, seed):
     content = part_annotations(bicycles, generator(seed, 2))
     text = json.dumps(content, indent=1).replace("CONTROL", "seen\tat\x07 dusk")
     (folder / "annotations.json").write_text(text)
-    first_held_out = n_streets - n_streets // 5
-    train = [bicycle for bicycle in bicycles if bicycle.street < first_held_out]
-    val = [bicycle for bicycle in bicycles if bicycle.street >= first_held_out]
-    parts = list(PART_LOOKS)
-    common.write_json(folder / "train_coco.json", coco_annotations(train, parts))
-    common.write_json(folder / "val_coco.json", coco_annotations(val, parts[:-1]))  # no kickstand
+    found = part_boxes.read_annotations(folder / "annotations.json")
+    part_boxes.find_pictures(found, folder / "images", exact_names=False)
+    held_out = [f"street {street}" for street in range(n_streets - n_streets // 5, n_streets)]
+    parts = {
+        "train": [image for image in found.images if image.fields["street"] not in held_out],
+        "val": [image for image in found.images if image.fields["street"] in held_out]}
+    for part, images in parts.items():
+        coco, _ = part_boxes.as_coco(images, found.category_ids, folder / "images")
+        common.write_json(folder / f"{part}_coco.json", coco)
     return {"quirks": {quirk: f"{row}.jpg" for row, quirk in ANNOTATION_QUIRKS.items()}}
 
 

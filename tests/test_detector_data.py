@@ -840,6 +840,8 @@ def test_sample_states_can_be_seen(bicycles, flags):
     saddle = truth.parts.index("saddle")
     right = []
     for name, boxes, labels, states in zip(truth.images, truth.boxes, truth.labels, truth.states):
+        if saddle not in labels:  # the picture without parts
+            continue
         [row] = np.flatnonzero(labels == saddle)
         state = STATES[states[row]]
         x1, y1, x2, y2 = boxes[row].round().astype(int)
@@ -878,4 +880,3 @@ def test_sample_quirks_are_there_and_both_formats_agree(bicycles, flags):
     assert len(shared) == 31
     val = coco.origin == "val"
     assert set(coco.truth.groups[val]).isdisjoint(coco.truth.groups[~val])
-    assert "kickstand" in train_detector.split_rows(coco.truth, {"val": np.flatnonzero(val)})[0]["parts without a box"]
