@@ -20,7 +20,7 @@ import numpy as np
 import common
 from readers import file_names, picture_files, pixel_cache
 
-LEAST_RATE = 0.98  # of the grid's frames a second; below it a video is called slow
+LEAST_RATE = 0.98  # of the grid's frames a second; below it a recording is called slow
 STAMP_SLACK_SEC = 1e-3  # Matroska rounds its stamps to milliseconds
 # FFmpeg's SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND, which PyAV 17 does not name. Without them colours are up to 1.5 of 255
 # too dark, and more so in frames that are scaled than in others.
@@ -439,11 +439,10 @@ def _even_indices(info, start, end, n_frames):
 class ClipAudit(pixel_cache.Audit):
     """Of a row; file_sha: of all frames' files in a folder; pixel_sha: of the grid; phash: of its middle frame.
 
-    shown_sec to damage: of the whole file, the first from its first frame until its last has been shown. fault: why the
-    row cannot be used though its file can. n_grid: grid frames; first: grid index where the window starts, before it lie
-    frames for jitter; usable: grid frames of the window; repeats: grid frames that show the frame before them again.
+    n_frames to damage: of the whole file. fault: why the row cannot be used though its file can. n_grid: grid frames;
+    first: grid index where the window starts, before it lie frames for jitter; usable: grid frames of the window;
+    repeats: grid frames that show the frame before them again.
     """
-    shown_sec: float = 0.0
     n_frames: int = 0
     n_damaged: int = 0
     damage: str = ""
@@ -544,22 +543,13 @@ class ClipStore(pixel_cache.PixelStore):
         return self[row][start:stop]
 
     def time_notes(self):
-        """Sentences on the videos that show frames twice on their grid because they are slow or short."""
+        """A sentence on the videos that show frames twice on their grid, where there are any."""
         grid, fps, n_frames, _ = self.grid_settings
-        again = [found for found in self.audit if found.repeats and grid == "rate"]
-        slow = {found.path for found in again
-                if found.n_frames + found.n_damaged < LEAST_RATE * fps * found.shown_sec}
-        short = {found.path for found in again if found.shown_sec < (n_frames - 1) / fps}  # before its last frame
-        others = {found.path for found in again if not found.n_damaged} - slow - short
-        if slow:
-            yield (f"{len(slow)} videos have fewer than {fps:g} frames a second (--fps), and show some twice "
-                   f"({common.shorten_list(sorted(slow), 3)})")
-        if short:
-            yield (f"{len(short)} videos are shorter than a clip of {n_frames / fps:.3g} s (--n_frames, --fps), and stand "
-                   f"still at its end ({common.shorten_list(sorted(short), 3)})")
-        if others:
-            yield (f"{len(others)} videos show some frames twice, as their rate is uneven or a window goes past their end "
-                   f"({common.shorten_list(sorted(others), 3)})")
+        again = sorted({found.path for found in self.audit if found.repeats and not found.n_damaged})
+        if grid != "rate" or not again:
+            return []
+        return [f"{len(again)} videos show some frames twice ({common.shorten_list(again, 3)}): they have fewer than "
+                f"{fps:g} frames a second (--fps), an uneven rate, or are shorter than a clip of {n_frames / fps:.3g} s"]
 
     def decode(self, rows):
         """[(ClipAudit, pixels (G, H, W, 3))] of all rows of one file; pixels has no frames when it is bad."""
@@ -635,9 +625,8 @@ class ClipStore(pixel_cache.PixelStore):
     def _clip(self, path, info, plan, grid, file_sha):
         is_repeat = np.diff(plan.indices, prepend=-1) == 0
         audit = ClipAudit(
-            path=str(path), shown_sec=info.duration_sec - info.times[0], n_frames=info.n_frames,
-            n_damaged=len(info.damaged), damage=info.damage, fault=plan.fault, n_grid=grid.n_grid, first=plan.first,
-            usable=plan.usable, repeats=np.flatnonzero(is_repeat).tolist(), file_sha=file_sha,
+            path=str(path), n_frames=info.n_frames, n_damaged=len(info.damaged), damage=info.damage, fault=plan.fault,
+            n_grid=grid.n_grid, first=plan.first, usable=plan.usable, repeats=np.flatnonzero(is_repeat).tolist(), file_sha=file_sha,
             pixel_sha=grid.digest.hexdigest(), phash=picture_files.perceptual_hash(grid.middle).tolist())
         return audit, grid.kept
 

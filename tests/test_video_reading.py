@@ -709,19 +709,16 @@ def test_grid_frames_of_a_slow_source_are_marked_as_shown_before(films):
     assert store.audit[0].repeats == again and len(again) == 29
 
 
-@pytest.mark.parametrize("make, window, fps, notes", [
-    (write_film, WHOLE, FPS, []), (write_film, WHOLE, 2 * FPS, ["have fewer than 30 frames a second"]),
-    (damaged_film, (2.3, 3.3), FPS, []),
-    (lambda path: write_film(path, stamps_ms=UNEVEN_MS), WHOLE, 6, ["show some frames twice, as their rate is uneven"]),
-    (lambda path: write_film(path, n=14), WHOLE, FPS, ["are shorter than a clip of 1.07 s"]),
-    (lambda path: write_film(path, n=14), WHOLE, 2 * FPS, ["have fewer than 30 frames a second"]),
-    (lambda path: write_film(path, n=7), WHOLE, 2 * FPS, ["have fewer than 30 frames a second", "are shorter than a clip of 0.533 s"])])
+@pytest.mark.parametrize("make, window, fps, is_said", [
+    (write_film, WHOLE, FPS, False), (write_film, WHOLE, 2 * FPS, True), (damaged_film, (2.3, 3.3), FPS, False),
+    (lambda path: write_film(path, stamps_ms=UNEVEN_MS), WHOLE, 6, True),
+    (lambda path: write_film(path, n=14), WHOLE, FPS, True)])
 @pytest.mark.parametrize("jitter_sec", [0, 0.5])
-def test_videos_are_called_slow_by_their_own_rate_and_short_by_their_length(tmp_path, make, window, fps, notes, jitter_sec):
+def test_videos_that_are_slow_uneven_or_short_are_named(tmp_path, make, window, fps, is_said, jitter_sec):
     """Not where a hole of damaged frames repeats some."""
     store = open_store([make(tmp_path / "film.mp4")], [window], fps=fps, jitter_sec=jitter_sec)
-    found = list(store.time_notes())
-    assert len(found) == len(notes) and all(f"1 videos {note}" in text for note, text in zip(notes, found)), found
+    notes = store.time_notes()
+    assert len(notes) == is_said and all(f"1 videos show some frames twice ({tmp_path}" in note for note in notes)
 
 
 # --- whole recordings ----------------------------------------------------------------------------
