@@ -40,9 +40,8 @@ class VideoInfo:
     """What a whole pass over one video found; `error` is one line, or None for a good one.
 
     times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
-    where unknown. duration_sec: until the last frame has been shown. header_fps, header_sec (which sound and variable
-    rates make differ from what was found), picture_sec (without what only the sound goes on): what the file claims, 0
-    for nothing.
+    where unknown. duration_sec: until the last frame has been shown. header_fps, header_sec (of the picture): what the
+    file claims, 0 for nothing.
     """
     error: str | None = None
     duration_sec: float = 0.0
@@ -52,7 +51,6 @@ class VideoInfo:
     damaged: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
     header_fps: float = 0.0
     header_sec: float = 0.0
-    picture_sec: float = 0.0
 
     @property
     def damage(self):
@@ -137,13 +135,12 @@ class _Video:
         n_frames = stream.frames or round(self.fps * (duration_sec - self.first_sec))
         n_frames = min(max(n_frames, 1), MOST_GUESSED_FRAMES)
         info = _constant_rate(self.fps, n_frames, self.size, self.first_sec)
-        if stream.frames and stream.average_rate:
-            picture_sec = float(stream.frames / stream.average_rate)
-        else:  # Matroska has 00:01:02.5, others nothing, which is NaN
-            picture_sec = pd.to_timedelta(stream.metadata.get("DURATION", ""), errors="coerce").total_seconds()
-        # FFmpeg guesses the duration of a file that was cut from its size; of NaN and a number both give the first one
-        info.header_sec = max(duration_sec, picture_sec)
-        info.picture_sec = min(info.header_sec, picture_sec)
+        if stream.frames and stream.average_rate:  # without what only the sound goes on
+            info.header_sec = float(stream.frames / stream.average_rate)
+        elif "DURATION" in stream.metadata:  # Matroska has 00:01:02.5
+            info.header_sec = pd.to_timedelta(stream.metadata["DURATION"]).total_seconds()
+        else:
+            info.header_sec = duration_sec
         return info
 
     def frames(self):
@@ -674,11 +671,7 @@ def find_recordings(path):
     if not videos:
         raise common.UserError(f"--video {path}: found no video in it")
     pictures = videos.pop(".", None)
-    if not videos:
-        return {path.resolve().name: pictures}
-    if pictures:
-        print(f"note: the pictures in {path} are not read as a recording, as there are videos beside them")
-    return videos
+    return videos or {path.resolve().name: pictures}
 
 
 @dataclasses.dataclass
@@ -703,9 +696,7 @@ class Recording:
     read_sec: float = 0.0  # where the last frame ends
     n_read: int = 0  # frames
     n_shown: int = 0  # times of the grid
-    latest: np.ndarray | None = None  # the pixels that were shown last
     damaged: list | tuple = ()  # times of frames that cannot be decoded
-    damage_reason: str = ""  # why the first picture of a folder is damaged
     fault: str = ""  # why the source broke off
 
     def __post_init__(self):
@@ -715,13 +706,13 @@ class Recording:
     def losses(self):
         """Sentences on what could not be read, and on too low a rate."""
         found = []
-        if self.fault or self.read_sec < 0.98 * self.info.picture_sec - 1:
+        if self.fault or self.read_sec < 0.98 * self.info.header_sec - 1:
             found.append(f"{self.path}: read up to {self.read_sec:.1f} of {self.expected_sec:.1f} s by its header"
                          f"{': ' if self.fault else ''}{self.fault}")
         if self.damaged:
             first_sec = np.fmin.reduce(self.damaged)
             place = "" if np.isnan(first_sec) else f", the first at {first_sec:.2f} s"
-            found.append(f"{self.path}: {len(self.damaged)} frames are damaged{place}{self.damage_reason}; "
+            found.append(f"{self.path}: {len(self.damaged)} frames are damaged{place}; "
                          "windows there show the frames before them")
         rate = (self.n_read + len(self.damaged)) / (self.read_sec - self.begin_sec)
         if rate < LEAST_RATE * self.fps:
@@ -736,25 +727,12 @@ class Recording:
 
     def frames(self):
         """Yield (time in seconds, function short_side -> pixels) of each frame."""
-        self.latest = None
         try:
             with _open_source(self.path, self.fps, self.pixel_range) as source:
                 self.damaged = source.damaged
-                for time, convert in source.frames():
-                    yield time, functools.partial(self._convert, time, convert)
+                yield from source.frames()
         except common.UserError as error:
             self.fault = common.one_line(error)
-
-    def _convert(self, time, convert, short_side):
-        """Pixels of a frame; of a picture that is damaged, those shown last. BadImage: it is the first."""
-        try:
-            self.latest = convert(short_side)
-        except pixel_cache.BadImage as error:
-            if self.latest is None:
-                raise
-            self.damaged.append(time)
-            self.damage_reason = self.damage_reason or f" ({error})"
-        return self.latest
 
     def grid(self, at_least=0):
         """Yield the GridFrame of every 1 / fps s from the first frame on; on_screen says which frame that is.
@@ -784,8 +762,8 @@ class Recording:
         """Yield one frame for every time of the grid before `until` that has not been shown."""
         pixels = None
         while self.begin_sec + self.n_shown / self.fps < until - STAMP_SLACK_SEC:
-            shown_before = self.latest
-            if pixels is None:
-                pixels = convert(self.short_side)  # becomes self.latest; a damaged picture is what that was
-            yield GridFrame(pixels, is_new=pixels is not shown_before)
+            is_new = pixels is None
+            if is_new:
+                pixels = convert(self.short_side)
+            yield GridFrame(pixels, is_new)
             self.n_shown += 1

@@ -326,21 +326,21 @@ def test_names_that_differ_in_blanks_or_composition_are_two_recordings(tmp_path)
     assert sorted(found) == sorted(names) and len(set(found.values())) == 4
 
 
-def test_recordings_shorter_than_a_window_and_broken_in_the_middle(made, tmp_path):
-    """One frame is a window, and so are three; of a folder of pictures what can be read is written, the rest named."""
+def test_recordings_shorter_than_a_window_and_folders_of_pictures(made, tmp_path):
+    """One frame is a window, and so are three; a picture beside the recordings is none."""
     frames = np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), dtype=np.uint8)
     for n in (1, 3):
         np.save(tmp_path / f"{n}.npy", frames[:n])
-    (tmp_path / "pictures").mkdir()
-    for i, pixels in enumerate(frames):
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i:02}.png")
-    (tmp_path / "pictures" / "08.png").write_bytes(b"no picture")
+    for folder in ("pictures", "damaged"):
+        (tmp_path / folder).mkdir()
+        for i, pixels in enumerate(frames):
+            Image.fromarray(pixels).save(tmp_path / folder / f"{i:02}.png")
+    (tmp_path / "damaged" / "08.png").write_bytes(b"no picture")
     assert list(video_files.find_recordings(tmp_path / "pictures")) == ["pictures"]
     Image.fromarray(frames[0]).save(tmp_path / "stray.png")
     text = video("--mode", "predict", "--checkpoint", only_run(made / "motion"), "--video", tmp_path,
                  "--output_dir", tmp_path / "out", "--num_workers", 0, "--annotate").stdout
-    assert "note: the pictures in" in text and "3 of 3 recordings read" in text
-    assert "1 frames are damaged, the first at 2.00 s" in text
+    assert "3 of 4 recordings read" in text and re.search("skipped: damaged: .*08.png: no picture", text)
     spans = {}
     for row in read_csv(only_run(tmp_path / "out") / "windows.csv"):
         span = float(row["start_sec"]), float(row["end_sec"])

@@ -315,8 +315,7 @@ def test_damage_in_the_middle_is_stepped_over_counted_and_named(tmp_path, capsys
     assert "note: 20 of 90 frames are damaged; left out:" in capsys.readouterr().out
 
 
-def test_a_frame_that_cannot_be_converted_is_a_damaged_one(films, monkeypatch):
-    """In a recording it is stepped over; a clip store names the file."""
+def test_a_frame_that_cannot_be_converted_stops_the_reading_of_its_file(films, monkeypatch):
     class Reformatter:
         own = av.video.reformatter.VideoReformatter()
         n_asked = 0
@@ -327,9 +326,9 @@ def test_a_frame_that_cannot_be_converted_is_a_damaged_one(films, monkeypatch):
                 raise av.error.InvalidDataError(1, "bad frame")
             return self.own.reformat(frame, **options)
     monkeypatch.setattr(av.video.reformatter, "VideoReformatter", Reformatter)
-    recording = video_files.Recording(films["bframes.mp4"], FPS, 48)
-    assert numbers_of([frame.pixels for frame in recording.grid()]) == [*range(30), 29, *range(31, N)]
-    assert "1 frames are damaged, the first at 2.00 s (" in recording.losses()[0] and "bad frame" in recording.losses()[0]
+    with pytest.raises(video_files.BadVideo, match="bad frame"):
+        list(video_files.Recording(films["bframes.mp4"], FPS, 48).grid())
+    Reformatter.n_asked = 0
     assert "bad frame" in open_store([films["bframes.mp4"]], [WHOLE], fps=FPS).audit[0].error
 
 
@@ -746,19 +745,12 @@ def test_a_recording_of_frames_without_a_clock(tmp_path):
     assert recording.read_sec == pytest.approx(7 / 5)
 
 
-def test_a_recording_of_pictures_steps_over_the_bad_ones(tmp_path):
-    """Each shows the frame before it and is no frame of its own, in the copy of --annotate too."""
-    for i in range(8):
+def test_a_recording_of_pictures_with_a_bad_one_is_refused_by_its_name(tmp_path):
+    for i in range(4):
         Image.fromarray(numbered(i)).save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_bytes(b"no picture")
-    Image.fromarray(numbered(4)[:40]).save(tmp_path / "4.png")
-    recording = video_files.Recording(tmp_path, 5, 48)
-    shown = list(recording.grid())
-    assert numbers_of([frame.pixels for frame in shown]) == [0, 1, 2, 2, 2, 5, 6, 7]
-    assert [frame.is_new for frame in shown] == [True] * 3 + [False] * 2 + [True] * 3
-    [loss] = recording.losses()
-    assert "2 frames are damaged, the first at 0.60 s" in loss
-    assert numbers_of([convert(48) for _, convert in recording.frames()]) == [0, 1, 2, 2, 2, 5, 6, 7]
+    with pytest.raises(pixel_cache.BadImage, match="3.png: no picture"):
+        list(video_files.Recording(tmp_path, 5, 48).grid())
 
 
 def test_a_recording_slower_than_its_grid_says_so(films):
@@ -783,7 +775,7 @@ def test_a_recording_whose_sound_goes_on_has_lost_nothing(tmp_path, suffix):
     n_shown = len(list(recording.grid()))
     assert n_shown == N - (suffix == "mkv") and recording.losses() == [], "Matroska rounds its stamps"
     recording.fault = "it broke"
-    assert recording.losses() == [f"{path}: read up to 6.0 of 12.0 s by its header: it broke"]
+    assert recording.losses() == [f"{path}: read up to 6.0 of 6.0 s by its header: it broke"]
 
 
 def test_a_recording_that_breaks_is_read_up_to_there(films, tmp_path):
