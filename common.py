@@ -849,7 +849,7 @@ def is_being_written(folder):
 
 
 def run_folder_of(target):
-    """--resume RUN or CHECKPOINT -> the run folder, for a fold or a baseline that of the whole. May raise UserError."""
+    """--resume RUN or CHECKPOINT -> the run folder, for a part of a run that of the whole. May raise UserError."""
     target = Path(target)
     folder = target if target.is_dir() else target.parent
     if not (folder / "args.json").is_file():
@@ -857,7 +857,7 @@ def run_folder_of(target):
                         f"(no args.json in {folder})")
     if not target.exists():
         raise UserError(f"--resume {target}: no such file in that run; --resume {folder} takes the newest it has")
-    while re.fullmatch(r"fold_\d+|baseline", folder.name) and (folder.parent / "args.json").is_file():
+    while (folder.parent / "args.json").is_file():
         folder = folder.parent
     return folder
 
@@ -2499,20 +2499,22 @@ class Training:
             step.copied.synchronize()
         *sums, norm = step.numbers.tolist()
         if not math.isfinite(sums[0]):
-            faults = [self._fault("loss", batch.loss.item(), batch) for batch in step.batches
-                      if not torch.isfinite(batch.loss)]
-            raise NotFinite(self.processes.gather(faults)[0])
+            bad = [batch for batch in step.batches if not torch.isfinite(batch.loss)]
+            raise self._not_finite("loss", sums[0], bad)
         if not self.scaler.is_enabled() and not math.isfinite(norm):
-            raise NotFinite(self._fault("gradient", norm, step.batches[-1]))
+            raise self._not_finite("gradient", norm, step.batches)
         for name, total in zip(step.names, sums):
             self.progress.sums[name] = self.progress.sums.get(name, 0.0) + total
         self.progress.samples += step.n_samples
 
-    def _fault(self, what, value, batch):
-        names = ", ".join(map(str, batch.names))
-        return (f"the {what} is {value} in epoch {self.progress.epoch + 1}, batch {batch.number} "
-                f"(samples: {names}); the last checkpoint is healthy. Try a smaller --lr, --use_amp off, or look at "
-                "these samples")
+    def _not_finite(self, what, value, batches):
+        """NotFinite with the numbers of these batches, and the names of their samples in all processes."""
+        batches = self.processes.gather([(batch.number, batch.names) for batch in batches])
+        numbers = ", ".join(map(str, sorted({number for number, _ in batches})))
+        names = ", ".join(str(name) for _, own in batches for name in own)
+        return NotFinite(f"the {what} is {value} in epoch {self.progress.epoch + 1}, batch {numbers} "
+                         f"(samples: {names}); the last checkpoint is healthy. Try a smaller --lr, --use_amp off, or "
+                         "look at these samples")
 
     def _save_or_stop(self):
         """Save where it is due or a stop signal has come to any process; leave on the signal."""
@@ -2527,8 +2529,8 @@ class Training:
         self.run.signals.leave()
         asked = signal.Signals(stop)
         fold = f" --fold {self.args.fold}" if "fold" in self.args.given else ""
-        self.run.say(f"{asked.name} received: saved epoch {self.progress.epoch + 1}, batch {self.progress.batch}; "
-                     f"continue with --resume {self.run.folder}{fold}")
+        self.run.say(f"{asked.name} received: saved after epoch {self.progress.epoch} and {self.progress.batch} "
+                     f"batches; continue with --resume {self.run.folder}{fold}")
         sys.exit(EXIT_INTERRUPT if asked == signal.SIGINT else EXIT_SAVED)
 
     # --- the end of an epoch ------------------------------------------------

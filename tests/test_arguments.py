@@ -209,7 +209,7 @@ def finished(folder, **flags):
     return folder
 
 
-@pytest.mark.parametrize("part", ["fold_1", "baseline", "fold_1/baseline"])
+@pytest.mark.parametrize("part", ["fold_1", "baseline", "fold_1/baseline", "run_resnet18"])
 def test_resume_of_a_part_of_a_run_is_resume_of_the_run_with_its_flags(tmp_path, part):
     (tmp_path / part).mkdir(parents=True)
     for folder in (tmp_path / part, (tmp_path / part).parent):

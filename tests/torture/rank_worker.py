@@ -2,8 +2,9 @@
 
 It is forked from a server, with RANK and the like in its environment and one argument: a JSON file with a list of
 cases. A case has folder, n (samples), batch_size, accumulate, and what is to go wrong: `stop` (a signal reaches the
-last process alone in this step) or `bad` (the sample whose loss is not a number). The first process writes
-outcome.json with the exit or error, the history and the evaluation, beside the run folder's own files.
+last process alone in this step), `bad` (the sample whose loss is not a number) or `steep` (whose gradient is none).
+The first process writes outcome.json with the exit or error, the history and the evaluation, beside the run folder's
+own files.
 """
 import json
 import signal
@@ -65,7 +66,10 @@ def run_case(case, processes):
                 steps += 1
                 if steps == case.get("stop") and processes.rank == processes.size - 1:
                     signal.raise_signal(signal.SIGTERM)
-                training.step((model(batch["x"]) - batch["target"]).pow(2).mean())
+                loss = (model(batch["x"]) - batch["target"]).pow(2).mean()
+                if case.get("steep") in batch["name"]:
+                    loss = loss + (0 * loss).sqrt()
+                training.step(loss)
             with torch.no_grad():
                 outputs = torch.cat(processes.gather([model(batch["x"]) for batch in scoring])).flatten()
             training.end_epoch({**training.epoch_means(), "val_loss": outputs.square().mean().item()})

@@ -112,6 +112,17 @@ def test_a_bad_sample_of_one_process_stops_all_before_the_step(server, tmp_path,
         assert not (tmp_path / "run" / "best_model.pth").exists()
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_bad_gradient_names_all_samples_of_its_step(server, tmp_path, cases, size):
+    """Whichever process and batch they were in; the fault may be of any of them."""
+    case = {"n": 12, "batch_size": 4, "accumulate": 2, "steep": "10", "folder": str(tmp_path / "run")}
+    outcome, = run_group(server, size, [case], tmp_path)
+    step = {str(key) for batch in list(common.EpochBatches(12, 4, 1, True))[:2] for _, key in batch}
+    with cases.case(GROUP):
+        assert "10" in step and "the gradient is nan in epoch 1, batch 1, 2 (" in outcome["error"]
+        assert set(outcome["error"].split("samples: ")[1].split(")")[0].split(", ")) == step
+
+
 END = """
 import atexit, os, sys, pathlib, torch, common
 
