@@ -343,7 +343,8 @@ def read_table(args, names=None, need_labels=True):
     }
     if args.task == "regress":
         table = score_tables.read_sequences(
-            args.manifest, args.video_root, target_columns=names or args.target_columns, **shared)
+            args.manifest, args.video_root, target_columns=names or args.target_columns,
+            moment_column=args.moment_column, **shared)
     else:
         manifests = event_splits.manifests_of(args) or {"": args.video_root}
         table = event_tables.read_events(
@@ -1221,6 +1222,8 @@ def check_flags_of_table(args, table):
     """UserError for flags that name what these rows do not have, and for splits that lack a class they need."""
     meanings = class_judging.criteria_names(table.names)
     if args.task == "regress":
+        if "moment_column" in args.given:
+            event_tables.column_of(table, args.moment_column, "--moment_column")
         meanings = score_judging.criteria_names(table.names, moment_levels(args, table))
     verdicts.parse_criteria(args.criteria, meanings)
     for split in event_splits.asked_splits(args, table):

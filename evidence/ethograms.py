@@ -221,7 +221,7 @@ def read_spans(path):
 
 
 def events_in(windows, table):
-    """DataFrame of the events of an EventTable, as judge_bouts takes them. UserError: none is in the recordings."""
+    """DataFrame of the events of an EventTable, cut to what was watched. UserError: none is in the recordings."""
     import pandas as pd
     start_sec, end_sec = table.windows.T
     events = pd.DataFrame({
@@ -229,12 +229,21 @@ def events_in(windows, table):
         "label": np.array(table.names)[table.label],
         "start_sec": np.nan_to_num(start_sec),  # without times: from the start to the end
         "end_sec": np.nan_to_num(end_sec, nan=np.inf)})
-    is_watched = events["video"].isin(windows["video"])
-    print(f"{is_watched.sum()} of {len(events)} events are in the recordings")
-    if not is_watched.any():
+    watched = windows.groupby("video").agg({"start_sec": "min", "end_sec": "max"})
+    first_sec, last_sec = watched.reindex(events["video"]).to_numpy().T  # NaN: of no recording
+    events["start_sec"] = np.maximum(events["start_sec"], first_sec)
+    events["end_sec"] = np.minimum(events["end_sec"], last_sec)
+    has_time = events["end_sec"] > events["start_sec"]
+    n_without = (~has_time & ~np.isnan(last_sec)).sum()
+    if n_without:
+        print(f"note: {n_without} events in these recordings are left out: they lie past the end, or are points in time "
+              "(--min_event_sec 1 makes each a second long)")
+    print(f"{has_time.sum()} of {len(events)} events are in the recordings")
+    if not has_time.any():
         raise common.UserError(
             f"no event is in one of the recordings: expected {common.shorten_list(set(windows['video']), 3)}, "
             f"found {common.shorten_list(set(events['video']), 3)}")
+    events = events[has_time]
     empty = set(windows["video"]) - set(events["video"])
     if empty:
         print(f"note: {len(empty)} recordings have no event in the table, and every bout in them counts as false: "
@@ -268,10 +277,8 @@ def spans_of(table, video, label):
     return rows[["start_sec", "end_sec"]].to_numpy(float)
 
 
-def compare_spans(found, true, watched):
-    """Numbers and seconds of the spans (n, 2) and (m, 2) of one class, the true ones cut to what was watched."""
-    true = np.clip(true, *watched)
-    true = true[true[:, 1] > true[:, 0]]
+def compare_spans(found, true, watched_sec):
+    """Numbers and seconds of the spans (n, 2) and (m, 2) of one class in so many seconds."""
     return {
         **{f"pairs_at_{iou}": count_pairs(found, true, iou) for iou in IOUS},
         "bouts": len(found),
@@ -279,7 +286,7 @@ def compare_spans(found, true, watched):
         "found_sec": covered(found),
         "true_sec": covered(true),
         "either_sec": covered(np.concatenate([found, true])),
-        "watched_sec": watched[1] - watched[0],
+        "watched_sec": watched_sec,
     }
 
 
@@ -309,8 +316,9 @@ def judge_bouts(windows, bouts, events, names):
     import pandas as pd
     counts = []
     for video, rows in windows.groupby("video", sort=False):
-        watched = rows["start_sec"].min(), rows["end_sec"].max()
-        counts += [compare_spans(spans_of(bouts, video, name), spans_of(events, video, name), watched) for name in names]
+        watched_sec = rows["end_sec"].max() - rows["start_sec"].min()
+        counts += [compare_spans(spans_of(bouts, video, name), spans_of(events, video, name), watched_sec)
+                   for name in names]
     numbers = {key: column.to_numpy().reshape(-1, len(names))
                for key, column in pd.DataFrame(counts).items()}  # (V, C) each
     n_videos = len(numbers["bouts"])

@@ -201,7 +201,8 @@ def page_sections(run, setting, blocks, sections, metrics):
     marked = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]]
     marked += [reporting.html_text(doubt, "caution") for doubt in metrics["doubts"]]
     criteria = reporting.html_table(metrics["criteria"], digits=".4g", caption="Criteria")
-    folds = reporting.html_table(fold_table(setting.folds), digits=".4g", caption="Folds")
+    when = " before their calibration, which the other folds give" if "calibration" in metrics else ""
+    folds = reporting.html_table(fold_table(setting.folds), digits=".4g", caption=f"Folds{when}")
     return [
         ("Alarms and doubts", marked),
         ("Data and split", setting.data),

@@ -171,6 +171,11 @@ def seconds_of(table, fps, min_event_sec=1.0):
     """
     windows = table.windows.copy()
     unit = table.unit.copy()
+    in_seconds = table.sources[(unit == "sec") & ~np.isnan(windows[:, 0])]
+    clockless = sum(map(video_files.has_no_clock, set(in_seconds)))
+    if clockless:
+        table.notes.append(f"times in seconds of {clockless} folders of frames or .npy clips, which have no clock: "
+                           f"{fps:g} of their frames are a second (--fps)")
     reasons = [""] * len(table)
     probe = functools.cache(video_files.probe)  # once a file
     for row in np.flatnonzero(unit == "frame"):

@@ -48,7 +48,7 @@ def walk_visible(root):
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield Path(folder).relative_to(root), folders, [name for name in files if not name.startswith(".")]
+        yield Path(folder).relative_to(root), folders, sorted(name for name in files if not name.startswith("."))
 
 
 def natural_key(name):

@@ -60,14 +60,17 @@ def as_list(content, key_name, prefix=""):
     return content if isinstance(content, list) else []
 
 
-def score_columns(rows, wanted, path):
-    """Names of the R score columns: those asked for in any spelling, else the numeric ones that are no ids or times."""
+def score_columns(rows, wanted, path, no_scores):
+    """Names of the R score columns: those asked for in any spelling, else the numeric ones that are no ids or times.
+
+    no_scores: keys of columns that flags name as something else.
+    """
     if wanted:
         return csv_tables.pick_columns(wanted, rows, f"{path} has no --target_columns")
     keys = {name: csv_tables.column_key(name) for name in rows}
     names = [
         name for name, key in keys.items()
-        if not (NO_SCORE.fullmatch(key) or event_times.column_match(key))
+        if not (key in no_scores or NO_SCORE.fullmatch(key) or event_times.column_match(key))
         and csv_tables.looks_numeric(rows[name])]
     if not names:
         raise common.UserError(
@@ -77,7 +80,7 @@ def score_columns(rows, wanted, path):
 
 
 def read_sequences(path, root=None, group_column=None, target_columns=None, need_labels=True, path_column=None,
-                   min_event_sec=1.0, **finding):
+                   min_event_sec=1.0, moment_column=None, **finding):
     """Scores of frame sequences (CSV or JSON) -> EventTable for --task regress; names as the file spells them.
 
     Several rows of one sequence (one per rater) become their mean, the single ratings are kept. Groups: group_column,
@@ -88,7 +91,9 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     if target_columns and not need_labels:  # new sequences may come without the scores of a trained model
         known = set(map(csv_tables.column_key, raw))
         raw = raw.assign(**{name: "" for name in target_columns if csv_tables.column_key(name) not in known})
-    names = score_columns(raw, target_columns, path)
+    named = [name for name in (group_column, path_column, moment_column) if name]
+    no_scores = set(map(csv_tables.column_key, named))
+    names = score_columns(raw, target_columns, path, no_scores)
     target = np.column_stack([csv_tables.to_numbers(raw[name], f"{path}, column {name}") for name in names])  # (N, R)
     others = raw.drop(columns=names)
     extra = event_tables.keyed_columns(others, path)
@@ -109,12 +114,12 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     rows["source"] = event_tables.find_sources(rows, notes, root is None, **finding)
     if unsaid:
         notes.append(f"{', '.join(unsaid)}: not read as times of a sequence; those say their unit, such as start_sec")
-    used = {group, source, "sequence_id", "id"}
+    used = {group, source, "sequence_id", "id", *no_scores}
     numeric = [name for name in others
                if csv_tables.column_key(name) not in used and csv_tables.looks_numeric(others[name])]
-    if numeric and not target_columns:
-        notes.append(f"numeric columns that are no scores by their names: {common.shorten_list(numeric)}; "
-                     "--target_columns names the scores")
+    if not target_columns:
+        notes.append(f"scores by their names: {common.shorten_list(names, 40)}; other numeric columns: "
+                     f"{common.shorten_list(numeric) or 'none'}; --target_columns names the scores")
     rows["reason"] = np.where(np.isnan(target).all(axis=1) & need_labels, "no score", "")
     table = event_tables.build_table(rows, extra, names, notes, group, group_column, target)
     table = merge_raters(table)

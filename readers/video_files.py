@@ -266,7 +266,7 @@ def _open_npy(path):
 @contextlib.contextmanager
 def _open_source(path, fps, pixel_range=None):
     """The open _Video or _Stills; BadVideo with the bare reason."""
-    if _has_no_clock(path):
+    if has_no_clock(path):
         yield _Stills(path, fps, pixel_range)
         return
     picture_files.check_file(path)
@@ -307,7 +307,7 @@ def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_
             times.append(time)
             if time >= until_sec:
                 break
-    if _has_no_clock(path):
+    if has_no_clock(path):
         return guess
     if not times:
         raise BadVideo("damaged: none of its frames can be decoded")
@@ -331,7 +331,7 @@ def on_screen(info, times_sec):
     return np.maximum(index, 0)
 
 
-def _has_no_clock(path):
+def has_no_clock(path):
     return path.is_dir() or path.suffix.lower() in (".npy", *file_names.IMAGE_SUFFIXES)
 
 
@@ -343,7 +343,7 @@ def _header(path, fps):
 
 def choose_pixel_range(sources):
     """picture_files.choose_pixel_range of all frames of the folders whose first one has more than 8 bits."""
-    files = [files_of(path) for path in set(sources) if _has_no_clock(path)]
+    files = [files_of(path) for path in set(sources) if has_no_clock(path)]
     deep = [frames for frames in files if picture_files.choose_pixel_range(frames[:1])]
     return picture_files.choose_pixel_range(sum(deep, []))
 

@@ -179,12 +179,22 @@ def test_bouts_are_judged_as_short_frames_are():
     assert np.isnan([rear["precision_at_0.5_low"], rear["recall_at_0.5_low"], rear["kappa_low"]]).all(), "of one video"
 
 
-def test_events_past_what_was_watched_are_cut():
-    events = table_of({"v": {"bite": [(0, 4), (8, 14), (12, 13)]}})
-    [row], _ = ethograms.judge_bouts(
-        table_of({"v": {"": [(0, 10)]}}), table_of({"v": {"bite": [(8, 10)]}}), events, ["bite"])
+def test_events_past_what_was_watched_are_cut(capsys):
+    """What lies past the end, and points of which no bout can hold a part, are said and do not count as missed."""
+    windows = table_of({"/v": {"": [(0, 10)]}})
+    spans = np.array([(0, 4), (8, 14), (12, 13), (5, 5), (1, 2)], float)
+    table = SimpleNamespace(
+        windows=spans, sources=[*4 * [Path("/v")], Path("/w")], names=["bite"], label=np.zeros(5, int))
+    events = ethograms.events_in(windows, table)
+    said = capsys.readouterr().out
+    assert "note: 2 events in these recordings are left out" in said and "2 of 5 events are in the recordings" in said
+    [row], _ = ethograms.judge_bouts(windows, table_of({"/v": {"bite": [(8, 10)]}}), events, ["bite"])
     assert (row["events"], row["bouts"], row["recall_at_0.5"]) == (2, 1, 0.5)
     assert np.isnan(row["recall_at_0.5_low"]), "one video gives no interval"
+    table.windows = spans[[3, 3, 3, 3, 3]]
+    with pytest.raises(common.UserError, match="no event is in one of the recordings"):
+        ethograms.events_in(windows, table)
+    assert "--min_event_sec 1" in capsys.readouterr().out
 
 
 # --- the script -----------------------------------------------------------------------------------

@@ -717,6 +717,7 @@ def test_class_folds_judge_criteria_and_pool_calibration(class_folds):
         p = softmax([float(row["logit_ear"]) / temperature, float(row["logit_tail"]) / temperature])
         assert float(pooled[row["clip_id"]]["prob_tail"]) == pytest.approx(p[1], abs=1e-9)
     assert [row["fold"] for row in read_csv(class_folds / "fold_table.csv")] == ["0", "1", "mean", "SD"]
+    assert "Folds before their calibration" in (class_folds / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -1002,6 +1003,7 @@ def sequences(tmp_path):
     (["--folds", 3, "--test_groups", "9"], ["no such groups: 9"]),
     (["--test_groups", "2", "--val_ratio", 0, "--train_ratio", 1], ["must not be empty"]),
     (["--split_file", "none.json"], ["none.json"]), (["--folds", 3, "--select", "r3"], ["r3"]),
+    (["--folds", 3, "--moment_column", "tim"], ["--moment_column", "tim"]),
     (["--folds", 3, "--target_columns", "rare"], ["the same score in every train row"])])
 def test_what_the_table_tells_is_checked_before_a_picture_is_read(sequences, tmp_path, monkeypatch, flags, words):
     text = (tmp_path / "scores.csv").read_text().replace("\n", ",1\n").replace("mouth,1", "mouth,rare").replace("s0,0,0,0,1", "s0,0,0,0,2")

@@ -513,6 +513,21 @@ def test_minimal_form_folders_of_frames_npy_and_whole_clips(tmp_path):
     assert table.names == ["x", "y"] and list(table.label) == [0, 1, 0]
 
 
+def test_seconds_of_a_source_without_a_clock_are_those_of_fps(tmp_path):
+    put(tmp_path, "s1/1.jpg", "a.mp4", "c.npy")
+    path = write(tmp_path / "m.csv", "path,label,start_sec,end_sec\n" + "".join(
+        f"{name},{label},{label},{label + 1}\n" for name in ("s1", "a.mp4", "c.npy") for label in (1, 3)))
+    table = event_times.seconds_of(event_tables.read_events({"": path}), fps=12)
+    assert "times in seconds of 2 folders of frames or .npy clips" in table.notes[-1] and "12 of their" in table.notes[-1]
+    assert table.windows[:2].tolist() == [[1, 2], [3, 4]]
+
+
+def test_recordings_come_by_name(tmp_path, monkeypatch):
+    put(tmp_path, "b.mp4", "a.mp4", "c.mp4")
+    monkeypatch.setattr(file_names.os, "walk", lambda *a, **k: [(str(tmp_path), [], ["c.mp4", "a.mp4", "b.mp4"])])
+    assert list(file_names.find_videos(tmp_path)[0]) == ["a.mp4", "b.mp4", "c.mp4"]
+
+
 def test_class_folders_and_apple_files(tmp_path):
     put(tmp_path, "ear/1.mp4", "ear/._1.mp4", "tail/1.mp4", "tail/2/0.png", "tail/2/1.png", "notes.txt")
     table = event_tables.read_events({"": tmp_path})
@@ -681,7 +696,7 @@ def check_sequences(table):
     assert list(table.groups) == ["0", "0", "1", "1", "2", "2"] and list(table.extra["moment"]) == ["M0", "M1"] * 3
     assert [source.name for source in table.sources] == [f"seq {i}" for i in range(6)]
     [note] = table.notes
-    assert "numeric columns that are no scores by their names: num_frames;" in note, "the others are used"
+    assert f"scores by their names: {', '.join(table.names)}; other numeric columns: num_frames;" in note
 
 
 def test_scores_as_csv(tmp_path):
@@ -747,7 +762,18 @@ def test_a_total_of_something_else_is_named(tmp_path):
     rows = [f"s{i},{400 * i},{70 + i % 2},{38.5 + i / 10}" for i in range(4)]
     text = "path,total_activity,heart_rate,temperature\n" + "\n".join(rows)
     table = score_tables.read_sequences(write(tmp_path / "s.csv", text))
-    assert "total_activity differs from the sum" in table.notes[0] and "is not tied to it" in table.notes[0]
+    assert "total_activity differs from the sum" in table.notes[-1] and "is not tied to it" in table.notes[-1]
+
+
+def test_columns_that_flags_name_are_no_scores(tmp_path):
+    """Numbers of animals and of moments, whatever their columns are called."""
+    put(tmp_path, *(f"s{i}/0.jpg" for i in range(4)))
+    path = write(tmp_path / "s.csv", "path,Cow No,Time.point,pain\n" + "\n".join(f"s{i},{i // 2},{i % 2},{i}" for i in range(4)))
+    table = score_tables.read_sequences(path, group_column="cow_no", moment_column="time point")
+    assert table.names == ["pain"] and list(table.groups) == list("0011")
+    assert list(table.extra["time_point"]) == list("0101")
+    [note] = table.notes
+    assert "scores by their names: pain; other numeric columns: none" in note
 
 
 def test_scores_take_only_times_that_name_their_unit(tmp_path):
@@ -775,7 +801,7 @@ def test_an_offset_without_its_onset_is_no_start(tmp_path):
     path = write(tmp_path / "s.csv", "path,animal,onset,offset,duration_sec,pain\ns0,a,1,3,2,1\ns1,b,2,5,3,2\n")
     table = score_tables.read_sequences(path)
     assert np.isnan(table.windows).all() and any("onset, offset: not read as times" in note for note in table.notes)
-    assert any("no scores by their names: onset, offset, duration_sec;" in note for note in table.notes)
+    assert any("scores by their names: pain; other numeric columns: onset, offset, duration_sec;" in note for note in table.notes)
     assert score_tables.read_sequences(path, target_columns=["duration_sec"], need_labels=False).notes[1:] == []
 
 
