@@ -35,7 +35,7 @@ from readers import rating_flags
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements.txt"
 PUBLISHED_TABLE = "per_image_Slider_mean_sd_from_wide.csv"
-QUICK_PICTURES = 300  # decoded without --full
+FIRST_PICTURES = 300  # that are decoded
 DRY_RUN_FLAGS = {  # paths are relative to the folder of make_sample_data.py
     "assessor": f"--images_dir assessor/images --ratings_file assessor/ratings/{PUBLISHED_TABLE} --backbone resnet18 "
                 "--image_size 64",
@@ -269,7 +269,7 @@ def check_assessor(args):
     found = list(filter(None, paths))
     if not found:
         raise common.UserError(f"no row of {path} has an image in {images_dir}; check --image_column")
-    yield from check_images(found, args.full)
+    yield from check_images(found)
 
 
 def check_table(path, args):
@@ -288,21 +288,15 @@ def check_table(path, args):
     return ratings
 
 
-def check_images(paths, is_full):
-    """Decode the pictures, some of many unless is_full: the speed, unreadable ones by reason, identical ones."""
-    import common
+def check_images(paths):
+    """Decode the first pictures: the speed, and those that cannot be read; a training run looks at all."""
     from readers import picture_files
     start = time.perf_counter()
-    step = 1 if is_full else math.ceil(len(paths) / QUICK_PICTURES)
-    audits = picture_files.ImageStore(paths[::step], 256, cache="none").audit
+    audits = picture_files.ImageStore(paths[:FIRST_PICTURES], 256, cache="none").audit
     speed = len(audits) / (time.perf_counter() - start)
-    yield Check("OK", "loading", f"{len(audits)} of {len(paths)} pictures{'' if step == 1 else ' (--full: all)'} to a "
-                f"short side of 256 px: {speed:.0f} a second")
+    yield Check("OK", "loading", f"{len(audits)} of {len(paths)} pictures to a short side of 256 px: {speed:.0f} a second")
     bad = [f"{audit.path}: {audit.error}" for audit in audits if audit.error]
     yield listing("FAIL", "unreadable images", bad, "fix or remove them, or train with --on_bad_file skip")
-    same = common.rows_by_key(audit.pixel_sha or audit.path for audit in audits)
-    twins = [" = ".join(audits[row].path for row in rows) for rows in same.values() if len(rows) > 1]
-    yield listing("WARN", "identical images", twins, "a split between them would leak: keep one of each")
 
 
 def check_by_script(task, flags, temporary):
@@ -324,8 +318,8 @@ def check_by_script(task, flags, temporary):
     report = common.read_json(output)
     row = Check("OK", "data", done.stdout.strip().removesuffix(f"; written to {output}"))
     if counts_anything(report) or report.get("damaged") or "WARNING" in done.stdout:
-        row = row._replace(status="WARN", remedy="correct what is counted or marked WARNING; keep copies, and the levels "
-                           "of a column that tells the label, on one side of the split")
+        row = row._replace(status="WARN", remedy="correct what is counted or marked WARNING; keep copies on one side of "
+                           "the split")
     yield row
     bad = [": ".join(each) for each in report.get("unreadable", {}).items()]
     yield listing("FAIL", "unreadable", bad, "fix or remove them, or train with a larger --max_missing")
@@ -375,7 +369,7 @@ def parse_args(given):
                                      allow_abbrev=False, parents=[of_task])
     add = parser.add_argument
     add("--full", action="store_true",
-        help="decode all pictures, and run each train script on sample data: minutes instead of seconds")
+        help="also run each train script on sample data: minutes instead of seconds")
     add("--output_dir", type=Path, default=Path("outputs"), help="where runs will be written: its disk is checked")
     add("--download_weights", nargs="*", metavar="NAME", help="only fill the weights cache (no name: all)")
     if task not in ("assessor", "all"):
