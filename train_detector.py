@@ -122,7 +122,7 @@ def add_data_arguments(data):
     data("--output", type=common.new_file,
          help="JSON to write (predict: default detections.json; convert; audit)")
     data("--min_trust", type=common.SHARE, default=0.5,
-         help="boxes whose annotators trusted them less neither train nor count")
+         help="boxes whose annotators trusted them less do not count, and train as background")
     data("--box_format", choices=part_boxes.BOX_FORMATS,
          help="what the four numbers of a box are: left top width height in pixels (the default), "
               "corners, centre and size, or left top width height as shares of the picture")
@@ -233,8 +233,7 @@ def settle_split(parser, args):
     settled = {name: 0 if name in ("folds", "test_ratio") else None for name in given_up}
     if way == "split_ratio":
         settled["train_ratio"] = args.split_ratio
-        rest = 1 - args.split_ratio - args.test_ratio
-        settled["val_ratio"] = 0.0 if abs(rest) < 1e-9 else rest
+        settled["val_ratio"] = round(1 - args.split_ratio - args.test_ratio, 9)
     return common.with_flags(args, **settled)
 
 
@@ -278,10 +277,8 @@ class Study(picture_files.StoredPictures):
         """(N,) rarest part and state of each picture, so that a split deals those out evenly."""
         cells = [list(zip(labels, states)) for labels, states in zip(self.truth.labels, self.truth.states)]
         counts = collections.Counter(itertools.chain.from_iterable(cells))
-
-        def rareness(cell):
-            return counts[cell], cell
-        return np.array([str(min(row, key=rareness, default="none")) for row in cells])
+        rarest = [min(row, key=lambda cell: (counts[cell], cell), default="none") for row in cells]
+        return np.array(list(map(str, rarest)))
 
     def data_record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
@@ -642,7 +639,7 @@ def fit_anchors(truth, min_size, max_size):
         logs.append(np.log(area * scale ** 2) / 2)
     logs = np.concatenate(logs)  # (boxes,)
     first = np.log([3 * stride for stride in LEVEL_STRIDES])  # smallest side of each level
-    level = np.clip(np.searchsorted(first, logs, side="right") - 1, 0, None)
+    level = np.searchsorted(first[1:], logs, side="right")
     sides = []
     for number, smallest in enumerate(first):
         centres = smallest + np.log(2) * np.array([0, 0.5])
@@ -1032,9 +1029,8 @@ def count_states(states):
 
 def limits(args):
     """Sentences on what a reader must not conclude from this run."""
-    lines = []
-    if not args.group_column:
-        lines.append("No --group_column: pictures of one object or session may stand on both sides of the split.")
+    ungrouped = "No --group_column: pictures of one object or session may stand on both sides of the split."
+    lines = [] if args.group_column else [ungrouped]
     return lines + judging.limits_of_start(args)
 
 
@@ -1283,9 +1279,10 @@ def predict(args):
         output, folder, args, pictures, dict(zip(names, itertools.count(1))), detections,
         part_boxes.number_parts(model.settings["parts"], {}), picture)
     seen_rows.say_notes(words, print)
-    n_sure = sum((each.scores >= args.score_threshold).sum() for each in detections)
-    print(f"{len(names)} pictures, {len(bad)} could not be read (see the error column); {n_sure} "
-          f"detections from score {args.score_threshold:g}; written to {output}, "
+    scores = np.concatenate([each.scores for each in detections])
+    n_sure = (scores >= args.score_threshold).sum()
+    print(f"{len(names)} pictures, {len(bad)} could not be read (see the error column); {len(scores)} detections, "
+          f"{n_sure} of them from score {args.score_threshold:g}; written to {output}, "
           f"{output.with_suffix('.csv')} and, with --visualize, {folder}")
 
 

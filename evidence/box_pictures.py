@@ -88,11 +88,8 @@ def write_sheet(path, truth, detections, picture, rows, threshold):
         pixels = picture(row)
         left = draw_truth(pixels, truth, row)
         right = draw_detections(pixels, truth.sizes[row], detections[row], truth.parts, threshold)
-        gap = np.full((len(left), GAP, 3), 255, np.uint8)
-        lines.append(np.hstack([left, gap, right]))
-    width = max(line.shape[1] for line in lines)
-    padded = []
-    for line in lines:
-        margins = ((0, GAP), (0, width - line.shape[1]), (0, 0))
-        padded.append(np.pad(line, margins, constant_values=255))
-    write_picture(path, np.concatenate(padded))
+        line = np.full((len(left) + GAP, 2 * LONG_SIDE + GAP, 3), 255, np.uint8)
+        line[:len(left), :left.shape[1]] = left
+        line[:len(left), -right.shape[1]:] = right
+        lines.append(line)
+    write_picture(path, np.concatenate(lines))

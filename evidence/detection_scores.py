@@ -62,9 +62,10 @@ def coco_match(truth, detections, kind):
     found = []
     for picture, detected in enumerate(detections):
         kept = truth.shown(picture)
+        ignored = truth.ignored[picture][kept]
+        states = np.where(ignored, part_boxes.UNKNOWN, truth.states[picture][kept])
         annotated += coco_entries(
-            picture, truth.boxes[picture][kept], truth.labels[picture][kept], truth.states[picture][kept], kind,
-            iscrowd=truth.ignored[picture][kept])
+            picture, truth.boxes[picture][kept], truth.labels[picture][kept], states, kind, iscrowd=ignored)
         found += coco_entries(
             picture, detected.boxes, detected.labels, detected.called(), kind,
             score=detected.scores, place=range(len(detected.scores)))
@@ -268,7 +269,7 @@ class Judged:
         occurs = self.confusions.any(2)  # (M, S), True = a box found in the picture has that state
         n_owners = [len(np.unique(owners[pictures])) for pictures in occurs.T]
         for metric in ("balanced_accuracy", "macro_f1"):  # a mean over the states needs two; the others may be rare
-            support["overall", metric] = sorted(n_owners, reverse=True)[1]
+            support["overall", metric] = sorted(n_owners)[-2]
         return support
 
     def result(self, baseline_name="mean box", folds=0):

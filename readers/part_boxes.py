@@ -21,8 +21,8 @@ UNKNOWN = -1
 STATE_NUMBERS = {word: number for number, state in enumerate(STATES) for word in (state, str(number))}
 NO_STATE = ("", "unknown", "none", "undefined", "__undefined__")  # the last is what CVAT writes
 BOX_FORMATS = ("xywh", "xyxy", "cxcywh", "fractions")
-SIDES = {"left": "right", "right": "left"}
-SIDE_WORD = re.compile("(?<![a-z])(left|right)(?![a-z])")
+SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
+SIDE_WORD = re.compile("(?<![a-z])(left|right|l|r)(?![a-z])")
 OVER_EDGE = 3  # pixels by which a box may leave its picture before its convention is doubted
 
 
@@ -97,7 +97,7 @@ class PartTruth:
     boxes: list  # N of (K, 4) float32
     labels: list  # N of (K,) int64
     states: list  # N of (K,) int64, UNKNOWN where there is none
-    ignored: list  # N of (K,) bool, True = a crowd or not trusted: neither trained on nor judged
+    ignored: list  # N of (K,) bool, True = a crowd or not trusted: not judged; in training background
     absent: list  # N of int64 arrays: labels of the parts said to be absent without a box
     groups: np.ndarray | None  # (N,) text
     keeps_absent: bool = True  # False: boxes of absent parts are background
@@ -148,7 +148,7 @@ def read_annotations(path, box_format=None, state_attribute=None):
     found = read_coco(path, coco, reading)
     names = collections.Counter(image.name for image in found.images)
     reading.faults += [f"{name!r} is listed {count} times" for name, count in names.items() if count > 1]
-    refuse(reading.faults, f"{path}: cannot be read:", "Correct these entries.")
+    refuse(reading.faults, f"{path}: cannot be read as {{image: {{parts}}}} or COCO:", "Correct these entries.")
     if not found.images:
         raise common.UserError(f"{path}: expected annotated images, found none in {len(content)} entries")
     if state_attribute and not reading.has_states:
@@ -609,7 +609,9 @@ def as_truth(images, parts, min_trust, **others):
         "boxes reached over the edge and were cut": n_cut,
         "crowd boxes are ignored": sum(each.crowd for each in used),
         f"boxes are trusted less than {min_trust:g} and ignored":
-            sum(each.trust < min_trust for each in used)}
+            sum(each.trust < min_trust for each in used),
+        "pictures have over 100 boxes; a detector here lists 100 of a picture at most, and AP counts 100 of a part":
+            sum(len(row) > 100 for row in kept)}
     return truth, skipped, [f"{count} {text}" for text, count in counts.items() if count]
 
 
@@ -655,7 +657,7 @@ def check_pictures(audits, images, on_bad_file):
         size = found.width, found.height
         annotated = image.size or size
         if not found.error and np.abs(np.subtract(size, annotated)).max() > 1:
-            found.error = "is {} x {} pixels, annotated as {} x {}".format(*size, *annotated)
+            found.error = "is {} x {} pixels (EXIF applied), annotated as {} x {}".format(*size, *annotated)
         image.size = size
     good = picture_files.check_bad_files(audits, on_bad_file)
     if not good:

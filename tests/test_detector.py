@@ -101,6 +101,11 @@ def test_boxes_without_a_state_and_ignored_boxes_count_neither_way():
     values = values_of(truth, found)
     assert values["joint_map"] == pytest.approx(1), "the two others are right or wrong for no one"
     assert values["map"] == pytest.approx(1) and values["precision"] == 1 and values["recall"] == 1
+    truth = annotated([(0, 0, BOX), (0, 1, FAR, True), (0, ABSENT, OTHER, True)])
+    found = [detections((0, 0.6, 0, BOX), (0, 0.8, 0, FAR), (0, 0.9, 0, OTHER))]
+    values = values_of(truth, found)
+    assert values["joint_map"] == pytest.approx(1), "the state of an ignored box is not judged either"
+    assert values["map_present"] == pytest.approx(1), "nobody trusts that the part is absent there"
 
 
 def random_case(seed, n_pictures=12, parts=("a", "b", "c")):

@@ -208,7 +208,7 @@ def test_a_conversion_names_pictures_that_do_not_fit(tmp_path, monkeypatch, caps
     content["0.jpg"]["image"] = {"height": 80, "width": 120}
     (tmp_path / "a.json").write_text(json.dumps(content))
     write_pictures(tmp_path / "images", ("0.jpg", "1.jpg", "7.jpg"))
-    with pytest.raises(common.UserError, match="60 x 40 pixels, annotated as 120 x 80"):
+    with pytest.raises(common.UserError, match="60 x 40 pixels .EXIF applied., annotated as 120 x 80"):
         convert(tmp_path, monkeypatch)
     made = convert(tmp_path, monkeypatch, "--on_bad_file", "skip")
     assert [image["file_name"] for image in made["images"]] == ["1.jpg"]
@@ -284,6 +284,7 @@ FAULTS = {
     "no box": ({"0.jpg": {"parts": {"bell": {"object_state": "intact"}}}}, ["0.jpg", "bell", "four numbers"]),
     "NaN": (json.dumps({"0.jpg": {"parts": {"bell": part([float("nan"), 1, 2, 2])}}}), ["bell", "four numbers"]),
     "key twice": ('{"0.jpg": {"parts": {}}, "0.jpg": {"parts": {}}}', ["twice"]),
+    "LabelMe": ({"version": "5", "shapes": [], "imagePath": "a.jpg"}, ["or COCO", "'shapes'"]),
     "a list": ("[1, 2]", ["list"]), "empty": ("{}", ["found none"]), "no JSON": ("<html>", ["expected JSON"]),
     "deep": ("[" * 100_000, ["nested too deeply"])}
 
@@ -525,6 +526,14 @@ def test_degenerate_boxes_are_named_by_image_and_annotation(tmp_path, flags):
     assert "70 5 80 15" in study.skipped[1]["reason"] and len(study.truth.boxes[0]) == 0
 
 
+@pytest.mark.parametrize("n_boxes", [100, 101])
+def test_more_boxes_than_are_found_in_a_picture_are_said(tmp_path, flags, n_boxes):
+    one = {"image_id": 9, "category_id": 4, "bbox": [1, 2, 9, 9]}
+    content = coco(annotations=[{**one, "id": k} for k in range(n_boxes)])
+    study = study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
+    assert any("1 pictures have over 100 boxes" in note for note in study.notes) == (n_boxes > 100)
+
+
 def test_images_without_objects_stay_or_go(tmp_path, flags):
     assert len(study_of(tmp_path, flags, PARTS).truth.images) == 3
     study = study_of(tmp_path, flags, PARTS, "--drop_empty")
@@ -548,7 +557,7 @@ def test_absent_parts_are_kept_or_dropped(tmp_path, flags):
 def test_pictures_of_another_size_than_annotated(tmp_path, flags):
     content = coco()
     content["images"][0] |= {"width": 40, "height": 60}
-    with pytest.raises(common.UserError, match="60 x 40 pixels, annotated as 40 x 60"):
+    with pytest.raises(common.UserError, match="60 x 40 pixels .EXIF applied., annotated as 40 x 60"):
         study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
     study = study_of(tmp_path, flags, content, "--on_bad_file", "skip", names=("0.jpg", "1.jpg"))
     assert list(study.truth.images) == ["1.jpg"]
@@ -637,7 +646,8 @@ def test_left_and_right_change_places_in_a_flip(tmp_path, flags):
     (["bell", "front wheel"], [0, 1]), (["left_door", "hood", "RIGHT_door"], [2, 1, 0]),
     (["front-left-light", "front-right-light", "leftover"], [1, 0, 2]), (["left eye", "nose"], None),
     (["leftWheel", "rightWheel", "DoorLeft", "DoorRight"], [1, 0, 3, 2]), (["Wheel", "wheel", "bell"], [0, 1, 2]),
-    (["LEFT_EYE", "RIGHT_EYE", "copyright", "BRIGHT lamp"], [1, 0, 2, 3])])
+    (["LEFT_EYE", "RIGHT_EYE", "copyright", "BRIGHT lamp"], [1, 0, 2, 3]),
+    (["L_ear", "R_ear", "earR", "earL", "lip", "nail L1", "nail R1"], [1, 0, 3, 2, 4, 6, 5]), (["eye_l", "nose"], None)])
 def test_labels_of_a_mirrored_picture(parts, expected):
     found = part_boxes.mirrored_labels(parts)
     assert found is expected is None or list(found) == expected
