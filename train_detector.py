@@ -233,7 +233,7 @@ def settle_split(parser, args):
     settled = {name: 0 if name in ("folds", "test_ratio") else None for name in given_up}
     if way == "split_ratio":
         settled["train_ratio"] = args.split_ratio
-        settled["val_ratio"] = round(1 - args.split_ratio - args.test_ratio, 9)
+        settled["val_ratio"] = round(1 - (args.split_ratio + args.test_ratio), 9)
     return common.with_flags(args, **settled)
 
 
