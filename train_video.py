@@ -336,6 +336,7 @@ def read_table(args, names=None, need_labels=True):
         "min_event_sec": args.min_event_sec,
         "group_column": args.group_column,
         "path_column": args.path_column,
+        "row_filter": args.filter,
         "exact_names": args.exact_names,
         "max_missing": args.max_missing,
         "need_labels": need_labels,
@@ -350,8 +351,6 @@ def read_table(args, names=None, need_labels=True):
         table = event_tables.read_events(
             manifests, args.video_root, args.label_map, names=names,
             label_column=args.label_column, time_unit=args.time_unit, **shared)
-    if args.filter:
-        table = table.take(event_tables.filter_rows(table, args.filter))
     return event_times.seconds_of(table, args.fps, args.min_event_sec)
 
 

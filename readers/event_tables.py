@@ -390,12 +390,13 @@ def refuse_several_files(rows, extra):
 
 
 def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, group_column=None, names=None,
-                need_labels=True, path_column=None, label_column=None, time_unit=None, **finding):
+                need_labels=True, path_column=None, label_column=None, time_unit=None, row_filter=None, **finding):
     """{part: CSV manifest or folder of class folders} -> EventTable for --task classify.
 
     video_root: where the paths are looked for (default: beside each manifest); names: the classes of a trained model;
     need_labels False: rows without a label stay, label -1. Without group_column a column `group` is the group.
-    path_column, label_column, time_unit: for columns whose names do not say it. finding: options of find_sources.
+    path_column, label_column, time_unit: for columns whose names do not say it. row_filter: the text of --filter.
+    finding: options of find_sources.
     Raises UserError: see the functions above; more than the share max_missing of the videos is not there.
     """
     import pandas as pd
@@ -415,7 +416,7 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     reasons = {None: "left out by --label_map", "": "no label" if need_labels else ""}
     rows["reason"] = [reasons.get(name, "") for name in classes]
     rows["label"] = pd.Index(names).get_indexer(classes)  # -1 = none
-    return merge_repeats(build_table(rows, extra, names, notes, group, group_column))
+    return merge_repeats(build_table(rows, extra, names, notes, group, group_column, row_filter=row_filter))
 
 
 def read_groups(cells, group_column, lines, notes):
@@ -458,12 +459,12 @@ def find_sources(rows, notes, is_open, max_missing=0.05, need_files=True, exact_
     return [found.get(key) for key in zip(rows["root"], rows["video"])]
 
 
-def build_table(rows, extra, names, notes, group, group_column, target=None):
+def build_table(rows, extra, names, notes, group, group_column, target=None, row_filter=None):
     """N rows of describe_rows, and what is known of each -> EventTable of those without a reason to skip.
 
     rows: also with source, reason (to skip it) and, for classes, label as int. extra: the other columns; group: the one
-    of the groups, or None; group_column: that which a flag asks for. Clip ids do not depend on the order of the rows.
-    Raises UserError where no row is left.
+    of the groups, or None; group_column: that which a flag asks for; row_filter: the text of --filter.
+    Clip ids do not depend on the order of the rows. Raises UserError where no row is left.
     """
     rows = rows.assign(reason=np.select(
         [rows["fault"] != "", rows["source"].isna()], [rows["fault"], "no such video or folder"], rows["reason"]))
@@ -476,7 +477,7 @@ def build_table(rows, extra, names, notes, group, group_column, target=None):
     extra = with_own_columns(extra[keep].reset_index(drop=True), rows["place"])
     videos = paths_below_root(rows["source"], rows["root"])
     clip_ids = np.array(list(map(clip_name, videos, rows["start"], rows["end"], rows["unit"])))
-    return EventTable(
+    table = EventTable(
         names=names,
         clip_ids=clip_ids,
         lines=rows["row"].to_numpy(str),
@@ -493,6 +494,7 @@ def build_table(rows, extra, names, notes, group, group_column, target=None):
         groups=read_groups(extra[group], group_column, rows["row"], notes) if group else None,
         skipped=skipped,
         notes=notes)
+    return table.take(filter_rows(table, row_filter)) if row_filter else table
 
 
 def paths_below_root(sources, roots):

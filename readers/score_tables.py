@@ -80,7 +80,7 @@ def score_columns(rows, wanted, path, no_scores):
 
 
 def read_sequences(path, root=None, group_column=None, target_columns=None, need_labels=True, path_column=None,
-                   min_event_sec=1.0, moment_column=None, **finding):
+                   min_event_sec=1.0, moment_column=None, row_filter=None, **finding):
     """Scores of frame sequences (CSV or JSON) -> EventTable for --task regress; names as the file spells them.
 
     Several rows of one sequence (one per rater) become their mean, the single ratings are kept. Groups: group_column,
@@ -121,7 +121,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
         notes.append(f"scores by their names: {common.shorten_list(names, 40)}; other numeric columns: "
                      f"{common.shorten_list(numeric) or 'none'}; --target_columns names the scores")
     rows["reason"] = np.where(np.isnan(target).all(axis=1) & need_labels, "no score", "")
-    table = event_tables.build_table(rows, extra, names, notes, group, group_column, target)
+    table = event_tables.build_table(rows, extra, names, notes, group, group_column, target, row_filter)
     table = merge_raters(table)
     *_, note = total_and_parts(names, table.target)
     if note:
