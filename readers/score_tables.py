@@ -12,11 +12,12 @@ import numpy as np
 import common
 from readers import csv_tables, event_tables, event_times
 
-GROUP_COLUMNS = "animal animal_id subject group".split()
+GROUP_COLUMNS = "animal animal_id subject subject_id participant participant_id patient patient_id group".split()
 RATER_COLUMNS = "rater rater_id observer observer_id".split()
 NO_SCORE = re.compile(
     r"(.*_)?(id|idx|n|sd|index|frames?|sec|fps|path|filename|camera|date|day|time|fold)|unnamed.*|"
-    r"row|line|animal|subject|group|moment|rater|observer|age")
+    r"row|line|animal|subject|participant|patient|individual|person|group|pen|cage|farm|herd|site|moment|session|visit|"
+    r"trial|week|hour|month|year|rater|observer|coder|sex|age")
 
 
 def sequence_rows(path):
@@ -84,7 +85,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     """Scores of frame sequences (CSV or JSON) -> EventTable for --task regress; names as the file spells them.
 
     Several rows of one sequence (one per rater) become their mean, the single ratings are kept. Groups: group_column,
-    else the column animal, animal_id, subject or group. Times are columns whose names say their unit. finding, errors:
+    else the first of GROUP_COLUMNS. Times are columns whose names say their unit. finding, errors:
     as read_events has them.
     """
     raw = sequence_rows(path)

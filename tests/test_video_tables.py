@@ -776,6 +776,9 @@ def test_columns_that_flags_name_are_no_scores(tmp_path):
     assert list(table.extra["time_point"]) == list("0101")
     [note] = table.notes
     assert "scores by their names: pain; other numeric columns: none" in note
+    path = write(tmp_path / "s.csv", path.read_text().replace("Cow No,Time.point", "Participant,Session"))
+    table = score_tables.read_sequences(path)
+    assert table.names == ["pain"] and list(table.groups) == list("0011"), "as their names say without a flag"
 
 
 def test_scores_take_only_times_that_name_their_unit(tmp_path):
