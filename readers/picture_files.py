@@ -81,6 +81,12 @@ def _open_picture(path):
         raise pixel_cache.BadImage(f"damaged: {common.one_line(error) or type(error).__name__}") from error
 
 
+def count_pictures(path):
+    """How many pictures one file holds: an animation, a stack of pages, or a JPEG, whose preview is none of its own."""
+    with _open_picture(path) as image:
+        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+
+
 def _unread_format(path):
     """What to do with a picture in a format that is not read, known by its first bytes; None where it is none."""
     with open(path, "rb") as handle:

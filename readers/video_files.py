@@ -229,7 +229,10 @@ class _Stills:
         self.pictures = _open_npy(path) if path.suffix.lower() == ".npy" else files_of(path)
         if not len(self.pictures):
             raise BadVideo(f"a folder without pictures ({' '.join(file_names.IMAGE_SUFFIXES)})")
-        height, width = self._load(self.pictures[0]).shape[:2]
+        first = self.pictures[0]
+        if isinstance(first, Path) and (count := picture_files.count_pictures(first)) > 1:
+            raise BadVideo(f"{count} pictures in one file: make a video or a folder of frames of {first.name}")
+        height, width = self._load(first).shape[:2]
         self.size = width, height
 
     def guess(self):

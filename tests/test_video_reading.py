@@ -562,6 +562,16 @@ def test_a_picture_is_a_clip_of_one_frame(tmp_path):
     assert store.audit[1].error
 
 
+def test_animations_and_stacks_of_pages_are_no_still_pictures(tmp_path):
+    """Pillow shows the first one alone; a phone's JPEG with a preview inside is one picture."""
+    pages = [Image.fromarray(numbered(i)) for i in range(3)]
+    for name in ("a.gif", "a.tif", "a.webp", "a.mpo", "still.gif"):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:] if name[0] == "a" else [])
+    for name in ("a.gif", "a.tif", "a.webp"):
+        assert f"3 pictures in one file: make a video or a folder of frames of {name}" in video_files.probe(tmp_path / name).error
+    assert not video_files.probe(tmp_path / "a.mpo").error and not video_files.probe(tmp_path / "still.gif").error
+
+
 class Bomb:
     """Pickled, it would write a file when it is loaded."""
     def __init__(self, path):
