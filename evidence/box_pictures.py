@@ -36,11 +36,11 @@ def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
     size: (width, height) of the picture in the pixels that the boxes (K, 4) are given in.
     """
     import cv2
+    import matplotlib
     import torch
     from torchvision.utils import draw_bounding_boxes
-    height, width = pixels.shape[:2]
-    scale = LONG_SIDE / max(height, width)
-    picture = cv2.resize(pixels, (max(1, round(width * scale)), max(1, round(height * scale))))
+    scale = LONG_SIDE / max(size)
+    picture = cv2.resize(pixels, [max(1, round(side * scale)) for side in size])
     if not len(boxes):
         return picture
     texts = [parts[label] for label in labels]
@@ -48,10 +48,10 @@ def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
         texts[k] += f" {part_boxes.STATES[states[k]]}"
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores)]
-    scaled = boxes * (width * scale / size[0])
     drawn = draw_bounding_boxes(
-        torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(scaled), texts,
-        colours_of(labels, states, len(parts)), width=FRAME, label_colors="white", fill_labels=True)
+        torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(boxes * scale), texts,
+        colours_of(labels, states, len(parts)), width=FRAME, label_colors="white", fill_labels=True,
+        font=f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf")  # Pillow's own has no accents
     return drawn.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
 
 
@@ -89,7 +89,8 @@ def write_sheet(path, truth, detections, picture, rows, threshold):
         left = draw_truth(pixels, truth, row)
         right = draw_detections(pixels, truth.sizes[row], detections[row], truth.parts, threshold)
         line = np.full((len(left) + GAP, 2 * LONG_SIDE + GAP, 3), 255, np.uint8)
-        line[:len(left), :left.shape[1]] = left
-        line[:len(left), -right.shape[1]:] = right
+        width = left.shape[1]
+        line[:len(left), :width] = left
+        line[:len(left), width + GAP:2 * width + GAP] = right
         lines.append(line)
     write_picture(path, np.concatenate(lines))

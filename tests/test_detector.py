@@ -547,6 +547,9 @@ def test_boxes_are_drawn_where_they_are():
     line = box_pictures.draw_boxes(
         np.zeros((1, 4000, 3), np.uint8), (4000, 1), np.array([[0.0, 0, 900, 1]]), np.array([0]), np.array([0]), ["a"])
     assert line.shape == (1, 640, 3), "less than half a pixel high"
+    named = [box_pictures.draw_boxes(np.zeros((40, 80, 3), np.uint8), (160, 80), boxes[:1], np.array([0]), np.array([0]),
+                                     [name]) for name in ("\xfc", "\xe9", "\u0436")]
+    assert not any((one == other).all() for one, other in zip(named, named[1:])), "each letter is drawn as itself"
 
 
 def test_without_states_each_part_has_a_colour():
