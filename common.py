@@ -888,32 +888,20 @@ def _newest_folder(args):
     """Of the runs with these flags and data: that of this SLURM job, or the newest neither finished nor running."""
     now = json_safe(flags_of(args))
     job = slurm_job_id()
-    unfinished = []  # the newest first
-    unfinished_elsewhere = []  # whose data have other paths
+    unfinished = None  # the newest
     for path in sorted(args.output_dir.glob("run_*/args.json"), key=os.path.getmtime, reverse=True):
         folder = path.parent
         record = read_or_warn(path)
         if record.get("script") != script_name():
             continue
         different = {name for name, value in now.items() if record["flags"].get(name) != value}
-        if different - args.may_change:
+        if different - (args.may_change - args.data_paths):
             continue
-        has_same_data = not different & args.data_paths
-        if has_same_data and job and re.search(rf"_job{job}(_\d+)?$", folder.name):
+        if job and re.search(rf"_job{job}(_\d+)?$", folder.name):
             return folder
-        if is_finished(folder, args) or is_being_written(folder):
-            continue
-        if has_same_data:
-            unfinished.append(folder)
-        else:
-            unfinished_elsewhere.append(folder)
-    if unfinished:
-        return unfinished[0]
-    if unfinished_elsewhere:
-        folder = unfinished_elsewhere[0]
-        print(f"note: a new run; the paths of the data are not those of {folder}, which is unfinished. If "
-              f"its data have only moved, --resume {folder} continues it")
-    return None
+        if not unfinished and not is_finished(folder, args) and not is_being_written(folder):
+            unfinished = folder
+    return unfinished
 
 
 def has_metrics(folder, epochs):

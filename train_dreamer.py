@@ -346,8 +346,8 @@ def say_study(run, study):
             f"{len(study.skipped)} rows skipped{' (listed in skipped.csv)' if study.skipped else ''}; "
             f"{study.store.description}")
     for row in study.residuals:
-        run.say(f"composition {row['convention']:9} misses by {row['mm']:.4g} mm, {row['deg']:.4g} degrees (95 %: "
-                f"{row['mm_95']:.4g} mm, {row['deg_95']:.4g} degrees; {row['rows']} rows)")
+        run.say(f"composition {row['convention']:9} misses by {row['mm']:.4g} mm, {row['deg']:.4g} degrees "
+                f"({row['rows']} rows)")
     for note in study.notes:
         run.say(f"note: {note}")
     if not study.has_patients:

@@ -59,8 +59,7 @@ def check_composition(residuals, chosen):
     checks = []
     for row in residuals:
         missed = "at1" if row["convention"] == "reversed" else "at2"
-        text = (f"{missed} missed by {row['mm']:.3g} mm, {row['deg']:.3g} degrees; "
-                f"95 %: {row['mm_95']:.3g} mm, {row['deg_95']:.3g} degrees")
+        text = f"{missed} missed by {row['mm']:.3g} mm, {row['deg']:.3g} degrees on average"
         total = row["mm"] + row["deg"]
         if row["convention"] == "additive" and total < 1e-6:
             text += "; exact, so the loss on at2 adds nothing to the one on at1"

@@ -148,7 +148,7 @@ CONVENTIONS = {
 
 
 def composition_residuals(at1, motion, at2):
-    """(N, 6) arrays -> dicts of convention, mean and 95th percentile of what at2 is missed by in mm and degrees, rows.
+    """(N, 6) arrays -> dicts of convention, mean of what at2 is missed by in mm and degrees, rows.
 
     Rows with anything missing are left out. The last line is the motion read the wrong way round, T(motion) T(at2).
     """
@@ -164,8 +164,6 @@ def composition_residuals(at1, motion, at2):
             "convention": name,
             "mm": mm.mean(),
             "deg": deg.mean(),
-            "mm_95": np.quantile(mm, 0.95),
-            "deg_95": np.quantile(deg, 0.95),
             "rows": len(mm)}
     rows = [
         residual(name, on_arrays(convention.at2, at1, motion), at2)

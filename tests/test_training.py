@@ -446,19 +446,15 @@ def test_more_epochs_wait_for_the_process_that_writes(tmp_path, monkeypatch):
     assert common.read_json(folder / "args.json")["flags"]["epochs"] == 2
 
 
-def test_auto_passes_over_the_runs_of_other_data(tmp_path, capsys, monkeypatch):
+def test_auto_passes_over_the_runs_of_other_data(tmp_path, monkeypatch):
     """A crashed job of table a must not stop that of table b; who has moved a table can name the run."""
     a = make_run(tmp_path, "--ratings_file", "a.csv")
-    capsys.readouterr()
     b = make_run(tmp_path, "--resume", "auto", "--ratings_file", "b.csv")
-    said = capsys.readouterr().out
-    assert a != b and said.startswith("note: a new run;") and f"--resume {a}" in said.splitlines()[0]
+    assert a != b
     assert make_run(tmp_path, "--resume", "auto", "--ratings_file", "a.csv") == a
     assert make_run(tmp_path, "--resume", "auto", "--ratings_file", "b.csv") == b
-    assert "note:" not in capsys.readouterr().out
     assert make_run(tmp_path, "--resume", a, "--ratings_file", "moved/a.csv") == a
     assert make_run(tmp_path, "--resume", "auto", "--ratings_file", "a.csv", "--lr", 1) not in (a, b)
-    assert "note:" not in capsys.readouterr().out
     monkeypatch.setenv("SLURM_JOB_ID", "77")  # one job, two commands
     c = make_run(tmp_path, "--resume", "auto", "--ratings_file", "c.csv", pooled=[])
     assert make_run(tmp_path, "--resume", "auto", "--ratings_file", "d.csv") != c
