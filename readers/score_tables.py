@@ -4,7 +4,6 @@ Letters: N rows, R scores.
 """
 import ast
 import dataclasses
-import itertools
 import re
 
 import numpy as np
@@ -185,15 +184,17 @@ def target_weights(pairs, names):
 def read_cv_file(path, table):
     """Split file -> list of dicts(fold, train (n,) rows, val (m,) rows), in order of the folds.
 
-    cv_folds as a list, as a dict with fold_0 keys, or either as a string of Python; or these at the top level. Each
-    fold names train_animals and val_animals (or any train_*, val_*). Animals without rows are noted, and those
-    that no fold judges. Raises UserError: no folds, an animal on both sides or judged twice, a side without rows.
+    cv_folds as a list, as a dict with fold_0 keys, or either as a string of Python; or a list or dict at the top level.
+    Each fold names train_animals and val_animals, or train and val. Animals without rows are noted. Raises UserError:
+    no folds, an animal on both sides or judged twice, a side without rows.
     """
     if table.groups is None:
         raise common.UserError(f"--cv_file {path} names animals: it needs --group_column")
-    content = as_python(common.read_json(path), path)
+    content = common.read_json(path)
     if isinstance(content, dict):
-        content = as_python(content.get("cv_folds", content), path)
+        content = content.get("cv_folds", content)
+    if isinstance(content, str):
+        content = as_python(content, path)
     listed = as_list(content, "fold", prefix="fold")
     if not listed:
         found = common.shorten_list(content) if isinstance(content, dict) else type(content).__name__
@@ -202,25 +203,19 @@ def read_cv_file(path, table):
     folds = [fold_rows(fold, k, path, table) for k, fold in enumerate(listed)]
     n_judged = sum(np.isin(np.arange(len(table)), fold["val"]) for fold in folds)  # (N,)
     twice = dict.fromkeys(table.groups[n_judged > 1])
-    never = dict.fromkeys(table.groups[n_judged == 0])
     if twice:
         raise common.UserError(f"--cv_file {path}: expected each animal in val_animals of one fold, as its rows are "
                                f"judged once; in several: {common.shorten_list(twice)}")
-    if never:
-        table.notes.append(f"--cv_file: never judged, in val_animals of no fold: {common.shorten_list(never)}")
     return sorted(folds, key=lambda fold: fold["fold"])
 
 
-def as_python(value, path):
-    """A string that holds Python literals is read as such; anything else stays. Raises UserError."""
-    if not isinstance(value, str):
-        return value
+def as_python(text, path):
+    """The value of a string of Python literals, in which tensor(9) is 9. Raises UserError."""
     try:
-        printed = r"tensor\(([^()]*?)(,\s*\w+=[^()]*)?\)"  # tensor([10], device='cuda:0') is [10]
-        return ast.literal_eval(re.sub(printed, r"\1", value))
+        return ast.literal_eval(re.sub(r"tensor\(([^(),]*)[^()]*\)", r"\1", text))
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise common.UserError(
-            f"--cv_file {path}: cannot read {value[:60]!r} as a list of folds ({common.one_line(error)})") from None
+            f"--cv_file {path}: cannot read {text[:60]!r} as a list of folds ({common.one_line(error)})") from None
 
 
 def fold_rows(fold, k, path, table):
@@ -242,10 +237,6 @@ def fold_rows(fold, k, path, table):
 
 
 def animals_of(fold, side):
-    """Set of the animals under train_animals, train or any train_*; the same for val. An animal may stand in a list."""
-    for key in (f"{side}_animals", *fold):  # that name first
-        animals = fold.get(key)
-        if re.match(f"{side}[_a-z]*$", str(key)) and isinstance(animals, (list, tuple, set)):
-            lists = [each if isinstance(each, list) else [each] for each in animals]
-            return {event_tables.plain_level(name) for name in itertools.chain(*lists)}
-    return set()
+    """Set of the animals under train_animals or train; the same for val."""
+    animals = fold.get(f"{side}_animals", fold.get(side))
+    return set(map(event_tables.plain_level, animals)) if isinstance(animals, (list, tuple, set)) else set()
