@@ -792,8 +792,6 @@ def start_run(args, fp32_on_cpu=False, fixed_shapes=False):
     run.say(f"run folder: {folder}{' (continued)' if found else ''}")
     run.say(f"command: {command_line()}")
     run.say(f"device: {compute.text}; {torch.get_num_threads()} threads; torch {torch.__version__}")
-    if "patience" in args.given and args.patience and args.select == "last":
-        run.say(f"note: --select last trains all {args.epochs} epochs: --patience {args.patience} has no effect")
     if processes.size > 1:
         run.say(f"processes: {processes.size}; they share the {args.batch_size} samples of a batch")
     return run
@@ -2092,7 +2090,8 @@ def read_checkpoint(path):
 def _check_archive(path):
     size = path.stat().st_size
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"it is {_kind_of_file(path, size)}")
+        _refuse_legacy(path)
+        raise ValueError(f"it is {size} bytes, no zip archive")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
@@ -2103,18 +2102,13 @@ def _check_archive(path):
         raise ValueError(f"the entry {damaged} is damaged")
 
 
-def _kind_of_file(path, size):
-    """What a file is that is no zip archive, in words; CheckpointError for one of before torch 1.6."""
+def _refuse_legacy(path):
+    """CheckpointError for a file from before torch 1.6."""
     with path.open("rb") as handle:
-        head = handle.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer: run `git lfs pull`"
-    if head.lstrip().startswith(b"<"):
-        return "a web page"
-    if head.startswith(LEGACY_TORCH):
+        is_legacy = handle.read(64).startswith(LEGACY_TORCH)
+    if is_legacy:
         raise CheckpointError(f"{path} is from before torch 1.6; write it anew: python -c \"import torch; torch.save("
                               f"torch.load('{path}', weights_only=True), '{path}')\"")
-    return f"{size} bytes, no zip archive"
 
 
 def _check_plain(value):

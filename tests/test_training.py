@@ -469,14 +469,6 @@ def test_auto_passes_over_the_run_of_another_user(tmp_path):
     assert make_run(tmp_path, "--resume", "auto") != folder
 
 
-def test_patience_that_has_no_effect_is_said(tmp_path, capsys):
-    for words in (["--patience", 3], [], ["--patience", 0]):
-        args = parsed(tmp_path, *words)
-        args.select = "last"
-        common.start_run(args)
-        assert ("note: --select last trains all 50 epochs: --patience 3" in capsys.readouterr().out) is ("3" in map(str, words))
-
-
 def test_output_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(common.UserError, match="--output_dir"):
