@@ -40,12 +40,18 @@ class Audit:
 
 
 def available_memory():
-    """Bytes that this process may still take of what the machine has free."""
+    """Bytes this process may still take: what the machine has free, or what its cgroup (a SLURM job) leaves."""
     try:
-        free_kb = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]
+        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        group = re.search(r"^0::/(.*)", Path("/proc/self/cgroup").read_text(), re.MULTILINE)[1]
     except (OSError, TypeError):
         return 4 << 30  # not Linux: a careful guess
-    return int(free_kb) * 1024 // common.launched_processes().local_size
+    innermost = Path("/sys/fs/cgroup", group)
+    for folder in (innermost, *innermost.parents):
+        with contextlib.suppress(OSError, ValueError):  # "max", or no such file: no limit here
+            limit = int((folder / "memory.max").read_text())
+            free = min(free, limit - int((folder / "memory.current").read_text()))
+    return max(free, 0) // common.launched_processes().local_size
 
 
 def content_hashes(*columns):
