@@ -165,7 +165,8 @@ def half_widths(members, coverage):
     A row that several members held out, as those of several seeds on one split do, counts once. UserError: some members
     have groups and others none.
     """
-    residuals = np.concatenate([member.settings["abs_residuals"].numpy() for member in members])
+    with common.checkpoint_fields("a checkpoint"):
+        residuals = np.concatenate([member.settings["abs_residuals"].numpy() for member in members])
     owners = [member.settings["residual_subjects"] for member in members]
     rows = np.concatenate([member.settings["residual_rows"] for member in members])
     if None in owners and any(owners):

@@ -404,18 +404,17 @@ def fit(run, args, study, split, features):
         copy.deepcopy(model)(example)
     optimizer = common.build_optimizer(model, args, model.backbone)
 
-    latest = {}  # validation predictions of this epoch, for metadata(), which is called where it is the best so far
     training = common.Training(
         run, model, optimizer, args,
         select="last" if args.select == "last" else f"val_{args.select}",
-        metadata=lambda: model_metadata(args, study, split, scaler, latest["val"]),
+        metadata=lambda: model_metadata(args, study, split, scaler),
         higher_is_better=args.select != "loss",
         seen=seen_rows.of_run(args, study.hashes, split))
     for epoch in training.epochs():
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
         row = train_one_epoch(model, train_loader, training, compute)
-        latest["val"], row["val_loss"] = evaluate(model, loaders["val"], scaler, compute)
-        means = study.mean_metrics(split["val"], latest["val"])
+        predicted, row["val_loss"] = evaluate(model, loaders["val"], scaler, compute)
+        means = study.mean_metrics(split["val"], predicted)
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
@@ -424,7 +423,7 @@ def fit(run, args, study, split, features):
 
 
 def finish_best_model(training, study, split, loaders, scaler):
-    """Give best_model.pth its ridge head, solved on the tuned backbone's features of the train rows, and known_data.
+    """Give best_model.pth its ridge head, solved on the tuned backbone's features, known_data and validation residuals.
 
     Returns its content, and {part: features (M, F)} and {part: predicted (M, R)} of the best epoch.
     """
@@ -446,16 +445,21 @@ def finish_best_model(training, study, split, loaders, scaler):
         weighting = ", every rating counts the same in it" if args.loss == "weighted" else ""
         run.say("the readout is solved anew on the features of the chosen epoch: val R2 "
                 f"{best['history']['val_r2']:.2f} -> {solved['r2']:.2f}{weighting}")
-        best |= model_metadata(args, study, split, scaler, predicted["val"])
     best["known_data"] = row_warnings.known_data(
         features["train"], features["val"], study.ratings[split["train"]])
+    val = split["val"]
+    subjects = study.groups_of(val)
+    best |= {
+        "abs_residuals": np.abs(predicted["val"] - study.ratings[val]),
+        "residual_subjects": None if subjects is None else list(subjects),
+        "residual_rows": list(study.images[val]),
+    }
     training.save_model(best)
     return best, features, predicted
 
 
-def model_metadata(args, study, split, scaler, predicted):
-    """What predict_assessor.py needs beside the weights: architecture, names, scaling, validation residuals."""
-    subjects = study.groups_of(split["val"])
+def model_metadata(args, study, split, scaler):
+    """What predict_assessor.py needs beside the weights: architecture, names and scaling."""
     pixel_mean, pixel_sd = backbones.pixel_statistics(args.backbone, args.weights)
     return {
         **{name: getattr(args, name) for name in CHECKPOINT_FLAGS},
@@ -465,9 +469,6 @@ def model_metadata(args, study, split, scaler, predicted):
         "pixel_sd": pixel_sd,
         "pixel_range": study.store.pixel_range,
         "label_sd": np.nanstd(study.ratings[split["train"]], axis=0),
-        "abs_residuals": np.abs(predicted - study.ratings[split["val"]]),
-        "residual_subjects": None if subjects is None else list(subjects),
-        "residual_rows": list(study.images[split["val"]]),
     }
 
 
