@@ -863,7 +863,7 @@ def on_disk(found, scales):
 
 
 def fit(run, args, study, split):
-    """Train on split['train'], choose the epoch on split['val'] -> (Training with the best model, its checkpoint)."""
+    """Train on split['train'], choose the epoch on split['val'], write best_model.pth -> Progress of the training."""
     compute = run.compute
     train_truth = study.truth.take(split["train"])
     val_truth = study.truth.take(split["val"])
@@ -892,11 +892,12 @@ def fit(run, args, study, split):
         scores = {f"val_{name}": value for name, value in judged.epoch_metrics().items()}
         training.end_epoch(row | losses | scores)
     train_loader = make_loader(study, split["train"], settings, args, compute)
-    return training, finish_best_model(training, val_truth, train_loader, val_loader)
+    finish_best_model(training, val_truth, train_loader, val_loader)
+    return training.progress
 
 
 def finish_best_model(training, val_truth, train_loader, val_loader):
-    """Give the model its best epoch and write best_model.pth; returns its content.
+    """Write best_model.pth of the best epoch.
 
     New in it are what the features of the train pictures are like, and the temperature of the states of the boxes found
     in the val pictures.
@@ -913,10 +914,8 @@ def finish_best_model(training, val_truth, train_loader, val_loader):
         temperature = calibrating.fit_temperature(np.log(states.probabilities), states.true)
         run.say(f"temperature of the states: {temperature:.3g}, from {len(states.true)} boxes found in the val "
                 "pictures")
-        model.temperature = temperature
         best["temperature"] = temperature
     training.save_model(best)
-    return best
 
 
 # --- results: detections -> whole-split metric -> run folder ------------------------------
@@ -1098,18 +1097,17 @@ def write_annotations(run, args, study, split):
 
 
 def train_heads(run, args, study, split):
-    """The baseline of --baseline heads, trained in baseline/ -> PartDetector."""
+    """Train the baseline of --baseline heads in baseline/."""
     own = common.with_flags(args, trainable_layers=0)
     with run.child("baseline", own) as child:
         child.folds_after = run.folds_after - 1
         child.write_args(**study.data_record(split))
         child.say(f"baseline: the same detector with only its heads trained (in {child.folder.name})")
-        training, _ = fit(child, own, study, split)
-        return training.model
+        fit(child, own, study, split)
 
 
 def run_split(run, args, study, split):
-    """Train on one split and judge its held-out rows, test where there is one, else val -> Scored."""
+    """Train on one split and judge its held-out rows, test where there is one, else val."""
     alarms = check_split(run, study, split)
     split = splitting.rows_to_try(split, args)
     check_states(args, study.truth, split)
@@ -1121,19 +1119,17 @@ def run_split(run, args, study, split):
     else:
         run.say("note: only the mean box of each part is there to beat, so the report is amber at "
                 "best; --baseline heads trains a baseline, in about the same time again")
-    training, content = fit(run, args, study, split)
-    progress = training.progress
+    progress = fit(run, args, study, split)
     plotting.plot_history(progress.history, run.path("training_history.png"), progress.best_epoch)
     part = "test" if len(split["test"]) else "val"
-    models = {"model": training.model}
     if args.baseline == "heads":
-        models["heads"] = train_heads(run, args, study, split)
+        train_heads(run, args, study, split)
+    models, content = load_models(run.path("best_model.pth"), args, run.compute)
     scored = detect_rows(run, args, study, split[part], models, content)
     judge(run, args, study, split, part, [scored],
           best_epoch=progress.best_epoch,
           alarms=alarms + overfitting_alarms(progress.history[progress.best_epoch - 1]),
           limits=limits(args))
-    return scored
 
 
 def run_folds(run, args, study):
@@ -1145,20 +1141,14 @@ def run_folds(run, args, study):
         check_states(args, study.truth, split)
     alarms = check_split(run, study, folds)
     run.write_record(study, folds)
-    of_fold = {}  # folder of a fold -> Scored
-
-    def run_fold(child, split):
-        of_fold[child.folder] = run_split(child, args, study, split)
-    chosen = run.each_fold(splits, run_fold)
+    chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
     scored = []
     numbers = []
     for k in chosen:
         folder = run.path(f"fold_{k}")
-        if folder not in of_fold:  # it was finished before this run was continued
-            rows = splitting.rows_to_try(splits[k], args)["test"]
-            models, content = load_models(folder / "best_model.pth", args, run.compute)
-            of_fold[folder] = detect_rows(run, args, study, rows, models, content)
-        scored.append(of_fold[folder])
+        rows = splitting.rows_to_try(splits[k], args)["test"]
+        models, content = load_models(folder / "best_model.pth", args, run.compute)
+        scored.append(detect_rows(run, args, study, rows, models, content))
         headline = common.read_json(folder / "metrics.json")["headline"]
         numbers.append({
             "rows": len(scored[-1].rows),

@@ -701,34 +701,6 @@ def test_folds_judge_every_picture_by_a_detector_that_has_not_seen_it(bicycles, 
     assert f"of a run with folds name one, as {run}/fold_0" in refused.text
 
 
-def test_what_a_fold_has_detected_is_not_detected_again(monkeypatch, tmp_path):
-    """But for the pictures of a fold that was finished before the run was continued."""
-    study = SimpleNamespace(truth=annotated([(0, 0, BOX)], [(0, 0, BOX)]))
-    splits = [{"train": np.array([1 - k]), "val": np.array([1 - k]), "test": np.array([k])} for k in (0, 1)]
-    again, judged = [], []
-
-    def scored(run, args, study, rows, *_):
-        return train_detector.Scored(rows, found={}, prior={}, seen=[])
-    stubs = {"make_folds": lambda *_: splits, "check_split": lambda *_: [],
-             "write_annotations": lambda *_: None, "examine_split": lambda *_: {"between": {}},
-             "load_models": lambda *_: ({}, {}),
-             "run_split": lambda run, args, study, split: scored(run, args, study, split["test"]),
-             "detect_rows": lambda *arguments: again.append(arguments[3].tolist()) or scored(*arguments),
-             "judge": lambda *arguments, **_: judged.extend(each.rows.tolist() for each in arguments[5])}
-    for name, stub in stubs.items():
-        monkeypatch.setattr(train_detector, name, stub)
-    for k in (0, 1):
-        (tmp_path / f"fold_{k}").mkdir()
-        common.write_json(tmp_path / f"fold_{k}" / "metrics.json",
-                          {"headline": {"value": 1, "baseline": {"value": 0}}, "best_epoch": 1})
-    args = train_detector.parse_args(["--train_json", "a.json", "--train_images", "i", "--folds", "2"])
-    run = SimpleNamespace(path=tmp_path.joinpath, compute=None, write_record=lambda *_: None,
-                          each_fold=lambda splits, run_fold: run_fold(
-                              SimpleNamespace(folder=tmp_path / "fold_1"), splits[1]) or [0, 1])
-    train_detector.run_folds(run, args, study)
-    assert again == [[0]] and judged == [[0], [1]]
-
-
 def refused_folds(bicycles, folder, change, *flags):
     """The one line that refuses folds of changed annotations, before a fold is begun."""
     truth = json.loads((bicycles / "annotations.json").read_text(), strict=False)
