@@ -181,23 +181,6 @@ def test_evaluate_repeats_the_test_metrics(trained, slices, tmp_path):
     assert "composition additive (as in the training data)" in (only_run(tmp_path) / "log.txt").read_text()
 
 
-def test_a_checkpoint_that_does_not_say_its_rows_has_the_range_of_its_split(trained, slices, tmp_path):
-    for name in ("best_model.pth", "args.json", "splits.json"):
-        shutil.copy(trained / name, tmp_path)
-    checkpoint = tmp_path / "best_model.pth"
-    content = common.read_checkpoint(checkpoint)
-    del content["seen"]
-    common.save_checkpoint(checkpoint, content)
-    run_script("train_dreamer.py", "--mode", "evaluate", "--checkpoint", checkpoint, "--output_dir", tmp_path / "out")
-    use = json.loads((only_run(tmp_path / "out") / "metrics.json").read_text())["use"]
-    study, _ = loaded(slices)
-    splits = json.loads((trained / "splits.json").read_text())
-    fitted, rows = (np.flatnonzero(np.isin(study.names, names))
-                    for names in (splits["train"] + splits["val"], splits["test"]))
-    assert use["outside_training_range"] == pytest.approx(
-        pose_scores.outside_share(study.at1, fitted, rows)["outside_training_range"])
-
-
 def test_scoring_all_rows_is_not_held_out(trained, slices, tmp_path):
     """A checkpoint that was copied out of its run folder: nothing says how its data were split."""
     checkpoint = tmp_path / "copied.pth"
