@@ -136,7 +136,6 @@ def limits(args, table):
     lines = ["Valid for clips like these, labelled by people like these; nothing else was tested."]
     if table.groups is None:
         lines.append("No --group_column: one animal, pen or scene may stand on both sides of the split.")
-    elif args.split_by in ("event", "video"):
-        lines.append(f"Split by {args.split_by}: the same animals and places are on both sides, so nothing is said of "
-                     "new ones.")
+    elif args.split_by in ("event", "video") or len(set(table.groups)) == 1:
+        lines.append("The same animals and places are on both sides of the split, so nothing is said of new ones.")
     return lines + judging.limits_of_start(args)

@@ -785,6 +785,14 @@ def test_a_network_that_starts_from_another_run_is_not_random():
     assert not any("random weights" in line for line in event_splits.limits(args, study.table))
 
 
+@pytest.mark.parametrize("split_by, groups, is_said", [(None, "abc", False), (None, "a", True), ("video", "abc", True)])
+def test_a_split_that_parts_no_groups_says_nothing_of_new_ones(split_by, groups, is_said):
+    """One pen alone is cut by its videos, whatever the flags say."""
+    table = SimpleNamespace(groups=np.resize(list(groups), 6))
+    said = event_splits.limits(common.with_flags(arguments(), split_by=split_by), table)
+    assert any("nothing is said of new ones" in line for line in said) == is_said
+
+
 def test_constant_scores_are_refused_by_name():
     with pytest.raises(common.UserError, match="nothing to learn: Mouth; .*--target_columns"):
         scores_of(target=np.column_stack([np.arange(8), np.ones(8), np.arange(8)]))
