@@ -742,6 +742,10 @@ def test_raters_are_averaged_and_kept_for_the_icc(tmp_path):
     means = np.array([1.5, 0.5, 2])
     between = (np.array([2, 2, 1]) * (means - 1.2) ** 2).sum() / 2
     assert rater_agreement.icc(ears)[1] == pytest.approx((between - 0.5) / between)
+    for name in ("observer", "Coder", "annotator_id"):
+        agreed = write(tmp_path / "a.csv", f"path,animal,{name},ears\ns0,c,1,1\ns0,c,2,1\ns1,d,1,0\ns1,d,2,2\n")
+        table = score_tables.read_sequences(agreed)
+        assert table.names == ["ears"] and list(map(len, table.single_ratings)) == [2, 2], "who agree are two all the same"
     of_one = score_tables.read_sequences(tmp_path / "s.csv", row_filter="rater==B")
     assert of_one.target.tolist() == [[2, 6], [1, 8]] and of_one.single_ratings is None, "no mean with what is filtered out"
     twice = score_tables.read_sequences(write(tmp_path / "t.csv", "path,animal,ears\ns0,c,1\ns0,c,1\ns1,d,2\n"))
