@@ -81,7 +81,10 @@ def plot_classes(run, table, confusion):
     probability = table.probability
     chosen = table.chosen
     confidence = probability[np.arange(len(chosen)), chosen]
+    shown = [table.positive] if len(table.names) == 2 else range(len(table.names))
     plotting.plot_confusion(confusion, table.names, run.path("confusion.png"))
+    plotting.plot_precision_recall(
+        probability, table.label, table.names, run.path("precision_recall.png"), shown)
     plotting.plot_risk_coverage(confidence, chosen == table.label, run.path("risk_coverage.png"))
     plotting.plot_reliability(
         probability, table.label, run.path("reliability.png"), table.uncalibrated)
@@ -160,6 +163,7 @@ def metric_blocks(run, setting, result):
     caption = f"On {setting.rows_judged}; baseline: {result.baseline_label}; {method}"
     plots = {
         "confusion.png": "Confusion matrix: rows true, columns predicted",
+        "precision_recall.png": "Precision-recall and ROC curves",
         "risk_coverage.png": "Wrong answers among the most confident ones",
     }
     return [

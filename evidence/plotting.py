@@ -352,3 +352,33 @@ def plot_risk_coverage(confidence, correct, path):
     axis.set(xlim=(0, 1.02), ylim=(0, max(0.1, 1.15 * risk.max())))
     _label_axes(axis, "coverage: share of rows, most confident first", "error rate")
     save_figure(figure, path)
+
+
+def plot_precision_recall(probability, label, names, path, shown):
+    """Precision-recall and ROC curves as PNG: each of the classes `shown` (indices) against the rest.
+
+    probability: (N, C); label: (N,); a class without rows, or without others, has no curve. The dotted line is the
+    precision of a random order.
+    """
+    figure, axes = new_figure(2, 2, (3.9, 3.9))
+    for c, name in zip(shown, without_math([names[c] for c in shown], 18)):
+        score = probability[:, c]
+        is_own = label == c
+        if is_own.all() or not is_own.any():
+            continue
+        n_called, found = class_scores.hits_by_threshold(score, is_own)
+        false = n_called - found
+        recall = found / found[-1]
+        precision = found[1:] / n_called[1:]
+        auc, average_precision = class_scores.ranking_metrics(score, is_own)
+        curve, = axes[0].step(recall, [precision[0], *precision], label=f"{name}: AP {average_precision[0]:.2f}")
+        axes[0].axhline(is_own.mean(), color=curve.get_color(), linewidth=1, linestyle=":")
+        axes[1].plot(false / false[-1], recall, label=f"{name}: AUC {auc[0]:.2f}")
+    _draw_diagonal(axes[1], [0, 1])
+    _label_axes(axes[0], "recall", "precision")
+    _label_axes(axes[1], "false positive rate", "recall")
+    for axis, title in zip(axes, ("precision-recall", "ROC")):
+        set_title(axis, title, f"n {len(label)}")
+        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        _add_legend(axis)
+    save_figure(figure, path)

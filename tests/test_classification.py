@@ -821,8 +821,22 @@ def test_plots_are_written_and_survive_absent_classes(tmp_path):
     plotting.plot_confusion(confusion, NAMES, tmp_path / "confusion.png")
     plotting.plot_reliability(p, t, tmp_path / "reliability.png", before=p)
     plotting.plot_risk_coverage(p.max(1), p.argmax(1) == t, tmp_path / "risk.png")
+    plotting.plot_precision_recall(p, t, NAMES, tmp_path / "curves.png", range(3))
     sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.png")}
-    assert len(sizes) == 3 and min(sizes.values()) > 500
+    assert len(sizes) == 4 and min(sizes.values()) > 500
+
+
+def test_curves_are_those_of_scikit_learn(tmp_path, monkeypatch):
+    _, probability, label = scored_rows(rows=60)
+    probability = probability.round(1)  # with ties
+    drawn = []
+    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: drawn.append(figure))
+    plotting.plot_precision_recall(probability, label, NAMES, tmp_path, [1])
+    of_precision, of_rate = drawn[0].axes
+    precision, recall, _ = judge.precision_recall_curve(label == 1, probability[:, 1])
+    false_rate, true_rate, _ = judge.roc_curve(label == 1, probability[:, 1], drop_intermediate=False)
+    assert np.allclose(of_precision.lines[0].get_data(), [recall[::-1], [precision[-2], *precision[-2::-1]]])
+    assert np.allclose(of_rate.lines[0].get_data(), [false_rate, true_rate])
 
 
 def test_the_reliability_title_tells_the_ece_of_a_calibrated_model(tmp_path, monkeypatch):

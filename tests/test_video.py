@@ -31,7 +31,7 @@ from planted_leaks import PLANTED, plant_leaks
 
 CONTRACT = ["args.json", "log.txt", "splits.json", "leakage_report.json", "training_history.csv",
             "training_history.png", "best_model.pth", "metrics.json", "predictions_val.csv", "report.html"]
-CLASS_PLOTS = ["confusion.png", "risk_coverage.png", "reliability.png", "calibration.json"]
+CLASS_PLOTS = ["confusion.png", "precision_recall.png", "risk_coverage.png", "reliability.png", "calibration.json"]
 SMALL = ("--model cnn_lstm --hidden 16 --image_size 32 --n_frames 4 --fps 4 --clips_per_event 2 "
          "--epochs 2 --batch_size 8 --num_workers 0 --save_every 0 --augment light").split()
 SOLVED = ("--model motion_readout --image_size 32 --n_frames 4 --fps 4 --clips_per_event 2 "
