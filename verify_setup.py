@@ -318,8 +318,8 @@ def check_by_script(task, flags, temporary):
     report = common.read_json(output)
     row = Check("OK", "data", done.stdout.strip().removesuffix(f"; written to {output}"))
     if counts_anything(report) or report.get("damaged") or "WARNING" in done.stdout:
-        row = row._replace(status="WARN", remedy="correct what is counted or marked WARNING; keep copies on one side of "
-                           "the split")
+        row = row._replace(status="WARN", remedy="correct what is counted or marked WARNING; keep copies, and the levels "
+                           "of a column that tells the label, on one side of the split")
     yield row
     bad = [": ".join(each) for each in report.get("unreadable", {}).items()]
     yield listing("FAIL", "unreadable", bad, "fix or remove them, or train with a larger --max_missing")

@@ -14,6 +14,7 @@ import common
 from evidence import confounding, splitting
 from readers import csv_tables, video_files
 
+TELLS_ALL = 0.95  # AUC or R2 of a column from which it leaves a model nothing to show
 SAME_EVENT = ("events", "exact_duplicates")  # leaks that stop a run which keeps no groups apart
 
 
@@ -229,9 +230,12 @@ def _prior_note(row):
     interval = f"{row['low']:.3f}, {row['high']:.3f}"
     if math.isnan(row["low"]):
         interval = f"no interval over {row['subjects']} groups"
-    return (
+    text = (
         f"no-pixel prior on {row['name']} across {row['across']}: {metric.upper()} of {row['what']} "
         f"{row[metric]:.3f} [{interval}]")
+    if row[metric] >= TELLS_ALL and row["name"] != "row order":
+        return f"WARNING: {text}: this column tells it without a look at the clips, and a model may learn no more than that"
+    return text
 
 
 def audit_notes(report):
