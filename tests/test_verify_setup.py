@@ -362,6 +362,16 @@ def test_what_two_manifests_share_is_a_warning(clips):
         assert checks["data"].status == status and "leakage train-val: " in checks["data"].found, checks["data"]
 
 
+def test_a_column_that_tells_the_label_is_a_warning(clips):
+    """Not the order of the rows: a file may be sorted by class."""
+    rows = [f"{row},camera {'ab'[number % 2]}" for number, row in enumerate(clips.rows)]
+    clips.manifest.write_text("\n".join(["path,label,group,start_sec,end_sec,camera", *rows]) + "\n")
+    checks = audit_video(clips.folder, manifest=clips.manifest)
+    assert checks["data"].status == "WARN" and "marked WARNING" in checks["data"].remedy, checks
+    lines = [line for line in checks["data"].found.splitlines() if "WARNING" in line]
+    assert lines and all("prior on camera" in line and "AUC of a 1.000" in line and "without a look" in line for line in lines)
+
+
 def test_near_windows_alone_are_no_warning():
     assert not verify_setup.counts_anything({"within": {"all": {"near_windows": {"count": 9}, "copies": {"count": 0}}}})
 
