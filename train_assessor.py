@@ -545,8 +545,9 @@ def judge(run, args, study, split, table, part, alarms, similar, trained_on, bes
     scored rows) for each network.
     """
     rows = prediction_tables.rows_of(table, study.images)
-    # a numeric column may be a further rating, which somebody gave who saw the picture
-    levels = {name: cells for name, cells in study.columns.items() if not csv_tables.looks_numeric(cells)}
+    # other numbers may be a further rating, which somebody gave who saw the picture
+    levels = {name: cells for name, cells in study.columns.items()
+              if splitting.names_group(name) or len(set(cells)) == 2 or not csv_tables.looks_numeric(cells)}
     confounds = confounding.level_priors(levels, study.ratings, *zip(*trained_on), study.groups)
     folders = [run.folder] * len(rows)
     if part == "folds":
@@ -631,7 +632,8 @@ def run_split(run, args, study, split, features=None):
     best_epoch = training.progress.best_epoch
     plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch)
     train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))
-    alarms += verdicts.split_gap_alarms(train, val, remedy=OVERFITTING_REMEDY)
+    remedy = OVERFITTING_REMEDY if args.head == "mlp" else ""  # a solved head always fits its own rows better
+    alarms += verdicts.split_gap_alarms(train, val, remedy)
     tables = {}
     held_out = [part for part in predicted if part != "train"]
     for part in held_out:

@@ -231,6 +231,8 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
     if "train" in seen:
         alarms.append(seen.pop("train"))
     doubts = [*doubts, *verdicts.chance_doubts(result, metric), *seen.values()]
+    if vars(run.args).get("dry_run"):
+        doubts.append("A dry run, of two batches and one epoch, shows that everything works; its numbers say nothing")
     reached = verdicts.reach_verdict(result.gain(metric), alarms + doubts, verdict)
     estimates = (further_estimates or {}) | verdicts.named_estimates(result, meanings)
     criteria = verdicts.judge_criteria(

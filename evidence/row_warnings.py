@@ -49,11 +49,13 @@ def texts(members, seen, unit, say, part=""):
     """(M,) text on each row, '' = nothing: what all members find, and whether one was trained on it; each is counted.
 
     members: (content of its checkpoint, features (M, F), for scores predicted (M, R)) of each model, NaN = unreadable;
-    seen: (M,) of seen_rows.WORDS; unit: what rows are, as pictures.
+    all look at the mean of the scores; seen: (M,) of seen_rows.WORDS; unit: what rows are, as pictures.
     """
     flags = {"trained on": seen == "train"}
-    for member in members:
-        for what, is_so in find(unit, say, *member).items():
+    contents, features, *predicted = zip(*members)
+    means = [np.mean(each, axis=0) for each in predicted]
+    for content, own in zip(contents, features):
+        for what, is_so in find(unit, say, content, own, *means).items():
             flags[what] = flags.get(what, True) & is_so
     for what, is_so in flags.items():
         if is_so.any():

@@ -432,6 +432,11 @@ def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None
     return alarms
 
 
+def names_group(name):
+    """True for the name of a column that says who, what or where was recorded."""
+    return bool(GROUP_WORDS.search(name.lower()) and not MEASURE_WORDS.search(name.lower()))
+
+
 def unused_groups(columns, split, groups):
     """Sentences on columns that repeat as subjects do and of which a split parts the rows; else [].
 
@@ -443,8 +448,7 @@ def unused_groups(columns, split, groups):
         cells = np.asarray(cells, dtype=str)
         levels = set(cells) - {""}
         is_coarser = groups is not None and len(set(zip(groups, cells))) == len(set(groups))
-        is_named = GROUP_WORDS.search(name.lower()) and not MEASURE_WORDS.search(name.lower())
-        if is_coarser or not is_named or not 5 <= len(levels) <= len(cells) / 2:
+        if is_coarser or not names_group(name) or not 5 <= len(levels) <= len(cells) / 2:
             continue
         parts = [set(cells[rows]) for rows in split.values()]
         parted = sum(sum(level in part for part in parts) > 1 for level in levels)

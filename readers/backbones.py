@@ -65,18 +65,31 @@ def _timm_backbone(name, pretrained, weights, image_size):
     own_name = name.removeprefix(TIMM)
     if not timm.is_model(own_name):
         raise common.UserError(f"timm has no {own_name}{common.closest(own_name, timm.list_models())}")
-    options = {"pretrained": pretrained or weights is not None, "num_classes": 0}
-    if weights:
-        load_weights_file(weights)  # which refuses what is damaged or hostile
-        options["pretrained_cfg_overlay"] = {"file": str(weights)}
-    try:
+
+    def create(**options):
         try:
-            model = timm.create_model(own_name, img_size=image_size, **options)
+            return timm.create_model(own_name, img_size=image_size, num_classes=0, **options)
         except TypeError:  # a network that takes any size
-            model = timm.create_model(own_name, **options)
+            return timm.create_model(own_name, num_classes=0, **options)
+    options = {"pretrained": pretrained or weights is not None}
+    if weights:
+        state = load_weights_file(weights)
+        with torch.random.fork_rng(devices=[]):  # so that it begins as the model does
+            untrained = create()
+        prefix = shared_prefix(state, untrained.state_dict())
+        state = {layer.removeprefix(prefix): value for layer, value in state.items()}
+        options["pretrained_cfg_overlay"] = {"state_dict": state}
+    try:
+        model = create(**options)
     except (OSError, RuntimeError, ImportError) as error:
         raise common.UserError(f"no weights for {name} ({common.one_line(error)}). Give --weights FILE, or run once "
                                "where there is internet; --no_pretrained starts from random weights") from None
+    if weights:  # timm leaves a layer that it does not find as it was drawn
+        missing = [layer for layer, value in untrained.named_parameters()
+                   if value.min() < value.max() and torch.equal(value, model.get_parameter(layer))]
+        if missing:
+            raise common.UserError(f"{weights}: not the weights of this backbone: {len(missing)} layers missing (first: "
+                                   f"{missing[0]})")
     if options["pretrained"]:
         _say_size(name, weights, image_size)
     return model, _pass_one_picture(model, name, image_size).shape[1]

@@ -19,7 +19,7 @@ ROLES = {
     "n": "n", "count": "n",
     "se": "se", "sem": "se"}
 SPREAD = ("sd", "n", "se")  # what is known of the raters of a mean
-NO_RATING = set("id index unnamed names trial rt latency".split())
+NO_RATING = set("id index unnamed names block blocknum order trial trialnum rt latency".split())
 RATER = set("rater participant subject respondent observer judge coder worker user pid".split())
 ATTRIBUTE = "attribute trait question scale item measure dimension".split()
 ANSWER = set("rating response score value answer".split())
@@ -184,6 +184,13 @@ class Columns:
             and not (_words(name) & NO_RATING or _names_rater(name))
             and csv_tables.looks_numeric(self.table[name])]
 
+    def answers(self):
+        """Those of them that may hold single ratings: what never varies for a picture, or a rater, describes it."""
+        chosen = self.numeric()
+        for own in filter(None, (self.image, self.rater)):
+            chosen = self.varying(chosen, [own]) or chosen
+        return chosen
+
     def targets(self):
         """The columns asked for, else all means by name, else all that may be ratings. UserError where none is."""
         asked = self.wanted or list(filter(None, [self.rating]))
@@ -191,9 +198,7 @@ class Columns:
             short = {base: name for name, (role, base) in self.roles.items() if role == "mean"}
             chosen = csv_tables.pick_columns(asked, self.others, f"{self.source} has no --target_columns", short)
         elif self.rows_are_ratings:
-            chosen = self.numeric()
-            if self.rater:
-                chosen = self.varying(chosen, [self.rater]) or chosen
+            chosen = self.answers()
         else:
             chosen = list(self.means) or self.numeric()
         names = {self.means.get(name, name) for name in chosen}
@@ -215,10 +220,9 @@ class Columns:
             return
         by_image = self.varying(self.others, [self.image])
         self.rater = self.rater or next(filter(_names_rater, by_image), None)
-        numeric = self.numeric()
+        numeric = self.answers()
         if self.rater:
             by_image = self.varying(by_image, [self.image, self.rater])
-            numeric = self.varying(numeric, [self.rater])  # else it describes the rater
         if not self.attribute:
             self.find_attribute(by_image, any_text=len(numeric) == 1 and duplicates != "ratings")
         if self.attribute and not self.rating:

@@ -236,14 +236,18 @@ def test_single_ratings_give_a_split_half_ceiling(sample, tmp_path):
 
 
 def test_dry_run_of_sparse_ratings(sample, tmp_path):
-    """The first half of the pictures has no rating of Anger."""
+    """The first half of the pictures has no rating of Anger; how they were taken may be said by numbers."""
     def without_anger(header, rows):
         for row in rows[:24]:
             row[header.index("Anger_mean")] = ""
+        for number, row in enumerate([header, *rows]):
+            row += [number % 2, number % 3, number % 3] if number else ["camera", "session", "perceived_age"]
     table = edited(sample, tmp_path, without_anger)
     train(sample, tmp_path / "out", "--ratings_file", table, "--dry_run", "--batch_size", 2)
     metrics = json.loads((only_run(tmp_path / "out") / "metrics.json").read_text())
     assert {target["name"]: target["n"] > 1 for target in metrics["per_target"]} == {"Valence": True, "Anger": True}
+    assert {row["name"] for row in metrics["confounds"]} == {"camera", "session", "row order"}
+    assert metrics["headline"]["level"] != "good" and "A dry run" in metrics["doubts"][-1]
 
 
 @pytest.mark.parametrize(
@@ -274,6 +278,7 @@ def test_options_run(sample, tmp_path, flags):
         for name, value in backbone.state_dict().items():
             [kept] = [other for path, other in trunk.items() if path.endswith(f".{name}")]
             assert torch.equal(value, kept), name
+    assert "ridge" not in flags or not any("overfitting" in alarm for alarm in metrics["alarms"]), "it is solved"
     is_frozen_ridge = {"ridge", "--freeze_backbone"} <= set(flags)
     is_same = is_frozen_ridge and metrics["baseline_name"] == "ridge_multiscale"
     assert metrics["verdict"].startswith("The model is the same predictor as the baseline (ridge regression on three feature scales)") == is_same

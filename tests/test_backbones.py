@@ -375,6 +375,13 @@ def test_weights_of_timm_come_from_a_file(tmp_path):
     backbone, _ = backbones.build_backbone("timm:vit_tiny_patch16_224", weights=tmp_path / "vit.pth", image_size=64)
     assert torch.equal(backbone.blocks[0].attn.qkv.weight, state["blocks.0.attn.qkv.weight"])
     assert backbone.pos_embed.shape == (1, 17, 192)
+    state = timm.create_model("resnet10t").state_dict()
+    torch.save({"state_dict": {f"model.{name}": value for name, value in state.items()}}, tmp_path / "own.pth")
+    backbone, _ = backbones.build_backbone("timm:resnet10t", weights=tmp_path / "own.pth", image_size=64)
+    assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
+    torch.save({name: value for name, value in state.items() if "layer4" not in name}, tmp_path / "short.pth")
+    with pytest.raises(common.UserError, match=r"short.pth: not the weights .* 3 layers missing \(first: layer4"):
+        backbones.build_backbone("timm:resnet10t", weights=tmp_path / "short.pth", image_size=64)
     with pytest.raises(common.UserError, match="timm has no resnet10x"):
         backbones.build_backbone("timm:resnet10x", pretrained=False)
 

@@ -363,6 +363,7 @@ def test_alarms_on_repeated_predictions_and_gaps():
     assert len(gap) == 1 and gap[0].startswith("train far below validation (pearson_r 0.200 and 0.600)")
     assert "train far above" in verdicts.split_gap_alarms({"pearson_r": 0.99}, {"pearson_r": 0.3}, "more rows")[0]
     assert verdicts.split_gap_alarms({"pearson_r": math.nan}, {"pearson_r": 0.3}, "more rows") == []
+    assert verdicts.split_gap_alarms({"pearson_r": 0.99}, {"pearson_r": 0.3}, "") == [], "of a solved readout"
 
 
 def test_identical_confusion_matrices_over_folds():

@@ -82,8 +82,8 @@ def test_warnings_of_several_models_are_what_all_find_and_what_one_was_trained_o
     content = common.to_plain_types({"known_data": known, "names": ["calm", "bold"]})
     said = []
     features = np.array([[0.0] * 4, [99.0] * 4, [np.nan] * 4])
-    one = content, features, np.array([[2.0, 9.5], [2, 6], [np.nan, np.nan]])
-    other = content, features[[1, 1, 1]], np.array([[0.0, 10], [2, 6], [2, 6]])
+    one = content, features, np.array([[2.0, 11], [2, 6], [np.nan, np.nan]])
+    other = content, features[[1, 1, 1]], np.array([[0.0, 8], [2, 6], [2, 6]])  # the mean of the first row is 1 and 9.5
     seen = np.array(["new", "train", "new"])
     assert row_warnings.texts([one, other], seen, "clips", said.append, "val ").tolist() == [
         "bold outside the training labels", "trained on; unlike the training clips", ""]

@@ -324,10 +324,11 @@ def spread(i, p):
 @pytest.mark.parametrize("rater", ["participant", "Rater ID", "subject_nr", "workerId"])
 def test_one_row_per_rater_gives_mean_sd_n_and_the_ratings(tmp_path, rater):
     frame = rated_by({rater: lambda i, p: p + 1, "age": lambda i, p: 20 + p, "gender": lambda i, p: "fm"[p % 2],
-                      "smart": spread, "calm": lambda i, p: spread(i + 1, p), "trial": lambda i, p: i})
+                      "smart": spread, "calm": lambda i, p: spread(i + 1, p), "trial": lambda i, p: i,
+                      "stimulusnumber1": lambda i, p: i, "trialnum": spread, "blocknum": spread, "Order": spread})
     frame.to_csv(tmp_path / "raw.csv", index=False)
     ratings = rating_tables.read_ratings(tmp_path / "raw.csv")
-    assert ratings.names == ["smart", "calm"], "age and gender describe the rater, trial the order"
+    assert ratings.names == ["smart", "calm"], "age and gender describe the rater, others the picture or its place"
     expected = frame.groupby("image")[ratings.names].agg(["mean", "std", "count"]).loc[ratings.images]
     for mine, what in ((ratings.mean, "mean"), (ratings.sd, "std"), (ratings.n, "count")):
         np.testing.assert_allclose(mine, expected.xs(what, axis=1, level=1).to_numpy(), rtol=1e-12)
@@ -349,7 +350,8 @@ def test_a_column_for_each_rater_is_said_to_be_learnt_as_a_rating(tmp_path, name
 @pytest.mark.parametrize("attribute", ["trait", "Question", "shown_word"])
 def test_a_text_that_varies_within_an_image_is_the_attribute_and_never_averaged_over(tmp_path, attribute):
     frames = [rated_by({"participant": lambda i, p: f"p{p}", attribute: lambda i, p, name=name: name, "gender":
-                        lambda i, p: "fm"[p % 2], "answer": lambda i, p, k=k: 10 * k + spread(i, p)})
+                        lambda i, p: "fm"[p % 2], "answer": lambda i, p, k=k: 10 * k + spread(i, p),
+                        "trialnum": spread})
               for k, name in enumerate(["smart", "calm"])]
     pd.concat(frames).to_csv(tmp_path / "long.csv", index=False)
     for duplicates in ("error", "mean"):
