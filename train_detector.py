@@ -1087,10 +1087,10 @@ def check_states(args, truth, split):
 
 
 def write_annotations(run, args, study, split):
-    """train_coco.json and so on: pictures and boxes of each part as they are judged, with the ids of detections."""
+    """train_coco.json and so on: pictures and boxes of each part, with the ids of detections."""
     for part, rows in split.items():
         if len(rows):
-            images = [study.images[row].as_judged(args.min_trust, study.truth.keeps_absent) for row in rows]
+            images = [study.images[row] for row in rows]
             origin = images[0].origin
             coco, _ = part_boxes.as_coco(images, study.category_ids[origin], getattr(args, f"{origin}_images"))
             common.write_json(run.path(f"{part}_coco.json"), coco)

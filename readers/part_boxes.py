@@ -37,22 +37,6 @@ class AnnotatedImage:
     origin: str = ""  # train, val or test: the part that its file is given for
     path: Path | None = None  # of its picture, once it is found
 
-    def as_judged(self, min_trust, keeps_absent):
-        """The image as a run judged it, to be written: its file gives the same scores without the flags of that run.
-
-        A box that is trusted less than min_trust becomes a crowd, all others are trusted. Unless keeps_absent, that of
-        an absent part is left out, and the part is one without a box.
-        """
-        absent = {part: 1.0 for part, trust in self.absent.items() if trust >= min_trust}
-        objects = []
-        for each in self.objects:
-            ignored = each.crowd or each.trust < min_trust
-            if keeps_absent or each.state != ABSENT:
-                objects.append(dataclasses.replace(each, crowd=ignored, trust=1.0))
-            elif not ignored:
-                absent[each.part] = 1.0
-        return dataclasses.replace(self, absent=absent, objects=objects)
-
 
 @dataclasses.dataclass
 class PartObject:
