@@ -258,6 +258,10 @@ def judge_folder(folder, read_table, output):
     """
     windows = read_spans(folder / "windows.csv")
     table = read_table([name.removeprefix("prob_") for name in windows if name.startswith("prob_")])
+    for note in table.notes:
+        print(f"note: {note}")
+    for entry in table.skipped:
+        print(f"skipped: {entry['row']}, {entry['video']}: {entry['reason']}")
     bouts = read_spans(folder / "bouts.csv")
     rows, method = judge_bouts(windows, bouts, events_in(windows, table), table.names)
     output = output or folder / "bout_scores.csv"

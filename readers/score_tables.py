@@ -92,8 +92,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     if target_columns and not need_labels:  # new sequences may come without the scores of a trained model
         known = set(map(csv_tables.column_key, raw))
         raw = raw.assign(**{name: "" for name in target_columns if csv_tables.column_key(name) not in known})
-    named = [name for name in (group_column, path_column, moment_column) if name]
-    no_scores = set(map(csv_tables.column_key, named))
+    no_scores = {csv_tables.column_key(name) for name in (group_column, path_column, moment_column) if name}
     names = score_columns(raw, target_columns, path, no_scores)
     target = np.column_stack([csv_tables.to_numbers(raw[name], f"{path}, column {name}") for name in names])  # (N, R)
     others = raw.drop(columns=names)

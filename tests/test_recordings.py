@@ -388,11 +388,14 @@ def test_a_run_without_a_bout_finds_no_event(tmp_path, capsys):
                                           "/w.mp4,0,1,none,.9,.1\n")
     (tmp_path / "bouts.csv").write_text("video,label,start_sec,end_sec,mean_prob\n")
     table = SimpleNamespace(
-        windows=np.array([[0.2, 0.8]]), sources=[Path("/v.mp4")], names=["none", "1"], label=np.array([1]))
+        windows=np.array([[0.2, 0.8]]), sources=[Path("/v.mp4")], names=["none", "1"], label=np.array([1]),
+        notes=["start, end are read as seconds"], skipped=[{"row": "e.csv line 3", "video": "v.mp4", "reason": "ends before it starts"}])
     ethograms.judge_folder(tmp_path, lambda names: table, None)
     said = capsys.readouterr().out
     assert "note: 1 recordings have no event in the table, and every bout in them counts as false: /w.mp4" in said
     assert "trained on these events is not known here" in said
+    assert "note: start, end are read as seconds" in said
+    assert "skipped: e.csv line 3, v.mp4: ends before it starts" in said
     row = {own["label"]: own for own in read_csv(tmp_path / "bout_scores.csv")}["1"]
     assert (row["bouts"], row["events"], float(row["recall_at_0.25"])) == ("0", "1", 0)
     table.sources = [Path("/x.mp4")]
