@@ -32,7 +32,6 @@ def parse_args(argv=None):
     add("--truth", type=Path, help="annotations that detections are judged against")
     add("--box_format", choices=part_boxes.BOX_FORMATS,
         help="with --truth: what the four numbers of a detected box are (default: left top width height in pixels)")
-    add("--truth_format", choices=part_boxes.BOX_FORMATS, help="the same of an annotated box")
     add("--group_column", help="column whose rows are not independent, such as subject (default: group, "
         "else names that repeat)")
     add("--baseline", metavar="COLUMN", help="what the model must beat: a column, or BASELINE of NAME_BASELINE or "
@@ -48,9 +47,9 @@ def parse_args(argv=None):
     if bool(args.predictions) == bool(args.runs):
         parser.error("give either --predictions or --runs")
     idle = {  # what does nothing, by what is judged
-        "runs": "truth box_format truth_format group_column baseline positive_class criteria held_out",
+        "runs": "truth box_format group_column baseline positive_class criteria held_out",
         "truth": "positive_class",
-        "predictions": "box_format truth_format",
+        "predictions": "box_format",
     }
     way = next(name for name in idle if getattr(args, name))
     for name in args.given.intersection(idle[way].split()):
@@ -65,8 +64,8 @@ def parse_args(argv=None):
 def judge_coco(args):
     """Judge COCO results against annotations."""
     path = args.predictions[0]
-    formats = args.group_column, args.box_format, args.truth_format
-    truth, detections, seen, annotated = detection_judging.read_coco_results(args.truth, path, *formats)
+    reading = args.group_column, args.box_format
+    truth, detections, seen, annotated = detection_judging.read_coco_results(args.truth, path, *reading)
     scored = f"{len(detections)} pictures scored, {sum(map(len, truth.boxes))} boxes of {len(truth.parts)} parts."
     setting = judging.Setting(
         title=f"Detections of {path.name}",
@@ -76,7 +75,7 @@ def judge_coco(args):
     trained = {}
     if args.baseline:
         baseline = Path(args.baseline)
-        _, other, _, also = detection_judging.read_coco_results(args.truth, baseline, *formats)
+        _, other, _, also = detection_judging.read_coco_results(args.truth, baseline, *reading)
         trained[baseline.stem] = other
         annotated.notes += [note for note in also.notes if note not in annotated.notes]
     detection_judging.check_criteria(args.criteria, truth.parts, detections[0].states is not None)

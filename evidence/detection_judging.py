@@ -16,18 +16,18 @@ from readers import part_boxes
 
 # --- from COCO files ------------------------------------------------------------------------
 
-def read_coco_results(truth_json, detections_json, group_column=None, box_format=None, truth_format=None):
+def read_coco_results(truth_json, detections_json, group_column=None, box_format=None):
     """Annotations (COCO or of parts), COCO results of any program -> (PartTruth, M Detections, (M,) their seen,
     Annotations with what was skipped and noted in both).
 
-    box_format, truth_format: of the results and of the annotations, see part_boxes.BOX_FORMATS. Boxes that annotators
-    trusted less than .5 are ignored. Raises UserError that lists what cannot be read.
+    box_format: of the results, see part_boxes.BOX_FORMATS. Boxes that annotators trusted less than .5 are ignored.
+    Raises UserError that lists what cannot be read.
     """
-    found = part_boxes.read_annotations(truth_json, truth_format)
+    found = part_boxes.read_annotations(truth_json)
     images = found.images
     part_boxes.refuse([image.name for image in images if image.size is None],
                       f"{truth_json}: images without width and height:", "Add them.")
-    part_boxes.refuse_other_convention(images, truth_json, truth_format, "--truth_format")
+    part_boxes.refuse_other_convention(images, truth_json, None, "train_detector.py --mode convert --box_format")
     parts, detections, seen, notes = detection_tables.read_results(detections_json, found, box_format)
     truth, without_area, box_notes = part_boxes.as_truth(
         images, parts, min_trust=0.5, groups=part_boxes.read_groups(images, group_column))

@@ -335,7 +335,7 @@ def test_results_in_another_convention_stop_and_are_read_when_it_is_named(tmp_pa
         np.testing.assert_allclose(other.boxes, one.boxes, atol=1e-9)
 
 
-def test_annotations_in_another_convention_stop_and_are_read_when_it_is_named(tmp_path):
+def test_annotations_in_another_convention_stop_and_are_read_when_they_are_converted(tmp_path):
     """Corners: read as sizes most boxes would leave their pictures, and right detections would look wrong."""
     boxes = [[45 + k, 50 + k, 85 + k, 95 + k] for k in range(4)]
     as_files(tmp_path, annotated(*([(0, 0, box)] for box in boxes)), [detections((0, 0.9, 0, box)) for box in boxes])
@@ -344,9 +344,11 @@ def test_annotations_in_another_convention_stop_and_are_read_when_it_is_named(tm
     for annotation, box in zip(content["annotations"], boxes):
         annotation["bbox"] = box
     common.write_json(files[0], content)
-    with pytest.raises(common.UserError, match="truth.json: .* look like xyxy.*--truth_format xyxy"):
+    with pytest.raises(common.UserError, match="truth.json: .* look like xyxy.*--mode convert --box_format xyxy"):
         detection_judging.read_coco_results(*files)
-    truth = detection_judging.read_coco_results(*files, truth_format="xyxy")[0]
+    run_script("train_detector.py", "--mode", "convert", "--json", files[0], "--box_format", "xyxy", "--output",
+               tmp_path / "made.json")
+    truth = detection_judging.read_coco_results(tmp_path / "made.json", files[1])[0]
     np.testing.assert_allclose(np.concatenate(truth.boxes), boxes)
 
 
