@@ -284,7 +284,7 @@ def test_time_blocks_of_one_patient_prove_nothing(slices, tmp_path):
     run = only_run(tmp_path)
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["verdict"].startswith("One patient proves nothing")
-    assert "split by time" in (run / "log.txt").read_text()
+    assert "The parts are blocks of time of the same sequences" in (run / "log.txt").read_text()
     assert "poor fit" in (run / "log.txt").read_text() and ", fp32" in (run / "log.txt").read_text()
     assert any("nothing is said about another patient" in doubt for doubt in metrics["doubts"])
     assert "train_latent_loss" not in read_csv(run / "training_history.csv")[0]
