@@ -935,14 +935,8 @@ def predictions_table(study, rows, predicted, others, seen):
     whoever subtracts them gets their errors, and variances are those of the angles.
     """
     target = pose_scores.unwrapped(study.at1)[rows]
-    true_at2 = pose_scores.unwrapped(study.at2)[rows]
-    compose = probe_poses.CONVENTIONS[study.compose].at2
-    predicted_at2 = probe_poses.on_arrays(compose, predicted, study.motion[rows])
-    keys = {"name": study.names[rows], "sequence": study.sequences[rows]}
-    for kind, at2 in (("true", true_at2), ("predicted", pose_scores.wrapped(predicted_at2, true_at2))):
-        keys |= {f"at2_{kind}_{axis}": values for axis, values in zip(probe_poses.AXES, at2.T)}
     return prediction_tables.ScoreTable(
-        keys=keys,
+        keys={"name": study.names[rows], "sequence": study.sequences[rows]},
         names=list(probe_poses.AXES),
         target=target,
         predicted=pose_scores.wrapped(predicted, target),
@@ -1280,7 +1274,7 @@ def evaluate_checkpoint(run, args):
 
 
 def predict(run, args):
-    """--mode predict: predictions.csv with at1 and at2 for every transition; labels are not needed."""
+    """--mode predict: predictions.csv with at1 for every transition; labels are not needed."""
     content, model, loss_function, args = load_checkpoint(args, run)
     study = load_study(args, run, needs_labels=False, usual=content["settings"])
     rows = np.arange(len(study.names))

@@ -379,7 +379,7 @@ def test_prediction_needs_neither_labels_nor_the_second_frame(tmp_path):
 
 
 def test_prediction_off_the_frame_needs_nothing_but_frames(tmp_path, recwarn):
-    """The motion leads from at1 to at2 alone; a world model imagines from it."""
+    """A world model imagines from the motion."""
     def edit(rows):
         for row in rows:
             del row["at1_6dof"], row["at2_6dof"], row["action_change_6dof"], row["ft2_image_path"]
@@ -391,20 +391,18 @@ def test_prediction_off_the_frame_needs_nothing_but_frames(tmp_path, recwarn):
         load(tmp_path / "data", "--token_type", "spatial", needs_labels=False)
 
 
-def test_both_poses_of_a_predictions_table_subtract(tmp_path):
-    """A yaw near 180, on both sides of it at t2: predicted 1.5 degrees too large."""
+def test_the_poses_of_a_predictions_table_subtract(tmp_path):
+    """A yaw on both sides of 180, predicted 1.5 degrees too large."""
     def edit(rows):
         for i, row in enumerate(rows):
-            for key, yaw in (("at1_6dof", 174.0 + i), ("action_change_6dof", 5.0), ("at2_6dof", (i + 359.0) % 360 - 180)):
+            for key, yaw in (("at1_6dof", (i + 357.0) % 360 - 180), ("action_change_6dof", 1.0),
+                             ("at2_6dof", (i + 358.0) % 360 - 180)):
                 row[key][3:] = [0.0, 0.0, yaw]
     write_sequence(tmp_path / "data" / "a_01", edit=edit)
     study, _, _ = load(tmp_path / "data")
     rows = np.arange(6)
     table = train_dreamer.predictions_table(study, rows, study.at1 + 1.5, {}, np.full(6, "new"))
-    keys = table.keys
     assert np.allclose(table.predicted - table.target, 1.5)
-    assert np.allclose(keys["at2_predicted_yaw_deg"] - keys["at2_true_yaw_deg"], 1.5)
-    assert np.ptp(keys["at2_true_yaw_deg"]) < 180
 
 
 def test_the_second_frame_is_needed_by_a_world_model_alone(tmp_path):
