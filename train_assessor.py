@@ -418,14 +418,13 @@ def fit(run, args, study, split, features):
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
-    best, tuned_features, predicted = finish_best_model(training, study, split, loaders, scaler)
-    return training, best, tuned_features, predicted
+    return training, finish_best_model(training, study, split, loaders, scaler)
 
 
 def finish_best_model(training, study, split, loaders, scaler):
     """Give best_model.pth its ridge head, solved on the tuned backbone's features, known_data and validation residuals.
 
-    Returns its content, and {part: features (M, F)} and {part: predicted (M, R)} of the best epoch.
+    Returns {part: predicted (M, R)} of the best epoch.
     """
     run = training.run
     args = training.args
@@ -433,7 +432,7 @@ def finish_best_model(training, study, split, loaders, scaler):
     best = training.load_best()
     model.eval()
     backbone = nn.Identity() if args.freeze_backbone else model.backbone  # inputs of a frozen one are features
-    features = {part: outputs_of(backbone, loader, run.compute) for part, loader in loaders.items()}
+    features = {part: outputs_of(backbone, loaders[part], run.compute) for part in ("train", "val")}
     if args.head == "ridge":
         rows = split["train"]
         target = scaled_ratings(study, scaler)[rows]
@@ -455,7 +454,7 @@ def finish_best_model(training, study, split, loaders, scaler):
         "residual_rows": list(study.images[val]),
     }
     training.save_model(best)
-    return best, features, predicted
+    return predicted
 
 
 def model_metadata(args, study, split, scaler):
@@ -628,7 +627,7 @@ def run_split(run, args, study, split, features=None):
     if features is None:
         features = untuned_features(args, study, run, np.concatenate(list(split.values())))
     similar = splitting.add_similar(run, features["mlp"], split, study.images)
-    training, best, tuned_features, predicted = fit(run, args, study, split, features)
+    training, predicted = fit(run, args, study, split, features)
     best_epoch = training.progress.best_epoch
     plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch)
     train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))
@@ -638,8 +637,6 @@ def run_split(run, args, study, split, features=None):
     held_out = [part for part in predicted if part != "train"]
     for part in held_out:
         rows = split[part]
-        seen = training.seen.words(study.hashes[rows])
-        answers = (best, tuned_features[part], predicted[part])
         tables[part] = prediction_tables.ScoreTable(
             keys={"image": study.images[rows]},
             names=study.names,
@@ -647,8 +644,7 @@ def run_split(run, args, study, split, features=None):
             predicted=predicted[part],
             baselines=predict_baselines(study, features, split["train"], rows),
             groups=study.groups_of(rows),
-            seen=seen,
-            warning=row_warnings.texts([answers], seen, "pictures", run.say, f"{part} "))
+            seen=training.seen.words(study.hashes[rows]))
         tables[part].write(run.path(f"predictions_{part}.csv"))
     part = "test" if "test" in tables else "val"
     trained_on = [(split["train"], split[part])]

@@ -856,7 +856,7 @@ def start_model(args, names):
 def fit(run, args, study, split, features):
     """Train on split['train'], choose the epoch on split['val'].
 
-    Returns the common.Training, the objective, and the outputs and answers of finish_best_model.
+    Returns the common.Training, the objective, and the outputs of finish_best_model.
     """
     compute = run.compute
     train = split["train"]
@@ -892,15 +892,14 @@ def fit(run, args, study, split, features):
         found = objective.history(outputs, split["val"])
         row |= {f"val_{name}": value for name, value in found.items()}
         training.end_epoch(row)
-    outputs, answers = finish_best_model(training, study, split, loaders, objective)
-    return training, objective, outputs, answers
+    return training, objective, finish_best_model(training, study, split, loaders, objective)
 
 
 def finish_best_model(training, study, split, loaders, objective):
     """Predict each part with the best epoch, and complete best_model.pth by what is known only then.
 
     That is what its training data are like, and of classes the calibration on val. Returns {part: outputs (M, K)}, which
-    are logits at the natural class shares or scores, and {part: what row_warnings.texts takes of a model}.
+    are logits at the natural class shares or scores.
     """
     run = training.run
     best = training.load_best()
@@ -917,7 +916,7 @@ def finish_best_model(training, study, split, loaders, objective):
         best["seen"] = training.seen.plus(seen_rows.SeenRows(fitted=[], chose=study.hashes[val]))
         common.write_json(run.path("calibration.json"), best["calibration"])
     training.save_model(best)
-    return outputs, {part: (best, features[part], outputs[part]) for part in loaders}
+    return outputs
 
 
 def fit_readout(study, rows, features, name):
@@ -1037,11 +1036,10 @@ def moment_levels(args, table, rows=slice(None)):
     return table.extra[key].to_numpy(str)[rows] if key in table.extra else ()
 
 
-def predictions_table(study, rows, outputs, baselines, seen, warning=None):
+def predictions_table(study, rows, outputs, baselines, seen):
     """ScoreTable of scores (M, R), or ClassTable of logits (M, C) at the natural class shares.
 
-    baselines: {name: (M, K) scores or probabilities}; seen: (M,) of seen_rows.WORDS; warning:
-    (M,) of row_warnings.texts.
+    baselines: {name: (M, K) scores or probabilities}; seen: (M,) of seen_rows.WORDS.
     """
     table = study.table
     own = table.take(rows)
@@ -1057,7 +1055,6 @@ def predictions_table(study, rows, outputs, baselines, seen, warning=None):
         "baselines": baselines,
         "groups": table.groups_of(rows),
         "seen": seen,
-        "warning": warning,
     }
     if own.target is not None:
         return prediction_tables.ScoreTable(target=own.target, predicted=outputs, **shared)
@@ -1125,7 +1122,7 @@ def run_split(run, args, study, split, features=None):
     if features is None:
         features = untuned_features(args, study, run, np.sort(np.concatenate(list(split.values()))))
     similar = find_similar(run, study, split, features)
-    training, objective, outputs, answers = fit(run, args, study, split, features)
+    training, objective, outputs = fit(run, args, study, split, features)
     # its own rows by window and pixels: another event of the same second may have the same middle
     seen = seen_rows.of_run(args, study.hashes[:, [0, -1]], split).words(study.hashes)  # (N,)
     tables = {}
@@ -1133,8 +1130,7 @@ def run_split(run, args, study, split, features=None):
         rows = split[part]
         if len(rows):
             baselines = predict_baselines(study, features, split["train"], rows)
-            warning = row_warnings.texts([answers[part]], seen[rows], "clips", run.say, f"{part} ")
-            table = predictions_table(study, rows, outputs[part], baselines, seen[rows], warning)
+            table = predictions_table(study, rows, outputs[part], baselines, seen[rows])
             if part == "test" and args.task == "classify":  # val cannot calibrate itself
                 table = calibrating.calibrate_on(table, [tables["val"]])
             table.write(run.path(f"predictions_{part}.csv"))

@@ -65,12 +65,8 @@ def finished_folds(run, chosen, numbers):
 
 
 def rows_text(table, unit="rows"):
-    """HTML: how many rows are judged, how many differ in their labels, what is resampled, how many are doubtful."""
-    text = sample_sentence(table.sample, unit)
-    if table.warning is not None:
-        n_doubtful = np.count_nonzero(table.warning != "")
-        text += f" Rows with a remark in the column warning of the predictions table: {n_doubtful}."
-    return reporting.html_text(text)
+    """HTML: how many rows are judged, how many differ in their labels, what is resampled."""
+    return reporting.html_text(sample_sentence(table.sample, unit))
 
 
 def sample_sentence(size, unit="rows"):

@@ -242,7 +242,6 @@ def mean(tables):
     averaged = ("predicted", "probability", "threshold", "baselines", "baseline_thresholds")
     found = combine(tables, lambda parts: np.mean(parts, axis=0), averaged)
     found.seen = seen_rows.worst_of_each(table.seen for table in tables)
-    found.warning = None
     if isinstance(found, ScoreTable):
         found.spread = np.std([table.predicted for table in tables], axis=0, ddof=1)
     else:
@@ -294,7 +293,7 @@ def combine(records, function, names=None):
 
 ID_COLUMNS = "image clip_id id filename file name".split()
 FURTHER_KEYS = "event n_clips video start_sec end_sec fold".split()
-KNOWN_COLUMNS = [*FURTHER_KEYS, "seen", "warning"]  # whatever their case
+KNOWN_COLUMNS = [*FURTHER_KEYS, "seen"]  # whatever their case
 BOUNDS = ("sd", "low", "high")  # NAME_ of how sure the model is: baselines only where one is named
 LABEL_COLUMNS = ("true_label", "label", "true", "target")
 PLAIN_LABELS = ("0 1", "0.0 1.0", "no yes", "false true", "negative positive")  # the second one is the positive class
@@ -321,7 +320,6 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
         "keys": keys,
         "groups": groups,
         "seen": _seen_column(table),
-        "warning": table["warning"].to_numpy(str) if "warning" in table else None,
         "notes": notes,
     }
     predicted = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]

@@ -45,7 +45,7 @@ def find(unit, say, content, features, predicted=None):
     return flags
 
 
-def texts(members, seen, unit, say, part=""):
+def texts(members, seen, unit, say):
     """(M,) text on each row, '' = nothing: what all members find, and whether one was trained on it; each is counted.
 
     members: (content of its checkpoint, features (M, F), for scores predicted (M, R)) of each model, NaN = unreadable;
@@ -59,6 +59,6 @@ def texts(members, seen, unit, say, part=""):
             flags[what] = flags.get(what, True) & is_so
     for what, is_so in flags.items():
         if is_so.any():
-            say(f"warning: {is_so.sum()} of {len(is_so)} {part}{unit}: {what}")
+            say(f"warning: {is_so.sum()} of {len(is_so)} {unit}: {what}")
     found = ["; ".join(what for what, is_so in flags.items() if is_so[row]) for row in range(len(seen))]
     return np.array(found, dtype=str)

@@ -535,19 +535,19 @@ def test_nothing_is_written_where_a_flag_or_a_row_is_wrong(tmp_path):
 
 
 def test_what_one_of_several_tables_lacks_they_all_lack():
-    """A model without a threshold; a fold whose table of an older version has no column `warning`."""
+    """A model without a threshold."""
     tables = []
     for score, threshold in ((0.2, 0.3), (0.6, 0.5)):
         probability = np.array([[1 - score, score]] * 3)
         tables.append(prediction_tables.ClassTable(
             keys={"id": np.array(["a", "b", "c"]), "start_sec": np.full(3, 0.1)}, names=["no", "yes"], positive=1,
             label=np.array([0, 1, 1]), probability=probability, baselines={"train_prior": probability},
-            seen=np.full(3, "new"), threshold=np.full(3, threshold), warning=np.full(3, "")))
+            seen=np.full(3, "new"), threshold=np.full(3, threshold)))
     mean = prediction_tables.mean(tables)
     assert mean.threshold == pytest.approx([0.4] * 3) and mean.probability[:, 1] == pytest.approx([0.4] * 3)
     assert mean.baselines["train_prior"] == pytest.approx(mean.probability) and mean.label.tolist() == [0, 1, 1]
     assert prediction_tables.mean(tables[:1] * 3).keys["start_sec"].tolist() == [0.1] * 3, "a mean of .1 is rounded"
-    tables[1].threshold = tables[1].warning = None
+    tables[1].threshold = None
     assert prediction_tables.mean(tables).threshold is None
     joined = prediction_tables.join(tables, [0, 1])
-    assert joined.threshold is joined.warning is None and joined.keys["fold"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert joined.threshold is None and joined.keys["fold"].tolist() == [0, 0, 0, 1, 1, 1]
