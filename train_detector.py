@@ -317,7 +317,7 @@ def load_study(args, files, say, known_parts=None):
     stored, bad = part_boxes.check_pictures(store.audit, images, args.on_bad_file)
     used = [images[i] for i in stored]
     parts, part_notes = part_boxes.used_parts(read.values(), used, known_parts)
-    paths, folders = zip(*files.values())
+    paths = [path for path, _ in files.values()]
     part_boxes.refuse_other_convention(used, common.shorten_list(paths), args.box_format)
     if len({image.name for image in used}) < len(used):  # two files share names
         for image in used:
@@ -333,7 +333,7 @@ def load_study(args, files, say, known_parts=None):
                       for origin, found in read.items()},
         store=store,
         stored=np.array(stored),
-        skipped=without_area + skipped + bad + part_boxes.without_entry(folders, images),
+        skipped=without_area + skipped + bad,
         notes=notes + part_notes + box_notes)
     if args.drop_empty:
         study = without_empty(study)
@@ -1281,11 +1281,10 @@ def convert(args):
     found = part_boxes.read_annotations(args.json, args.box_format, args.state_attribute)
     if args.images_dir:
         part_boxes.find_pictures(found, args.images_dir, args.exact_names)
-        unnamed = part_boxes.without_entry([args.images_dir], found.images)
         audits = [picture_files.audit_image(image.path, 32)[0] for image in found.images]
         good, bad = part_boxes.check_pictures(audits, found.images, args.on_bad_file)
         found.images = [found.images[k] for k in good]
-        found.skipped += bad + unnamed
+        found.skipped += bad
     part_boxes.refuse_other_convention(found.images, args.json, args.box_format)
     coco, dropped = part_boxes.as_coco(found.images, found.category_ids, args.images_dir)
     common.write_json(args.output, coco)
