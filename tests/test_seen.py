@@ -85,9 +85,9 @@ def test_warnings_of_several_models_are_what_all_find_and_what_one_was_trained_o
     one = content, features, np.array([[2.0, 11], [2, 6], [np.nan, np.nan]])
     other = content, features[[1, 1, 1]], np.array([[0.0, 8], [2, 6], [2, 6]])  # the mean of the first row is 1 and 9.5
     seen = np.array(["new", "train", "new"])
-    assert row_warnings.texts([one, other], seen, "clips", said.append, "val ").tolist() == [
+    assert row_warnings.texts([one, other], seen, "clips", said.append).tolist() == [
         "bold outside the training labels", "trained on; unlike the training clips", ""]
-    assert said[0] == "warning: 1 of 3 val clips: trained on" and len(said) == 3
+    assert said[0] == "warning: 1 of 3 clips: trained on" and len(said) == 3
     assert row_warnings.texts([({}, features)], np.array(["new"] * 3), "clips", said.append).tolist() == ["", "", ""]
     assert "does not say" in said[-1]
 
