@@ -505,6 +505,15 @@ def test_intervals_cover_the_truth():
     assert 0.85 <= np.mean(covered) <= 1, np.mean(covered)
 
 
+def test_few_pictures_make_ap_too_high_and_the_page_says_so():
+    many = values_of(*random_case(99, 2000))
+    few = [values_of(*random_case(seed, 12)) for seed in range(40)]
+    for name in ("map", "joint_map"):
+        assert np.mean([each[name] for each in few]) > many[name] + 0.01, name
+    limits = detection_judging.general_limits(judge(*random_case(0)))
+    assert any("Few pictures make AP and joint AP too high" in sentence for sentence in limits)
+
+
 def test_best_of_each_part_and_absent_where_none_is_over_the_threshold():
     detected = detections((1, 0.3, 0, BOX), (0, 0.9, 1, OTHER), (0, 0.95, 3, BOX), (1, 0.4, 0, FAR))
     best = detection_tables.best_of_each_part(detected, 0.35)
