@@ -28,8 +28,7 @@ def detection_rows(pictures, detections, parts, lists_absent=False):
 
     pictures: M dicts of what all rows of a picture say: image, seen (of seen_rows.WORDS) and maybe warning; of one
     that could not be read, and so has no detections, image and error. lists_absent: a row for each part not detected.
-    A picture without any detection has a row without a part. Left out: states that a model does not tell, warning or
-    error of no row.
+    A picture without any detection has a row without a part.
     """
     rows = []
     for known, detected in zip(pictures, detections):
@@ -45,11 +44,7 @@ def detection_rows(pictures, detections, parts, lists_absent=False):
             missing = [part for label, part in enumerate(parts) if label not in detected.labels]
             own += [{"part": part, "state": part_boxes.STATES[part_boxes.ABSENT]} for part in missing]
         rows += [known | row for row in own or [{}]]
-    always = {"part", "score", *BOX_COLUMNS}
-    if detections[0].states is not None:
-        always |= {"state", *PROBABILITY_COLUMNS}
-    used = always.union(*rows)
-    return [{column: row.get(column) for column in COLUMNS if column in used} for row in rows]
+    return [{column: row.get(column) for column in COLUMNS} for row in rows]
 
 
 def coco_results(rows, image_ids, category_ids):
@@ -69,7 +64,7 @@ def coco_results(rows, image_ids, category_ids):
             "file_name": row["image"],
             "seen": row["seen"],
             "part": row["part"]}
-        if row.get("state"):
+        if row["state"]:
             entry["state"] = row["state"]
             entry["state_probabilities"] = [row[column] for column in PROBABILITY_COLUMNS]
         results.append(entry)
