@@ -130,8 +130,7 @@ def add_world_model_arguments(add):
     add("--feedforward", type=common.POSITIVE, default=3072,
         help="width of the feed-forward layers")
     add("--freeze_layers", type=common.bounded(int, 0, 5), default=0,
-        help="first stages of the encoder (stem, then four) that are not trained; 5 = none is, and without augmentation "
-             "its feature maps are computed once")
+        help="first stages of the encoder (stem, then four) that are not trained; 5 = none is")
     add("--backbone_lr_mult", type=common.AMOUNT, default=1.0,
         help="learning rate of the encoder over --lr")
     add("--lambda_t2_action", type=common.AMOUNT, default=1.0,
@@ -216,7 +215,6 @@ class Study:
     notes: list
     grids: np.ndarray | None = None  # (frames in the store, P) of the untuned encoder
     blocks: dict | None = None  # {name: columns of the grids}
-    maps: np.ndarray | None = None  # (frames in the store, ...) of the model's encoder, where that stays as it is
 
     def picture(self, index):
         """uint8 (S, S, 3) of a frame in the store, cut square from the middle."""
@@ -371,7 +369,7 @@ def draw_augmentation(preset, generator):
 class ProbeTransitions(common.Samples):
     """Samples of chosen rows; a key is (epoch, index), which seeds the augmentation.
 
-    Each sample: frames uint8 (2, 1, S, S), or what a frozen encoder made of them, float32 (2, ...); motion,
+    Each sample: frames uint8 (2, 1, S, S), or grids of the untuned encoder, float32 (2, P), for a readout; motion,
     other_motion (that of another row), at1, at2 (6,) float32 in mm and degrees, NaN = missing; name.
     """
     study: Study
@@ -389,10 +387,10 @@ class ProbeTransitions(common.Samples):
     def __getitem__(self, key):
         epoch, index = key
         row = int(self.rows[index])
-        if self.study.maps is None:
-            frames = self.pixels(epoch, row)
+        if self.args.token_type == self.augment == "none" and self.study.grids is not None:
+            frames = self.study.grids[self.study.frames[row]]  # (2, P)
         else:
-            frames = self.study.maps[self.study.frames[row]]  # (2, ...)
+            frames = self.pixels(epoch, row)
         poses = {name: values[index] for name, values in self.poses.items()}
         return {"frames": torch.from_numpy(frames), "name": self.study.names[row], **poses}
 
@@ -870,20 +868,11 @@ def encode_frames(study, rows, encoder, compute):
 
 
 def with_features(study, rows, args, compute, encoder=None):
-    """The Study with a GridEncoder's grids of the frames of these rows; maps where the model's encoder is frozen.
-
-    encoder: None = as the flags describe it.
-    """
+    """The Study with a GridEncoder's grids of the frames of these rows; encoder: None = as the flags describe it."""
     if encoder is None:
         encoder = build_encoder(args, GridEncoder)
     grids = encode_frames(study, rows, encoder, compute)
-    maps = None
-    if args.mode == "train" and args.augment == "none" and not args.init_from:
-        if args.token_type == "none":
-            maps = grids
-        elif args.freeze_layers == 5:
-            maps = encode_frames(study, rows, build_encoder(args, Encoder), compute)
-    return dataclasses.replace(study, grids=grids, blocks=encoder.scales.blocks, maps=maps)
+    return dataclasses.replace(study, grids=grids, blocks=encoder.scales.blocks)
 
 
 def solve_readout(study, rows):
