@@ -424,10 +424,9 @@ class Clips(common.Samples):
         return sample
 
     def random_start(self, row, generator):
-        """Grid frame at which a train clip of the row starts."""
-        reach = round(self.args.jitter_sec * self.args.fps)
-        first, last = self.study.audits[row].start_range(self.args.n_frames, reach)
-        return int(torch.randint(first, last + 1, (), generator=generator))
+        """Grid frame at which a train clip of the row starts: the grid reaches --jitter_sec outside the window."""
+        last = max(self.study.audits[row].n_grid - self.args.n_frames, 0)
+        return int(torch.randint(last + 1, (), generator=generator))
 
     def pixels(self, row, start, generator):
         """Clip at `start`, uint8 (T, S, S, 3); black after the last frame of a sequence that is shorter."""

@@ -223,18 +223,15 @@ def read_spans(path):
 def events_in(windows, table):
     """DataFrame of the events of an EventTable, cut to what was watched. UserError: none is in the recordings."""
     import pandas as pd
-    start_sec, end_sec = table.windows.T
-    events = pd.DataFrame({
-        "video": [str(source.resolve()) for source in table.sources],
-        "label": np.array(table.names)[table.label],
-        "start_sec": np.nan_to_num(start_sec),  # without times: from the start to the end
-        "end_sec": np.nan_to_num(end_sec, nan=np.inf)})
+    videos = [str(source.resolve()) for source in table.sources]
     watched = windows.groupby("video").agg({"start_sec": "min", "end_sec": "max"})
-    first_sec, last_sec = watched.reindex(events["video"]).to_numpy().T  # NaN: of no recording
-    events["start_sec"] = np.maximum(events["start_sec"], first_sec)
-    events["end_sec"] = np.minimum(events["end_sec"], last_sec)
-    has_time = events["end_sec"] > events["start_sec"]
-    n_without = (~has_time & ~np.isnan(last_sec)).sum()
+    first_sec, last_sec = watched.reindex(videos).to_numpy().T  # NaN: of no recording
+    start_sec = np.fmax(first_sec, table.windows[:, 0])  # without times: from the start to the end
+    end_sec = np.fmin(last_sec, table.windows[:, 1])
+    label = np.array(table.names)[table.label]
+    events = pd.DataFrame({"video": videos, "label": label, "start_sec": start_sec, "end_sec": end_sec})
+    has_time = ~np.isnan(last_sec) & (end_sec > start_sec)
+    n_without = (~np.isnan(last_sec) & ~has_time).sum()
     if n_without:
         print(f"note: {n_without} events in these recordings are left out: they lie past the end, or are points in time "
               "(--min_event_sec 1 makes each a second long)")

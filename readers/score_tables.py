@@ -35,7 +35,7 @@ def sequence_rows(path):
             row |= value if isinstance(value, dict) else {name: value}
         rows.append(row)
     table = pd.DataFrame(rows, index=range(1, len(rows) + 1), dtype=object)
-    return table.map(lambda cell: "" if cell is None or cell != cell else event_tables.without_tensor(cell))
+    return table.fillna("").map(event_tables.without_tensor)
 
 
 def sequence_entries(path):
@@ -64,7 +64,7 @@ def as_list(content, key_name, prefix=""):
 def score_columns(rows, wanted, path, no_scores):
     """Names of the R score columns: those asked for in any spelling, else the numeric ones that are no ids or times.
 
-    no_scores: keys of columns that flags name as something else.
+    no_scores: keys of columns that are something else.
     """
     if wanted:
         return csv_tables.pick_columns(wanted, rows, f"{path} has no --target_columns")
@@ -92,13 +92,14 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     if target_columns and not need_labels:  # new sequences may come without the scores of a trained model
         known = set(map(csv_tables.column_key, raw))
         raw = raw.assign(**{name: "" for name in target_columns if csv_tables.column_key(name) not in known})
-    no_scores = {csv_tables.column_key(name) for name in (group_column, path_column, moment_column) if name}
+    sources = (*event_tables.PATH_COLUMNS, "media", "sequence_id", "id")
+    named = [name for name in (group_column, path_column, moment_column) if name]
+    no_scores = {*sources, *map(csv_tables.column_key, named)}
     names = score_columns(raw, target_columns, path, no_scores)
     target = np.column_stack([csv_tables.to_numbers(raw[name], f"{path}, column {name}") for name in names])  # (N, R)
     others = raw.drop(columns=names)
     extra = event_tables.keyed_columns(others, path)
-    known = (*event_tables.PATH_COLUMNS, "media", "sequence_id", "id")
-    source = csv_tables.find_column(extra, known, path_column, f"{path} has no column for --path_column")
+    source = csv_tables.find_column(extra, sources, path_column, f"{path} has no column for --path_column")
     group = csv_tables.find_column(extra, GROUP_COLUMNS, group_column, f"{path} has no column for --group_column")
     if source is None:
         raise common.UserError(
@@ -114,9 +115,8 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     rows["source"] = event_tables.find_sources(rows, notes, root is None, **finding)
     if unsaid:
         notes.append(f"{', '.join(unsaid)}: not read as times of a sequence; those say their unit, such as start_sec")
-    used = {group, source, "sequence_id", "id", *no_scores}
     numeric = [name for name in others
-               if csv_tables.column_key(name) not in used and csv_tables.looks_numeric(others[name])]
+               if csv_tables.column_key(name) not in {group, *no_scores} and csv_tables.looks_numeric(others[name])]
     if not target_columns:
         notes.append(f"scores by their names: {common.shorten_list(names, 40)}; other numeric columns: "
                      f"{common.shorten_list(numeric) or 'none'}; --target_columns names the scores")

@@ -452,16 +452,10 @@ class ClipAudit(pixel_cache.Audit):
     usable: int = 0
     repeats: list | tuple = ()
 
-    def start_range(self, length, reach=0):
-        """(first, last) grid frame at which a clip of `length` frames may start, `reach` frames outside the window."""
-        last = self.first + max(self.usable - length, 0)
-        frames_after = max(self.n_grid - length - last, 0)
-        return max(self.first - reach, 0), last + min(reach, frames_after)
-
     def even_starts(self, length, count):
-        """Grid frames where `count` clips start, evenly over the window; a single one in its middle."""
-        first, last = self.start_range(length)
-        places = np.linspace(first, last, count) if count > 1 else [(first + last) / 2]
+        """Grid frames where `count` clips of `length` frames start, evenly over the window; a single one in its middle."""
+        last = self.first + max(self.usable - length, 0)
+        places = np.linspace(self.first, last, count) if count > 1 else [(self.first + last) / 2]
         return np.unique(np.round(places).astype(int)).tolist()
 
 

@@ -98,9 +98,8 @@ def test_training_starts_are_random_and_scored_starts_even():
     args = arguments("--image_size", 32, "--n_frames", 8, "--clips_per_event", 5, "--jitter_sec", 0.5, "--fps", 4)
     study, _ = study_of(args, n_frames=40)
     for found in study.store.audit:
-        found.first, found.usable = 4, 32  # 4 grid frames before and after the window, for jitter
-    assert study.audits[0].start_range(8) == (4, 28) and study.starts(0) == [4, 10, 16, 22, 28]
-    assert study.audits[0].start_range(8, reach=2) == (2, 30)
+        found.first, found.usable = 2, 36  # of 40, for jitter 2 grid frames before and after the window
+    assert study.starts(0) == [2, 9, 16, 23, 30]
     middle = argparse.Namespace(**{**vars(args), "clips_per_event": 1})
     assert dataclasses.replace(study, args=middle).starts(0) == [16]
     seen = set()
@@ -111,7 +110,7 @@ def test_training_starts_are_random_and_scored_starts_even():
         frames = data[epoch, 1]["input"][:, 0, 0, 0].tolist()
         assert frames == list(range(frames[0], frames[0] + 8))
         seen.add(frames[0])
-    assert seen == set(range(2, 31))
+    assert seen == set(range(33)), "with the jitter, from the first frame of the grid to its last"
 
 
 def test_baselines_see_the_clips_that_are_predicted():

@@ -783,6 +783,10 @@ def test_columns_that_flags_name_are_no_scores(tmp_path):
     path = write(tmp_path / "s.csv", path.read_text().replace("Cow No,Time.point", "Participant,Session"))
     table = score_tables.read_sequences(path)
     assert table.names == ["pain"] and list(table.groups) == list("0011"), "as their names say without a flag"
+    put(tmp_path, *(f"{i}/0.jpg" for i in range(4)))
+    path = write(tmp_path / "s.csv", "Video,animal,pain\n" + "\n".join(f"{i},{i // 2},{i}" for i in range(4)))
+    table = score_tables.read_sequences(path)
+    assert table.names == ["pain"] and [source.name for source in table.sources] == list("0123")
 
 
 def test_scores_take_only_times_that_name_their_unit(tmp_path):
