@@ -12,12 +12,11 @@ import common
 from readers import csv_tables, event_tables, event_times
 
 GROUP_COLUMNS = "animal animal_id subject subject_id participant participant_id patient patient_id group".split()
-RATER_COLUMNS = ("rater rater_id observer observer_id coder coder_id annotator annotator_id scorer scorer_id judge judge_id "
-                 "expert expert_id").split()
+RATER_COLUMNS = "rater rater_id observer observer_id coder coder_id annotator annotator_id scorer scorer_id".split()
 NO_SCORE = re.compile(
     r"(.*_)?(id|idx|n|sd|index|frames?|sec|fps|path|filename|camera|date|day|time|fold)|unnamed.*|"
     r"row|line|animal|subject|participant|patient|individual|person|group|pen|cage|farm|herd|site|moment|session|visit|"
-    r"trial|week|hour|month|year|rater|observer|coder|annotator|scorer|judge|expert|sex|age")
+    r"trial|week|hour|month|year|rater|observer|coder|annotator|scorer|sex|age")
 
 
 def sequence_rows(path):
