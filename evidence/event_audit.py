@@ -112,8 +112,9 @@ def record_split(run, table, audits, split):
     keeps_groups = args.split_by in (None, "group")
     columns = confounding.prior_levels(table) if keeps_groups else {}
     columns.pop("video", None)  # which is no column of the manifest
-    stopping = splitting.STOPPING_LEAKS if keeps_groups and args.group_column else SAME_EVENT
     groups = table.groups if args.group_column else None
+    has_several = groups is not None and len(set(groups)) > 1  # a study of one animal has no other to keep apart
+    stopping = splitting.STOPPING_LEAKS if keeps_groups and has_several else SAME_EVENT
     return splitting.record_split(run, split, table.clip_ids, report, stopping, columns, groups)
 
 
