@@ -694,7 +694,6 @@ class Recording:
     n_read: int = 0  # frames
     n_shown: int = 0  # times of the grid
     damaged: list | tuple = ()  # times of frames that cannot be decoded
-    fault: str = ""  # why the source broke off
 
     def __post_init__(self):
         self.info = _header(self.path, self.fps)
@@ -703,9 +702,8 @@ class Recording:
     def losses(self):
         """Sentences on what could not be read, and on too low a rate."""
         found = []
-        if self.fault or self.read_sec < 0.98 * self.info.header_sec - 1:
-            found.append(f"{self.path}: read up to {self.read_sec:.1f} of {self.expected_sec:.1f} s by its header"
-                         f"{': ' if self.fault else ''}{self.fault}")
+        if self.read_sec < 0.98 * self.info.header_sec - 1:
+            found.append(f"{self.path}: read up to {self.read_sec:.1f} of {self.expected_sec:.1f} s by its header")
         if self.damaged:
             first_sec = np.fmin.reduce(self.damaged)
             place = "" if np.isnan(first_sec) else f", the first at {first_sec:.2f} s"
@@ -724,12 +722,9 @@ class Recording:
 
     def frames(self):
         """Yield (time in seconds, function short_side -> pixels) of each frame."""
-        try:
-            with _open_source(self.path, self.fps, self.pixel_range) as source:
-                self.damaged = source.damaged
-                yield from source.frames()
-        except common.UserError as error:
-            self.fault = common.one_line(error)
+        with _open_source(self.path, self.fps, self.pixel_range) as source:
+            self.damaged = source.damaged
+            yield from source.frames()
 
     def grid(self, at_least=0):
         """Yield the GridFrame of every 1 / fps s from the first frame on; on_screen says which frame that is.
@@ -751,7 +746,7 @@ class Recording:
             before = time
             convert_before = convert
         if convert_before is None:
-            raise BadVideo(self.fault or "no frame can be decoded")
+            raise BadVideo("no frame can be decoded")
         n_frames = max(_whole((self.read_sec - self.begin_sec) * self.fps), at_least)
         yield from self._show(convert_before, self.begin_sec + n_frames / self.fps)
 
