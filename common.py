@@ -1510,7 +1510,11 @@ class Processes:
                 result = function()
             except (UserError, SystemExit) as caught:
                 error = caught
-        result, error = self.gather([(result, error)])[0]
+        try:
+            result, error = self.gather([(result, error)])[0]
+        except RuntimeError:  # the others have left, as on a signal to all
+            if error is None:
+                raise
         if error is None:
             return result
         error.said_by_first = not self.is_first
@@ -2380,6 +2384,7 @@ class Training:
             yield self.progress.epoch + 1
             self._save_or_stop()
         signals.armed = False
+        self._save_or_stop()  # for a signal that came since
         self.stream = None  # its loader workers end
 
     def batches(self, loader):

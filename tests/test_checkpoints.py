@@ -288,6 +288,26 @@ def test_a_stop_between_two_epochs_saves_the_last_one(tmp_path, written):
     assert best["epoch"] == 1 and (last["progress"]["epoch"], last["progress"]["batch"]) == (3, 0)
 
 
+class Late(SimpleNamespace):
+    """Stop signals of which one comes when nobody has looked for it since the last epoch."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "armed" and not value:
+            self.received = signal.SIGTERM
+
+
+def test_a_stop_after_the_last_epoch_is_obeyed(tmp_path):
+    training, loader = make_training(tmp_path, False)
+    training.run.signals = Late(received=0, leave=lambda: None)
+    with pytest.raises(SystemExit) as left:
+        for _ in training.epochs():
+            for batch in training.batches(loader):
+                training.step(training.model(batch["x"]).pow(2).mean())
+            training.end_epoch({"val_loss": 0.5})
+    assert left.value.code == 75 and common.read_checkpoint(tmp_path / "last.pth")["progress"]["done"]
+
+
 def test_a_lost_history_file_is_written_again(tmp_path):
     train(*make_training(tmp_path, False))
     written = (tmp_path / "training_history.csv").read_bytes()

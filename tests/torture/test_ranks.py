@@ -156,6 +156,32 @@ def test_no_thread_of_the_group_is_left_at_the_end(code):
         assert counts[0] > 0 and counts[1:] == [0] and member.returncode == code, text
 
 
+LEAVE = """
+import sys, time, torch, common
+
+def stop():
+    time.sleep(1)
+    sys.exit(75)
+
+def main():
+    processes = common.launched_processes()
+    processes.join(torch.device("cpu"))
+    processes.on_first(stop) if processes.is_first else sys.exit(75)
+
+common.run_main(main)
+"""
+
+
+def test_a_signal_to_all_ends_all_alike(cases):
+    """It reaches the first process in the report, and the other one before that waits for it."""
+    members = [subprocess.Popen([sys.executable, "-c", LEAVE], stdout=subprocess.PIPE, text=True,
+                                stderr=subprocess.STDOUT, env={**os.environ, **env},
+                                cwd=Path(common.__file__).parent) for env in rank_environments(2)]
+    with cases.case(GROUP):
+        texts = [member.communicate(timeout=120)[0] for member in members]
+        assert [member.returncode for member in members] == [75, 75], texts
+
+
 @pytest.mark.parametrize("n, batch_size, size", [(23, 4, 3), (9, 8, 2), (7, 2, 4), (5, 1, 2), (17, 6, 2), (4, 8, 3)])
 def test_slices_of_a_batch(n, batch_size, size):
     """In training the slices make up each batch, none of a single sample where BatchNorm could not take it."""
