@@ -2383,9 +2383,9 @@ class Training:
         while not self.progress.done:
             yield self.progress.epoch + 1
             self._save_or_stop()
+        self.stream = None  # its loader workers end
         signals.armed = False
         self._save_or_stop()  # for a signal that came since
-        self.stream = None  # its loader workers end
 
     def batches(self, loader):
         """The batches that remain in this epoch. Model and sampler are made ready."""
