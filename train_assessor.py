@@ -504,13 +504,16 @@ def predict_baselines(study, features, train, rows):
 # --- where a trained model looks -------------------------------------------------------------
 
 def load_assessor(path, compute):
-    """File of a trained model -> (Assessor in evaluation mode, what the file holds)."""
+    """File of a trained model -> (Assessor in evaluation mode, what the file holds). UserError: its head is not solved."""
     settings = common.load_model_file(path, "train_assessor.py")
     with common.checkpoint_fields(path):
         args = argparse.Namespace(
             **{name: settings[name] for name in NETWORK_FLAGS},
             pretrained=False, weights=None, freeze_stages=0, freeze_norm=False, seed=0)
         model = build_model(args, np.zeros(len(settings["names"])))
+    if args.head == "ridge" and "known_data" not in settings:
+        raise common.UserError(f"{path}: the ridge regression of --head ridge is solved at the end of a run; give its "
+                               "best_model.pth")
     common.load_state(model, settings["model"], path)
     return compute.place(model).eval(), settings
 

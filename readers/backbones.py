@@ -71,16 +71,15 @@ def _timm_backbone(name, pretrained, weights, image_size):
             return timm.create_model(own_name, img_size=image_size, num_classes=0, **options)
         except TypeError:  # a network that takes any size
             return timm.create_model(own_name, num_classes=0, **options)
-    options = {"pretrained": pretrained or weights is not None}
+    overlay = None
     if weights:
         state = load_weights_file(weights)
         with torch.random.fork_rng(devices=[]):  # so that it begins as the model does
             untrained = create()
         prefix = shared_prefix(state, untrained.state_dict())
-        state = {layer.removeprefix(prefix): value for layer, value in state.items()}
-        options["pretrained_cfg_overlay"] = {"state_dict": state}
+        overlay = {"state_dict": {layer.removeprefix(prefix): value for layer, value in state.items()}}
     try:
-        model = create(**options)
+        model = create(pretrained=bool(pretrained or weights), pretrained_cfg_overlay=overlay)
     except (OSError, RuntimeError, ImportError) as error:
         raise common.UserError(f"no weights for {name} ({common.one_line(error)}). Give --weights FILE, or run once "
                                "where there is internet; --no_pretrained starts from random weights") from None
@@ -90,7 +89,7 @@ def _timm_backbone(name, pretrained, weights, image_size):
         if missing:
             raise common.UserError(f"{weights}: not the weights of this backbone: {len(missing)} layers missing (first: "
                                    f"{missing[0]})")
-    if options["pretrained"]:
+    if pretrained or weights:
         _say_size(name, weights, image_size)
     return model, _pass_one_picture(model, name, image_size).shape[1]
 

@@ -279,6 +279,9 @@ def test_options_run(sample, tmp_path, flags):
             [kept] = [other for path, other in trunk.items() if path.endswith(f".{name}")]
             assert torch.equal(value, kept), name
     assert "ridge" not in flags or not any("overfitting" in alarm for alarm in metrics["alarms"]), "it is solved"
+    for path in only_run(tmp_path).glob("top_epoch_*.pth"):
+        with pytest.raises(common.UserError, match="solved at the end of a run; give its best_model.pth"):
+            train_assessor.load_assessor(path, common.choose_compute("cpu", "off"))
     is_frozen_ridge = {"ridge", "--freeze_backbone"} <= set(flags)
     is_same = is_frozen_ridge and metrics["baseline_name"] == "ridge_multiscale"
     assert metrics["verdict"].startswith("The model is the same predictor as the baseline (ridge regression on three feature scales)") == is_same
