@@ -115,11 +115,13 @@ def _refuse_useless(ratings, source):
 def role_of(name):
     """Column -> (mean, sd, n, se or None; the name without that word): Valence_SD_men -> ('sd', 'Valence_men')."""
     parts = WORD_BORDER.split(name)  # words at the even places
-    for place in reversed(range(0, len(parts), 2)):
+    places = reversed(range(0, len(parts), 2))
+    for place in sorted(places, key=lambda place: parts[place].lower() == "m"):  # which may also say men
         role = ROLES.get(parts[place].lower())
         if role:
             del parts[max(place - 1, 0):place + 1]
-            return role, "".join(parts).strip(" _.-()[]")
+            base = "".join(parts).strip(" _.-()[]")
+            return role, "" if role == "n" and _names_rater(base.removesuffix("s")) else base
     return None, name
 
 

@@ -424,7 +424,9 @@ def test_codes_of_single_ratings_leave_the_image(tmp_path):
     ("Valence.Mean,Valence.SD,Valence.N", ["Valence"]), ("valence_mean,valence_std,valence_count", ["valence"]),
     ("valence,valenceSD,valence count", ["valence"]), ("ValenceMean,ValenceSD,ValenceN", ["Valence"]),
     ("X,XSD,n", ["X"]), ("V.Mean.Sum,V.SD.Sum,V.N.Sum", ["V.Sum"]), ("Valence_M,Valence_SD,Valence_N", ["Valence"]),
-    ("V_mean_men,V_SD_men,V_N_men,V_mean_women,V_SD_women,V_N_women", ["V_men", "V_women"])])
+    ("V_mean_men,V_SD_men,V_N_men,V_mean_women,V_SD_women,V_N_women", ["V_men", "V_women"]),
+    ("V_mean_m,V_sd_m,V_n_m,V_mean_f,V_sd_f,V_n_f", ["V_m", "V_f"]),
+    ("V_mean,V_sd,n_raters", ["V"])])
 def test_mean_sd_and_n_are_words_of_a_name_in_any_place(tmp_path, head, names):
     rows = "".join(f"{i}.png,{','.join([f'{i},1.{i},2{i}'] * len(names))}\n" for i in range(1, 9))
     ratings = rating_tables.read_ratings(written(tmp_path, f"image,{head}\n{rows}"))
