@@ -296,7 +296,7 @@ class Study(picture_files.StoredPictures):
 def load_study(args, files, say, known_parts=None):
     """{split: (JSON, folder of pictures)} -> Study; what cannot be used is listed in `skipped`.
 
-    known_parts: those of the checkpoint that is to find them.
+    known_parts: those of the checkpoint that is to find them, or to be trained further.
     """
     read = {}
     images = []
@@ -661,14 +661,19 @@ def two_means(values):
     return centres
 
 
+def starting_settings(args):
+    """The settings of the detector of --init_from; UserError where it is another model, whose levels differ."""
+    content = backbones.starting_content(args.init_from, model=args.model)
+    with common.checkpoint_fields(args.init_from):
+        return content["settings"]
+
+
 def choose_anchors(args, truth, min_size, max_size):
     """Sides by the flag; of the detector or the published weights to start from; or those that fit the train boxes."""
     if args.anchor_sizes:
         return args.anchor_sizes
     if args.init_from:
-        content = backbones.starting_content(args.init_from, model=args.model)  # another model has other levels
-        with common.checkpoint_fields(args.init_from):
-            return content["settings"]["anchor_sizes"]
+        return starting_settings(args)["anchor_sizes"]
     if args.model != RESNET18:
         return list(COCO_ANCHORS)
     return fit_anchors(truth, min_size, max_size)
@@ -701,8 +706,7 @@ def build_model(args, settings, class_weights):
     torch.manual_seed(common.hash_seed(args.seed))
     model = PartDetector(settings, class_weights)
     if args.init_from:
-        own = {name: settings[name] for name in ("model", "parts", "states")}
-        backbones.start_from(model, args.init_from, is_frozen=False, **own)
+        backbones.start_from(model, args.init_from, is_frozen=False, states=settings["states"])
     elif args.weights or args.pretrained:
         source = "resnet18" if settings["model"] == RESNET18 else settings["model"]
         load_pretrained(model, backbones.load_weights(source, args.weights), args.weights or source)
@@ -1172,7 +1176,7 @@ def train(args):
     files = {part: (getattr(args, f"{part}_json"), getattr(args, f"{part}_images"))
              for part in splitting.PARTS if getattr(args, f"{part}_json")}
     with common.start_run(args) as run:
-        study = load_study(args, files, run.say)
+        study = load_study(args, files, run.say, starting_settings(args)["parts"] if args.init_from else None)
         if args.folds:
             run_folds(run, args, study)
         else:

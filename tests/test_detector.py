@@ -897,6 +897,23 @@ def test_plain_detection_without_any_state(bicycles, tmp_path):
     assert not (folder / "per_state.csv").exists()
 
 
+def test_a_start_from_another_run_keeps_its_parts_whatever_the_order_of_the_file(bicycles, trained, tmp_path):
+    """Fewer parts, the last of them first; one that the detector does not know is refused."""
+    content = json.loads((bicycles / "val_coco.json").read_text())
+    left_out = content["categories"].pop(0)["id"]
+    content["categories"].reverse()
+    content["annotations"] = [each for each in content["annotations"] if each["category_id"] != left_out]
+    flags = ["--train_json", tmp_path / "other.json", "--train_images", bicycles / "images", "--output_dir", tmp_path / "out",
+             *SMALL, "--dry_run", "--batch_size", 2, "--init_from", trained]
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    run_script("train_detector.py", *flags)
+    before, after = (common.read_checkpoint(folder / "best_model.pth") for folder in (trained, only_run(tmp_path / "out")))
+    assert after["settings"]["parts"] == before["settings"]["parts"]
+    content["categories"][0]["name"] = "basket"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    assert "does not know these parts: basket" in run_script("train_detector.py", *flags, code=2).stderr
+
+
 def test_two_files_leak_where_they_share_pictures(bicycles, tmp_path):
     """The same pictures in train and val, under two files and other ids: exit 2, and the copies are named."""
     flags = ["--train_json", bicycles / "train_coco.json", "--train_images", bicycles / "images", "--val_json",
