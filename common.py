@@ -904,8 +904,7 @@ def _newest_folder(args):
 
 def has_metrics(folder, epochs):
     """True where a run folder holds its metrics, and not those of fewer epochs."""
-    path = folder / "metrics.json"
-    return bool(read_or_warn(path)) and read_json(folder / "args.json")["flags"]["epochs"] >= epochs
+    return bool(read_or_warn(folder / "metrics.json")) and read_json(folder / "args.json")["flags"]["epochs"] >= epochs
 
 
 def is_finished(folder, args):
