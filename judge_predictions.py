@@ -57,7 +57,7 @@ def parse_args(argv=None):
     if way == "predictions" and any(path.suffix.lower() == ".json" for path in args.predictions):
         parser.error("--predictions expected a CSV, found a .json file; for COCO results name the annotations with --truth")
     if args.truth and len(args.predictions) > 1:
-        parser.error("--truth judges one file of detections: give one file to --predictions")
+        parser.error("--truth judges one file of detections: give one file to --predictions, another one to --baseline")
     return args
 
 

@@ -499,7 +499,8 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
     names = sorted(set(table[label_column]) - {""}, key=str.casefold)
     if len(names) != 2:
         raise common.UserError(
-            f"{path}: a score needs two classes in {label_column}, found {common.shorten_list(names)}")
+            f"{path}: a score needs two classes in {label_column}, found {common.shorten_list(names)}; for more write a "
+            "column prob_CLASS for each")
     if not positive_class and " ".join(names).casefold() not in PLAIN_LABELS:
         raise common.UserError(f"{path}: the score may speak for either class; name the one that is likely where it is "
                                f"high with --positive_class ({', '.join(names)})")
@@ -509,7 +510,8 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
     probability = _from_score(table, "score", path, shared["notes"])
     others = {}
     if baseline:
-        others[baseline] = _from_score(table, known_name(baseline, table, path), path, shared["notes"])
+        name = known_name(baseline, table, path)
+        others[name] = _from_score(table, name, path, shared["notes"])
     return _class_table(names, table[label_column], probability, others, baseline, positive_class, shared)
 
 

@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from sklearn.metrics import r2_score, roc_auc_score
+from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
 
 import common
 import judge_predictions
@@ -144,6 +144,34 @@ def test_the_paired_interval_is_narrower_than_that_of_either_model(tmp_path):
     assert row["better"] == "b" and row["high"] - row["low"] < 0.1
 
 
+def test_models_of_classes_are_compared_each_by_its_own_threshold(tmp_path):
+    """Independent judge: scikit-learn, on tables whose rows stand in other orders."""
+    label = np.arange(90) % 2
+    models = {"a": (1.5, 0.3), "b": (0.4, 0.6)}
+    written, expected = {}, {}
+    for name, (strength, threshold) in models.items():
+        draw = np.random.default_rng(len(written))
+        score = 1 / (1 + np.exp(-(strength * (2 * label - 1) + draw.normal(size=90))))
+        written[name] = [
+            {"clip_id": f"c{i}", "animal": f"g{i % 15}", "label": ("no", "yes")[label[i]], "prob_no": 1 - score[i],
+             "prob_yes": score[i], "threshold": threshold} for i in range(90)]
+        expected[name] = roc_auc_score(label, score), balanced_accuracy_score(label, score >= threshold)
+    common.write_table(tmp_path / "a.csv", written["a"])
+    common.write_table(tmp_path / "b.csv", written["b"][::-1])
+    run = judge(tmp_path, "--predictions", tmp_path / "a.csv", tmp_path / "b.csv", "--group_column", "animal",
+                "--positive_class", "yes")
+    [row] = read(run / "comparison.csv")
+    assert float(row["value_of_first"]) == pytest.approx(expected["a"][0])
+    assert float(row["value_of_second"]) == pytest.approx(expected["b"][0])
+    assert float(row["difference"]) == pytest.approx(expected["a"][0] - expected["b"][0])
+    assert float(row["low"]) > 0 and row["better"] == "1_a"
+    tables = [prediction_tables.read_predictions(tmp_path / f"{name}.csv", "animal", positive_class="yes") for name in "ab"]
+    first, second = table_judging.same_rows(tables, ["a.csv", "b.csv"])
+    overall = first.against(second, "b").compare().overall
+    assert overall.model["balanced_accuracy"].value == pytest.approx(expected["a"][1])
+    assert overall.baseline["balanced_accuracy"].value == pytest.approx(expected["b"][1])
+
+
 def test_mistakes_are_one_line(tmp_path):
     common.write_table(tmp_path / "p.csv", scores())
     common.write_table(tmp_path / "few.csv", scores()[:50])
@@ -182,6 +210,7 @@ def test_a_run_judges_itself_and_is_judged_alike(sample, tmp_path):
      ["no column B_true beside B_predicted"]),
     (["true_label", "prob_a", "prob_b"], lambda i: ["a", 0.3, 0.7], ["the true label has no two different values"]),
     (["label", "score"], lambda i: ["yes" if i % 2 else "no", "" if i == 4 else i / 20], ["1 of 20 rows"]),
+    (["label", "score"], lambda i: ["abc"[i % 3], i / 20], ["two classes in label, found a, b, c", "prob_CLASS"]),
     (["label", "prob_a", "prob_b"], lambda i: ["ab"[i % 2], *([0.3, 0.7] if i else ["", ""])], ["1 of 20 rows", "rows 1"]),
     (["label", "prob_a", "prob_b", "threshold"], lambda i: ["ab"[i % 2], 0.3, 0.7, "" if i == 4 else 0.5],
      ["column threshold is blank in line 6"]),
@@ -292,6 +321,9 @@ def test_the_score_of_two_classes_is_of_a_class_that_is_named_or_plain(tmp_path)
     damaged = rows(("intact", "damaged"))
     with pytest.raises(common.UserError, match="--positive_class.*damaged, intact"):
         table_of(tmp_path, damaged)
+    other = [{**row, "old": k % 5 / 5} for k, row in enumerate(damaged)]
+    baseline = table_of(tmp_path, other, positive_class="damaged", baseline="OLD").baselines["old"]
+    assert baseline[:, 1] == pytest.approx([row["old"] for row in other])
     found = table_of(tmp_path, damaged, positive_class="damaged")
     assert found.quality(found.probability) == roc_auc_score(
         [row["label"] == "damaged" for row in damaged], [row["score"] for row in damaged]) > 0.9
@@ -513,7 +545,8 @@ def test_runs_with_little_to_compare_are_a_note(tmp_path):
     (["--runs", "out", "--held_out"], ["--held_out", "--runs"]),
     (["--predictions", "p.csv", "--box_format", "xyxy"], ["--box_format", "--predictions alone"]),
     (["--predictions", "p.json", "--truth", "x.json", "--positive_class", "ear"], ["--positive_class", "--truth"]),
-    (["--predictions", "p.json"], ["expected a CSV", "--truth"])])
+    (["--predictions", "p.json"], ["expected a CSV", "--truth"]),
+    (["--predictions", "p.json", "q.json", "--truth", "x.json"], ["one file to --predictions", "--baseline"])])
 def test_flags_that_would_do_nothing_are_refused(flags, words, capsys):
     with pytest.raises(SystemExit) as left:
         judge_predictions.parse_args(flags)
