@@ -213,6 +213,14 @@ def test_evaluate_on_data_it_never_saw(trained, slices, tmp_path):
     assert {row["baseline"] for row in metrics["baselines"]} == {"zero", "copy", "train_mean"}
     assert not any("trained on these patients" in alarm for alarm in metrics["alarms"])
     assert metrics["held_out"] is True
+    known = common.read_checkpoint(trained / "best_model.pth")["train_patients"][0]
+    folders = sorted(path.name for path in (tmp_path / "other").glob("guest_*"))
+    owners = {folder: known if k == 0 else "guest" for k, folder in enumerate(folders)}
+    common.write_json(tmp_path / "map.json", owners)
+    run_script("train_dreamer.py", "--mode", "evaluate", "--checkpoint", trained, "--data_dir", tmp_path / "other",
+               "--patient_map", tmp_path / "map.json", "--output_dir", tmp_path / "again")
+    metrics = json.loads((only_run(tmp_path / "again") / "metrics.json").read_text())
+    assert any(f"trained on these patients: {known}. Score others" in alarm for alarm in metrics["alarms"])
 
 
 def test_predict_repeats_the_predictions_without_labels(trained, slices, tmp_path):
@@ -407,7 +415,7 @@ def test_shapes_are_as_written(token_type, tokens):
     assert torch.allclose(found.at2, torch.zeros(2, 6)) and torch.allclose(found.at1, -torch.ones(2, 6))
 
 
-def test_a_grey_frame_gives_what_it_gave_as_colour():
+def test_a_grey_frame_gives_what_it_gave_as_colour(tmp_path):
     torch.manual_seed(0)
     resnet, width = backbones.build_backbone("resnet18", pretrained=False)
     features = nn.Sequential(*list(resnet.children())[:-2]).eval()
@@ -416,6 +424,12 @@ def test_a_grey_frame_gives_what_it_gave_as_colour():
     encoder = train_dreamer.Encoder(resnet, tiny_args("--image_size", 64)).eval()
     assert torch.allclose(encoder(grey), wanted, atol=1e-5) and wanted.shape == (2, width, encoder.n_cells)
     assert encoder.n_features == width
+    torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
+    args = tiny_args("--image_size", 64, "--weights", tmp_path / "resnet18.pth")
+    encoder = train_dreamer.Encoder(resnet, args).eval()
+    grey_of_imagenet = (grey / 255 - (0.485 + 0.456 + 0.406) / 3) / ((0.229 + 0.224 + 0.225) / 3)
+    wanted = features(grey_of_imagenet.repeat(1, 3, 1, 1)).flatten(2)
+    assert torch.allclose(encoder(grey), wanted, atol=1e-4), "as weights of photographs expect it, a mean over colours"
 
 
 def test_frozen_layers_stay_as_they_are():
@@ -572,6 +586,8 @@ def test_retrieval_rank_by_hand():
     patients = np.array(["a", "a", "a", "b", "b"])
     assert pose_scores.retrieval_rank(guess, truth, patients) == pytest.approx(np.mean([0, 0.5, 0, 1, 0]))
     assert pose_scores.retrieval_rank(truth * 0, truth * 0, patients) == 0.5, "ties are chance"
+    alone = np.append(patients[:-1], "x")
+    assert pose_scores.retrieval_rank(guess, truth, alone) == pytest.approx(np.mean([0, 0.5, 0])), "b and x have one row"
 
 
 def test_latent_numbers_do_not_depend_on_the_batches():

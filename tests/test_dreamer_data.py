@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 import common
+import make_sample_data
 from evidence import pose_audit, pose_scores, prediction_tables, splitting
 import train_dreamer
 from conftest import only_run, run_script
@@ -150,6 +151,17 @@ def test_bad_labels_are_masked_and_counted(tmp_path):
     assert np.array_equal(study.at1[~np.isnan(study.at1)], at1[~np.isnan(study.at1)])
     assert "3 values of at1_6dof in 3 rows masked" in text and "1 values of at2_6dof" in text
     assert text.count("WARNING: 3 values") == text.count("WARNING: 1 values") == 1, "a half and a sixth of the rows"
+
+
+def test_bad_labels_of_the_sample_data_are_masked(tmp_path):
+    draws = np.random.default_rng(0)
+    poses = make_sample_data.make_path(7, draws)
+    make_sample_data.write_sequence(tmp_path / "data" / "patient_000_01", poses, np.eye(3), [], "bad_labels", draws)
+    study, _, _ = load(tmp_path / "data")
+    masked = np.zeros((6, 6), bool)
+    masked[2, 1] = True
+    assert np.array_equal(np.isnan(study.at1), masked) and np.allclose(study.at1[~masked], poses[:-1][~masked], atol=1e-4)
+    assert np.flatnonzero(np.isnan(study.at2)).tolist() in ([], [4 * 6 + 3])
 
 
 def test_a_label_that_is_masked_by_accident_is_a_note(tmp_path):
@@ -317,6 +329,7 @@ def test_a_statistics_file_is_ignored_and_nothing_is_written(tmp_path):
 MISTAKES = {
     "five numbers": (lambda rows: rows[1]["at1_6dof"].pop(), ["row 2", "6 numbers", "at1_6dof"]),
     "a word": (lambda rows: rows[1].update(at1_6dof=["left"] * 6), ["row 2"]),
+    "a path that is a number": (lambda rows: rows[1].update(ft1_image_path=7), ["row 2", "ft1_image_path, found 7"]),
     "no path": (lambda rows: rows[0].pop("ft1_image_path"), ["row 1", "ft1_image_path"]),
     "a path that leaves": (lambda rows: rows[3].update(ft2_image_path="../../etc/passwd.png"), ["row 4", "no file"]),
     "an absolute path": (lambda rows: rows[3].update(ft1_image_path="C:\\frames\\1.png"), ["row 4", "no file"]),
@@ -426,6 +439,8 @@ def test_an_axis_without_a_label_is_named_before_training(tmp_path, recwarn):
     study, _, _ = load(tmp_path / "data")
     ranges = {check.name: check for check in pose_audit.check_ranges(study.poses)}
     assert ranges["range at1"].status == "WARN" and ranges["range motion"].status == "OK" and not recwarn.list
+    assert pose_audit.check_time(study.place[:2], study.at1[:2]) == [], "any two points are on a line"
+    assert pose_audit.check_chain(study.sequences[:1], study.frames[:1], study.at1[:1], study.at2[:1]) == []
     [check] = pose_audit.check_time(study.place, study.at1)
     assert check.status == "WARN" and "x_mm +1.00" in check.found and not recwarn.list
     with pytest.raises(common.UserError, match="no train row has a usable pitch_deg in at1_6dof"):
@@ -539,6 +554,9 @@ def test_blocks_of_time_keep_their_gap(tmp_path):
     assert spans == [(0, 35, 36), (40, 47, 8), (52, 59, 8)]
     frames = [set(study.frames[rows].ravel().tolist()) for rows in split.values()]
     assert frames[0].isdisjoint(frames[1]) and frames[1].isdisjoint(frames[2])
+    _, _, args = load(tmp_path / "data", "--split_by", "time", "--gap", 40)
+    with pytest.raises(common.UserError, match="too short for blocks of time with --gap 40; empty: .*smaller --gap"):
+        train_dreamer.make_split(args, study)
 
 
 def test_a_frame_in_two_parts_is_found_before_training(tmp_path):
@@ -558,6 +576,18 @@ def test_what_chooses_the_epoch_of_a_fold_shares_no_frame_with_the_train_rows(tm
     study, _, args = load(tmp_path / "data", "--patient_regex", r"(.*)_\d", "--folds", 2)
     for fold in train_dreamer.make_folds(args, study):
         assert not np.intersect1d(study.frames[fold["train"]], study.frames[fold["val"]]).size
+
+
+@pytest.mark.parametrize("select, parts", [("main_task_loss", ["train", "val", "test"]), ("last", ["train", "val"])])
+def test_a_fold_chooses_its_epoch_on_patients_of_their_own(clinic, select, parts):
+    study, _, args = load(clinic, "--patient_regex", r"(.*)_\d", "--folds", 3, "--select", select)
+    folds = train_dreamer.make_folds(args, study)
+    for fold in folds:
+        patients = [set(study.patients[rows]) for part, rows in fold.items() if len(rows)]
+        assert [part for part, rows in fold.items() if len(rows)] == parts
+        assert sum(map(len, patients)) == 6 == len(set.union(*patients))
+    left_out = np.concatenate([fold[parts[-1]] for fold in folds])
+    assert sorted(left_out) == list(range(len(study.names)))
 
 
 def test_too_few_patients_for_the_parts_say_what_to_do(tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,6 +18,7 @@ from sklearn.metrics import r2_score, roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+import common
 import make_sample_data
 
 from planted_leaks import PLANTED, plant_leaks
@@ -227,3 +229,10 @@ def test_every_animal_is_held_out_in_one_fold(made):
     animals = set(pd.read_csv(folder / "sequences.csv").animal)
     assert sorted(itertools.chain(*(fold["val_animals"] for fold in folds))) == sorted(animals)
     assert all(set(fold["train_animals"]) == animals - set(fold["val_animals"]) for fold in folds)
+
+
+def test_an_opencv_that_cannot_write_videos_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(cv2, "VideoWriter", lambda *_: SimpleNamespace(isOpened=lambda: False))
+    video = SimpleNamespace(size=(64, 48), file="pen 1/a.mp4", fps=12, events={})
+    with pytest.raises(common.UserError, match="OpenCV .* cannot write .*a.mp4: it was built without FFmpeg"):
+        make_sample_data.render_video(tmp_path, video, np.random.default_rng(0))
