@@ -1064,7 +1064,7 @@ def examine_split(study, split):
     for part, rows in split.items():
         if part in ("train", "val") and not any(truth.judged(row).any() for row in rows):
             raise common.UserError(
-                f"no box in the {part} part: nothing to learn or judge; change the split")
+                f"no box in the {part} part: nothing to learn or judge; make other parts (--seed, --split_file)")
     return splitting.leakage_report(
         split, truth.images, study.audit("pixel_sha"), study.audit("phash"), {"groups": truth.groups})
 

@@ -636,7 +636,7 @@ def check_pictures(audits, images, on_bad_file):
         image.size = size
     good = picture_files.check_bad_files(audits, on_bad_file)
     if not good:
-        raise common.UserError(f"none of the {len(images)} pictures can be used")
+        raise common.UserError(f"none of the {len(images)} pictures can be used (first: {audits[0].error})")
     bad = [{"image": image.name, "reason": found.error} for found, image in zip(audits, images) if found.error]
     return good, bad
 

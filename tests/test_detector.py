@@ -27,7 +27,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score,
 
 import common
 import train_detector
-from conftest import ROOT, only_run, run_fresh, run_script
+from conftest import ROOT, only_run, run_fresh, run_here, run_script
 from evidence import box_pictures, detection_judging, detection_scores, detection_tables, judging, verdicts
 from readers import part_boxes
 from readers.part_boxes import ABSENT, UNKNOWN, PartTruth
@@ -582,6 +582,12 @@ def test_alarms_name_their_remedy():
         assert said == "are intact" or "train_detector.py" in own, "judge_predictions.py has no such flag"
 
 
+def test_a_validation_loss_above_twice_the_train_loss_is_an_alarm():
+    assert train_detector.overfitting_alarms({"train_loss": 0.5, "val_loss": 1.0}) == []
+    [alarm] = train_detector.overfitting_alarms({"train_loss": 0.5, "val_loss": 1.01})
+    assert "1.010 far above train loss 0.500" in alarm and "--trainable_layers" in alarm
+
+
 def test_a_plain_detector_is_not_said_to_be_judged_on_states():
     truth = annotated([(0, 0, BOX)])
     found = [detections((0, 0.9, 0, BOX))]
@@ -879,6 +885,26 @@ def test_prediction_lists_every_picture(bicycles, trained, tmp_path, monkeypatch
     assert len(list((tmp_path / "d_pictures").glob("*.jpg"))) == 1
     # the name of the CSV was given: the JSON stands beside it
     assert f"{len(json.loads((tmp_path / 'd.json').read_text()))} detections, " in text
+
+
+def test_a_folder_without_pictures_has_nothing_to_predict(tmp_path):
+    with pytest.raises(common.UserError, match="--images_dir .*: expected pictures, found none"):
+        train_detector.pictures_to_predict(tmp_path, {})
+
+
+def test_an_audit_counts_the_boxes_of_its_file(bicycles, tmp_path):
+    text = run_here("train_detector.py", "--mode", "audit", "--json", bicycles / "train_coco.json", "--images_dir",
+                    bicycles / "images", "--min_size", 32, "--max_size", 40, "--output", tmp_path / "audit.json").stdout
+    found = json.loads((tmp_path / "audit.json").read_text())
+    judge = COCO(str(bicycles / "train_coco.json"))
+    boxes = {each["name"]: len(judge.getAnnIds(catIds=[each["id"]])) for each in judge.loadCats(judge.getCatIds())}
+    skipped = [each["annotation"] for each in found["skipped"]]
+    for row in found["parts"]:
+        lost = sum(f"({row['part']})" in name for name in skipped)
+        assert row["boxes"] + lost == boxes[row["part"]] and row["part"] in text
+    names = [image["file_name"] for image in judge.imgs.values()]
+    pixels = {np.asarray(Image.open(bicycles / "images" / name)).tobytes() for name in names}
+    assert found["pictures"] == len(names) and found["copies"]["exact_duplicates"]["count"] == len(names) - len(pixels)
 
 
 def test_plain_detection_without_any_state(bicycles, tmp_path):

@@ -113,6 +113,12 @@ def test_an_absent_part_of_a_coco_file_may_lack_its_box(tmp_path, flags, box):
     assert study.truth.absent[0].tolist() == [study.truth.parts.index("bell")] and len(study.truth.boxes[0]) == 1
 
 
+def test_a_list_of_absent_parts_is_read(tmp_path, flags):
+    images = [{"id": 0, "file_name": "0.jpg"}, {"id": 9, "file_name": "1.jpg", "absent_parts": ["saddle", " bell"]}]
+    study = study_of(tmp_path, flags, coco(images=images), names=("0.jpg", "1.jpg"))
+    assert study.truth.absent[0].tolist() == [] and sorted(study.truth.absent[1].tolist()) == [0, 1]
+
+
 def test_one_list_of_parts_for_all_splits_by_name(tmp_path, flags):
     """Other ids, another order and a missing category in val: labels still mean the same parts."""
     write_pictures(tmp_path / "images", ("0.jpg", "1.jpg"))
@@ -493,6 +499,10 @@ def test_boxes_in_another_convention_stop_the_run_and_are_read_when_it_is_named(
         study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
     study = study_of(tmp_path, flags, content, "--box_format", box_format, names=("0.jpg", "1.jpg"))
     np.testing.assert_allclose(study.truth.boxes[0], plain.truth.boxes[0], atol=1e-5)
+    if box_format == "fractions":
+        del content["images"][0]["width"]
+        with pytest.raises(common.UserError, match="'0.jpg', annotation 0: a box in fractions needs width and height"):
+            study_of(tmp_path, flags, content, "--box_format", box_format, names=("0.jpg", "1.jpg"))
 
 
 def test_areas_betray_corners_and_boxes_that_truly_leave_are_cut(tmp_path, flags):
@@ -557,6 +567,9 @@ def test_pictures_of_another_size_than_annotated(tmp_path, flags):
         study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
     study = study_of(tmp_path, flags, content, "--on_bad_file", "skip", names=("0.jpg", "1.jpg"))
     assert list(study.truth.images) == ["1.jpg"]
+    content["images"][1] |= {"width": 41, "height": 60}
+    with pytest.raises(common.UserError, match="none of the 2 pictures can be used.*60 x 40 pixels.*40 x 60"):
+        study_of(tmp_path, flags, content, "--on_bad_file", "skip", names=("0.jpg", "1.jpg"))
 
 
 def test_missing_pictures_are_listed(tmp_path, flags):
@@ -644,6 +657,26 @@ def test_labels_of_a_mirrored_picture(parts, expected):
     assert found is expected is None or list(found) == expected
 
 
+def test_a_side_without_its_counterpart_is_said_to_forbid_mirroring(tmp_path, flags, monkeypatch):
+    content = coco(categories=[{"id": 0, "name": "left pedal"}, {"id": 4, "name": "bell"}])
+    study = study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
+    said = []
+
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_detector, "build_model", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run = SimpleNamespace(say=said.append, compute=SimpleNamespace(place=None))
+        train_detector.fit(run, flags("--augment", "light"), study, {"train": np.arange(2), "val": np.arange(2)})
+    assert "called left or right" in said[0] and "not mirrored" in said[0]
+
+
+def test_a_part_of_the_split_without_a_judged_box_is_refused(tmp_path, flags):
+    study = study_of(tmp_path, flags, PARTS)
+    with pytest.raises(common.UserError, match="no box in the val part: .*--split_file"):
+        train_detector.examine_split(study, {"train": np.array([0, 1]), "val": np.array([2])})
+
+
 def drawn_truth(sides):
     """Boxes of these sides (pictures, boxes), twice as wide as the square and half as high, in pictures of 800 px."""
     boxes = np.zeros((*sides.shape, 4), np.float32)
@@ -679,6 +712,17 @@ def test_a_detector_to_start_from_keeps_its_anchors(tmp_path):
     flags.model = train_detector.RESNET18
     flags.init_from = None
     assert train_detector.choose_anchors(flags, drawn_truth(np.full((4, 3), 300.0)), 400, 800) != learnt
+    flags.model = "fasterrcnn_resnet50_fpn"
+    published = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    sides = [side for level in published.rpn.anchor_generator.sizes for side in level]
+    assert train_detector.choose_anchors(flags, drawn_truth(np.full((4, 3), 300.0)), 400, 800) == sides
+    flags.anchor_sizes = [9, 18, 36, 72, 144]
+    assert train_detector.choose_anchors(flags, drawn_truth(np.full((4, 3), 300.0)), 400, 800) == flags.anchor_sizes
+
+
+def test_boxes_of_one_size_have_anchors_of_that_size():
+    found = train_detector.fit_anchors(drawn_truth(np.full((8, 3), 60.0)), 400, 800)
+    assert min(abs(np.subtract(found, 30))) < 1 and found == sorted(found) and np.isfinite(found).all()
 
 
 def test_anchors_come_close_to_more_boxes_than_one_fixed_size_a_level():
@@ -795,6 +839,10 @@ MISTAKES = {
     "anchors": ([*DATA, "--anchor_sizes", "8", "16"], ["takes 5"]),
     "anchors of the small one": ([*DATA, "--model", "fasterrcnn_resnet18_fpn", "--anchor_sizes", "8", "16"],
                                  ["takes 4, 8, ... sides"]),
+    "compiled": ([*DATA, "--compile"], ["--compile", "vary in size", "leave it out"]),
+    "a baseline of random features": ([*DATA, "--no_pretrained", "--baseline", "heads"],
+                                      ["--baseline heads", "trained weights"]),
+    "a baseline that is the model": ([*DATA, "--trainable_layers", "0", "--baseline", "heads"], ["--trainable_layers"]),
     "model": ([*DATA, "--model", "fasterrcnn"], ["fasterrcnn_resnet50_fpn"])}
 
 

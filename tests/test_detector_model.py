@@ -476,6 +476,13 @@ def test_wrong_weights_are_refused(tmp_path):
     Flags.weights = tmp_path / "r50.pth"
     with pytest.raises(common.UserError, match="another shape|not the weights"):
         train_detector.build_model(Flags, small_settings(), None)
+    state = small_detector().state_dict()
+    name = "rpn.head.cls_logits.bias"
+    short = {other: value for other, value in state.items() if other != name}
+    with pytest.raises(common.UserError, match=f"d.pth: not the weights of this detector: 1 layers missing.*first: {name}"):
+        train_detector.load_pretrained(small_detector(), short, "d.pth")
+    with pytest.raises(common.UserError, match=f"d.pth: layers of another shape: .*{name}"):
+        train_detector.load_pretrained(small_detector(), {**state, name: torch.zeros(99)}, "d.pth")
 
 
 @pytest.mark.parametrize("name, published", [("fasterrcnn_resnet18_fpn", "resnet18"), ("fasterrcnn_resnet50_fpn",) * 2])
