@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -348,9 +349,14 @@ def test_recordings_shorter_than_a_window_and_folders_of_pictures(made, tmp_path
     (tmp_path / "damaged" / "08.png").write_bytes(b"no picture")
     assert list(video_files.find_recordings(tmp_path / "pictures")) == ["pictures"]
     Image.fromarray(frames[0]).save(tmp_path / "stray.png")
+    writer = cv2.VideoWriter(str(tmp_path / "slow.avi"), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"MJPG"), 2, (40, 40))
+    for pixels in frames:
+        writer.write(pixels)
+    writer.release()
     text = video("--mode", "predict", "--checkpoint", only_run(made / "motion"), "--video", tmp_path,
                  "--output_dir", tmp_path / "out", "--num_workers", 0, "--annotate").stdout
-    assert "3 of 4 recordings read" in text and re.search("skipped: damaged: .*08.png: no picture", text)
+    assert re.search("note: .*slow.avi: it has 2.0 frames a second, fewer than the 4 of a window", text)
+    assert "4 of 5 recordings read" in text and re.search("skipped: damaged: .*08.png: no picture", text)
     spans = {}
     for row in read_csv(only_run(tmp_path / "out") / "windows.csv"):
         span = float(row["start_sec"]), float(row["end_sec"])

@@ -290,6 +290,37 @@ def test_the_motion_readout_of_scores_is_its_baseline_in_another_run(made, score
     assert "Head_low_motion_readout" not in own[0] and "Head_low_ridge" in own[0]
 
 
+def test_two_raters_of_scores_give_a_ceiling(made, tmp_path):
+    """One score on which they agree exactly, one on which they do not."""
+    rows = read_csv(made.sequences)
+    for row in rows:
+        row["sequence_path"] = made.folder / row["sequence_path"]
+    draw = np.random.default_rng(0)
+    rated = [{"path": row["sequence_path"], "animal": row["animal"], "rater": rater, "same": float(row["Total.Facial.scale"] or 1),
+              "other": float(row["Total.Facial.scale"] or 1) + draw.normal()} for row in rows for rater in "AB"]
+    common.write_table(tmp_path / "rated.csv", rated)
+    video("--task", "regress", "--manifest", tmp_path / "rated.csv", *made.solved, "--group_column", "animal", "--dry_run",
+          "--target_columns", "same", "other", "--output_dir", tmp_path / "out")
+    ceiling = read_json(only_run(tmp_path / "out") / "metrics.json")["ceiling"]
+    assert "Spearman-Brown" in ceiling["source"]
+    assert ceiling["r2"][0] == pytest.approx(1) and ceiling["r2"][1] < 0.999
+
+
+def test_a_motion_readout_whose_weights_cannot_be_had_is_no_baseline(monkeypatch):
+    def fail(*_):
+        raise common.UserError("no pretrained weights for resnet18")
+    monkeypatch.setattr(train_video, "build_model", lambda *_: None)
+    monkeypatch.setattr(train_video, "features_of_rows", lambda *_: np.ones((2, 3)))
+    monkeypatch.setattr(train_video, "motion_features", fail)
+    said = []
+    run = SimpleNamespace(compute=SimpleNamespace(place=lambda network: network), say=said.append)
+    study = SimpleNamespace(table=SimpleNamespace(names=["a", "b"], label=np.array([0, 1])))
+    args = SimpleNamespace(freeze_backbone=False, model=train_video.CNN_LSTM)
+    found = train_video.untuned_features(args, study, run, np.arange(2))
+    assert list(found.of_rows) == ["logistic"]
+    assert said == ["note: no motion readout to compare with: no pretrained weights for resnet18"]
+
+
 # --- the other modes -------------------------------------------------------------------------
 
 def test_predict_repeats_the_test_predictions(made, behaviours, tmp_path):
@@ -1044,7 +1075,17 @@ def test_published_weights_that_cannot_be_had(made, tmp_path, monkeypatch):
         train_video.train(args)
 
 
-def test_broken_videos_are_named_and_counted(made, tmp_path):
+def test_windows_after_the_end_of_their_videos_leave_nothing(made, tmp_path):
+    """And a rate above that of the videos is said."""
+    path = next((made.folder / "videos").rglob("*.mp4"))
+    rows = [{"path": path, "label": "ab"[k % 2], "start_sec": 900 + 10 * k, "end_sec": 902 + 10 * k} for k in range(12)]
+    common.write_table(tmp_path / "late.csv", rows)
+    said = video("--manifest", tmp_path / "late.csv", *made.small, "--fps", 90, "--output_dir", tmp_path, code=2)
+    assert "none of 12 rows can be used (first: " in said.stderr
+    assert re.search("note: .*--fps", said.stdout)
+
+
+def test_broken_videos_are_named_and_counted(made, behaviours, tmp_path):
     root = tmp_path / "videos"
     shutil.copytree(made.folder / "videos", root)
     broken = next(root.rglob("N864*.mp4"), None) or next(root.rglob("N864*"))
@@ -1057,6 +1098,9 @@ def test_broken_videos_are_named_and_counted(made, tmp_path):
     assert {row["video"] for row in read_csv(only_run(tmp_path / "b") / "skipped.csv")} == {str(broken)}
     text = video(*flags, "--output_dir", tmp_path / "c", "--max_missing", 0.2, "--on_bad_file", "error", code=2).stderr
     assert broken.name in text
+    text = video("--mode", "predict", "--checkpoint", behaviours, *flags[:6], "--max_missing", 0.2, "--output",
+                 tmp_path / "p.csv").stdout
+    assert len(re.findall(f"skipped: .*{broken.name}: ", text)) == 5 and "5 rows skipped" in text
 
 
 def test_checkpoints_that_do_not_fit(made, behaviours, scores, tmp_path):
@@ -1065,6 +1109,8 @@ def test_checkpoints_that_do_not_fit(made, behaviours, scores, tmp_path):
     flags = ["--mode", "predict", *val(made), "--output", tmp_path / "p.csv", "--checkpoint"]
     common.save_checkpoint(tmp_path / "other.pth", {**content, "script": "train_assessor.py"})
     assert "train_assessor.py" in video(*flags, tmp_path / "other.pth", code=2).stderr
+    of_scores = ["--mode", "predict", "--checkpoint", scores, "--video", made.folder / "videos"]
+    assert "--video needs checkpoints of --task classify" in video(*of_scores, code=2).stderr
     text = video(*flags, behaviours, scores, code=2).stderr
     assert "must agree" in text and text.count("\n") == 1
     top = next(behaviours.glob("top_epoch_*.pth"))

@@ -394,6 +394,15 @@ def test_rows_in_frames_of_a_damaged_film_are_skipped(tmp_path):
     assert len(table) == 0 and "frames cannot be counted" in table.skipped[0]["reason"]
 
 
+def test_a_row_in_frames_of_a_file_that_cannot_be_read_stays_in_frames(tmp_path):
+    write_film(tmp_path / "good.mp4", n=30)
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    (tmp_path / "m.csv").write_text("path,label,start_frame,end_frame\nbad.mp4,a,0,9\ngood.mp4,b,15,29\n")
+    table = event_times.seconds_of(event_tables.read_events({"": tmp_path / "m.csv"}), FPS)
+    assert table.unit.tolist() == ["frame", "sec"] and table.windows[0].tolist() == [0, 10]
+    assert table.windows[1] == pytest.approx([1, 2])
+
+
 def test_a_standing_picture_with_sound_is_read_to_its_end(tmp_path):
     """60 s and 6,000 packets of sound without a picture."""
     stamps_ms = np.r_[np.arange(45) * 40, 60_000 + np.arange(45) * 40]
@@ -466,12 +475,26 @@ def broken_files(folder):
     return {folder / name: reason for name, reason in reasons.items()}
 
 
-def test_broken_files_are_named_and_never_raise(tmp_path):
+def test_films_of_which_nothing_can_be_shown_say_why(tmp_path, monkeypatch):
+    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
+        sound = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 80), np.int16), "s16", "mono")
+        silence.pts, silence.sample_rate, silence.time_base = 0, 8000, Fraction(1, 8000)
+        container.mux(sound.encode(silence))
+    assert "no picture track" in video_files.probe(tmp_path / "sound.mkv").error
+    path = damaged_film(tmp_path / "lost.mp4", first=0, last=90)
+    assert "none of its frames can be decoded" in video_files.probe(path).error
+    monkeypatch.setattr(pixel_cache, "MAX_PIXELS", WIDTH * HEIGHT - 1)
+    assert f"its header claims {WIDTH} x {HEIGHT} pixels" in video_files.probe(path).error
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_broken_files_are_named_and_never_raise(tmp_path, cache):
     files = broken_files(tmp_path)
     for path, reason in files.items():
         info = video_files.probe(path)
         assert reason in info.error and "\n" not in info.error and info.n_frames == 0
-    store = open_store(list(files), [WHOLE] * len(files))
+    store = open_store(list(files), [WHOLE] * len(files), cache=cache)
     for row, (path, reason) in enumerate(files.items()):
         assert store.audit[row].path == str(path) and reason in store.audit[row].error
         with pytest.raises(pixel_cache.BadImage, match="no |empty|without"):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import common
-from evidence import confounding, event_audit, rater_agreement, splitting
+from evidence import confounding, event_audit, event_splits, rater_agreement, splitting
 from readers import event_tables, event_times, file_names, score_tables, video_files
 
 pytestmark = pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
@@ -378,6 +378,11 @@ def test_a_boris_observation_of_several_files_is_refused(tmp_path):
     assert "observation o goes over 2 files (s0.mp4, s1.mp4)" in message and "an observation of its own" in message
 
 
+def test_a_status_that_starts_and_stops_nothing_is_an_ordinary_column(tmp_path):
+    table = boris(tmp_path, "video\tlabel\ttime\tstart_sec\tstatus\ns0.mp4\tgroom\t09:00\t3\tchecked\n", min_event_sec=0)
+    assert table.windows.tolist() == [[3, 3]] and list(table.extra["status"]) == ["checked"] and len(table) == 1
+
+
 def test_boris_events_that_are_all_points(tmp_path):
     text = ("Observation id\tMedia file path\tFPS\tBehavior\tBehavior type\tTime\n"
             "o\ts0.mp4\t25\tpeck\tPOINT\t3.5\np\ts1.mp4\t25\tjump\tPOINT\t9\n")
@@ -534,6 +539,7 @@ def test_class_folders_and_apple_files(tmp_path):
     table = event_tables.read_events({"": tmp_path})
     assert sorted(table.clip_ids) == ["ear/1.mp4", "tail/1.mp4", "tail/2"] and table.names == ["ear", "tail"]
     assert len(set(table.events)) == 3, "equal base names in two class folders are two clips"
+    assert "CLASS/clip.mp4" in fails(event_tables.read_events, {"": put(tmp_path / "flat", "1.mp4")})
     put(tmp_path, "NA/1.mp4")
     with pytest.raises(common.UserError, match="labels: no class can be called 'NA'"):
         event_tables.read_events({"": tmp_path})
@@ -555,6 +561,8 @@ def test_absolute_paths_without_a_video_root(tmp_path):
     path = write(tmp_path / "m.csv", f"path,label\n{video},x\n")
     assert event_tables.read_events({"": path}).sources == [video]
     assert "1 of 1" in fails(event_tables.read_events, {"": path}, put(tmp_path / "near", "b.mp4"))
+    elsewhere = write(put(tmp_path / "tables", "b.mp4") / "m.csv", path.read_text())
+    assert event_tables.read_events({"": elsewhere}).sources == [video], "beside no video of its own"
 
 
 def test_rows_repeated_on_purpose_are_counted_and_stand_once(tmp_path):
@@ -597,6 +605,7 @@ def test_spellings_of_case_and_spaces_are_one_class():
     ("map.yaml", "Ear: ear\nTAIL: tail\ntail/teat?: tail\ntailhead:\n"),
     ("map.csv", "spelling,class\nEar,ear\nTAIL,tail\ntail/teat?,tail\ntailhead,\n"),
     ("pairs.csv", "EAR,ear\nTAIL,tail\ntail/teat?,tail\n"),
+    ("wide.csv", "rows,class,spelling\n3,ear,Ear\n4,tail,TAIL\n1,tail,tail/teat?\n2,,tailhead\n"),
     ("map.yml", "ear: [Ear]\ntail: [TAIL, 'tail/teat?']\n")])
 def test_label_map_in_every_format(tmp_path, name, text):
     root = put(tmp_path, "a.mp4")
@@ -605,6 +614,8 @@ def test_label_map_in_every_format(tmp_path, name, text):
     table = event_tables.read_events({"": manifest(tmp_path / "m.csv", *rows)}, root, write(tmp_path / name, text))
     assert table.names == ["ear", "tail"] and list(table.label) == [0, 1, 1, 1]
     assert [row["reason"] for row in table.skipped] == ["left out by --label_map"] * ("tailhead" in text)
+    odd = write(tmp_path / "odd.csv", "spelling,klass,rows\nEar,ear,3\n")
+    assert "--label_map" in (message := fails(event_tables.read_label_map, odd)) and "no column class" in message
 
 
 def test_unmapped_labels_are_listed_with_their_counts(tmp_path):
@@ -637,6 +648,12 @@ def test_mistakes_in_a_manifest(tmp_path, text, said):
     assert said in fails(event_tables.read_events, {"": path}, group_column="group" if "group" in text else None)
     table = {"": write(path, "path,label,pen\na.mp4,x,1\n")}
     assert "did you mean" in fails(event_tables.read_events, table, group_column="pem")
+
+
+def test_groups_that_no_flag_asked_for_may_be_blank(tmp_path):
+    put(tmp_path, "a.mp4", "b.mp4")
+    table = event_tables.read_events({"": write(tmp_path / "m.csv", "path,label,group\na.mp4,x,1\nb.mp4,y,\n")})
+    assert table.groups is None and "column group is blank in 1 rows and names no groups" in table.notes
 
 
 # --- splits --------------------------------------------------------------------------
@@ -871,6 +888,21 @@ def test_weights_and_presets_of_levels(scores):
 def test_test_groups(scores):
     assert np.flatnonzero(event_tables.group_mask(scores, "0, tensor(2)")).tolist() == [0, 1, 4, 5]
     assert "14" in fails(event_tables.group_mask, scores, "0,14")
+
+
+def test_what_the_test_groups_leave_is_cut_into_train_and_val_by_whole_groups(scores):
+    args = SimpleNamespace(folds=0, cv_file=None, test_groups="2", split_by="group", train_ratio=None, val_ratio=0.4,
+                           test_ratio=0.0, seed=1)
+    [split] = event_splits.asked_splits(args, scores)
+    groups = {part: set(scores.groups[rows]) for part, rows in split.items()}
+    assert groups["test"] == {"2"} and len(groups["train"]) == len(groups["val"]) == 1
+    assert sorted(np.concatenate(list(split.values()))) == list(range(6))
+
+
+def test_animals_of_flags_and_files_need_their_column(scores, tmp_path):
+    scores.groups = None
+    assert "--test_groups 14 needs --group_column" in fails(event_tables.group_mask, scores, "14")
+    assert "it needs --group_column" in fails(score_tables.read_cv_file, tmp_path / "cv.json", scores)
 
 
 FOLDS = [{"fold": 0, "train_animals": [0, 1], "val_animals": [2]},
