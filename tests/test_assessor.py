@@ -631,6 +631,25 @@ def test_what_prediction_cannot_do_is_said_at_once(flags, message, capsys):
     assert left.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_prediction_without_pictures_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        predict_assessor.parse_args(["--checkpoint", "m"])
+    assert "no pictures given; name them with --image_dir, --image_list or --images" in capsys.readouterr().err
+    (tmp_path / "list.txt").write_text("\n\n")
+    for flags in (["--image_dir", tmp_path], ["--image_list", tmp_path / "list.txt"]):
+        args = predict_assessor.parse_args(["--checkpoint", "m", *map(str, flags)])
+        with pytest.raises(common.UserError, match=f"no pictures found in {flags[1]}"):
+            predict_assessor.find_inputs(args)
+
+
+def test_an_infinite_interval_is_said_and_so_is_a_constant_rating(capsys):
+    members = [predict_assessor.Member(None, {"label_sd": torch.ones(2)})]
+    predicted = np.array([[[1.0, 2.0], [3.0, 2.01]]])  # (1 member, 2 pictures, 2 ratings)
+    predict_assessor.print_summary(predicted, ["a", "b"], members, np.array([0.5, np.inf]))
+    said = capsys.readouterr().out
+    assert "interval: infinite for 1 ratings, too few residuals" in said and said.count("NEARLY CONSTANT") == 1
+
+
 def test_without_a_readable_picture_nothing_is_exported_and_it_is_said(folds, tmp_path):
     (tmp_path / "broken.jpg").write_text("no picture")
     text = run_here("predict_assessor.py", "--checkpoint", folds / "fold_0", "--images", tmp_path / "broken.jpg", "--output",
@@ -665,6 +684,9 @@ def test_further_fields_of_a_checkpoint_are_ignored(tmp_path):
 def test_ratings_that_differ_by_rounding_alone_are_not_blown_up():
     scaler = train_assessor.fit_scaler(np.array([[0.3], [0.30000000000000004]]), normalize=True)
     assert scaler["sd"] == 1e-8
+    ratings = np.array([[3.0, 5.0], [4.0, 8.0]])
+    scaler = train_assessor.fit_scaler(ratings, normalize=False)
+    assert ((ratings - scaler["mean"]) / scaler["sd"]).tolist() == ratings.tolist(), "in the units of the ratings"
 
 
 def same_in_train_rows(header, rows):
@@ -689,6 +711,26 @@ def test_a_rating_without_a_value_in_the_train_rows_is_named(sample, tmp_path, f
     text = run_here("train_assessor.py", *small_run(sample, "out", "--ratings_file", table, *flags), code=2).stderr
     assert text.startswith("error: Anger: no two different ratings in the train rows") and "--target_columns" in text
     assert not list(Path("out").glob("run_*")), "a mistake leaves no run folder behind"
+
+
+def test_choosing_by_a_metric_that_the_val_rows_do_not_have_is_refused(sample, tmp_path):
+    def same_in_val_rows(header, rows):
+        for row in rows[:4]:
+            row[header.index("Valence_mean")] = row[header.index("Anger_mean")] = "3"
+    table = edited(sample, tmp_path, same_in_val_rows)
+    names = [row["image"] for row in read_csv(table)]
+    (tmp_path / "split.json").write_text(json.dumps({"train": names[4:], "val": names[:4]}))
+    flags = ["--ratings_file", table, "--split_file", tmp_path / "split.json", "--select", "r2", "--allow_leakage"]
+    text = run_here("train_assessor.py", *small_run(sample, tmp_path / "out", *flags), code=2).stderr
+    assert "no two different values of any rating, so --select r2 has none" in text and "--select last or loss" in text
+
+
+def test_a_loss_by_the_sds_of_raters_needs_them(sample, tmp_path):
+    columns = ["image", "subject", "Valence_mean", "Anger_mean"]
+    common.write_table(tmp_path / "means.csv", [{name: row[name] for name in columns} for row in read_csv(sample.ratings)])
+    flags = ["--ratings_file", tmp_path / "means.csv", "--loss", "weighted"]
+    text = run_here("train_assessor.py", *small_run(sample, tmp_path / "out", *flags), code=2).stderr
+    assert "--loss weighted needs rater sds: expected X_sd columns or single ratings" in text and "--loss mse" in text
 
 
 def edited(sample, tmp_path, edit):

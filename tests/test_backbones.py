@@ -2,6 +2,8 @@
 
     python -m pytest tests/test_backbones.py
 """
+import hashlib
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +32,24 @@ def test_weights_files_in_their_known_forms(tmp_path):
         assert width == 512 and difference < (1e-3 if name == "half" else 1e-12)
     with pytest.raises(common.UserError, match="not the weights of this backbone"):
         backbones.build_backbone("resnet50", weights=tmp_path / "bare.pth")
+    torch.save({"epoch": 3, "names": ["a"]}, tmp_path / "none.pth")
+    with pytest.raises(common.UserError, match="none.pth holds no tensors: expected a state dict, found .*epoch"):
+        backbones.load_weights_file(tmp_path / "none.pth")
+
+
+def test_published_weights_of_before_archives_are_known_by_their_hash(tmp_path, monkeypatch):
+    state = {"conv1.weight": torch.arange(4.0)}
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    digest = hashlib.sha256((tmp_path / "old.pth").read_bytes()).hexdigest()
+    for prefix in (digest[:8], "0" * 8):
+        path = tmp_path / f"resnet18-{prefix}.pth"
+        shutil.copy(tmp_path / "old.pth", path)
+        monkeypatch.setattr(backbones, "cached_weights_file", lambda *_, path=path: (path, "url"))
+        if prefix == digest[:8]:
+            assert torch.equal(backbones.load_weights("resnet18")["conv1.weight"], state["conv1.weight"])
+            continue
+        with pytest.raises(common.CheckpointError, match="is damaged .*does not begin with 00000000.; delete it"):
+            backbones.load_weights("resnet18")
 
 
 @pytest.mark.parametrize("prefix", ["model.", "backbone.", "encoder_q.", "module.encoder_q.", "state.net."])
@@ -72,10 +92,11 @@ def test_safetensors_without_the_package_say_what_to_install(tmp_path, monkeypat
         backbones.load_weights_file(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["inception_v3", "maxvit_t"])
-def test_pictures_too_small_for_a_network_are_refused_in_one_line(name):
-    with pytest.raises(common.UserError, match=f"--image_size 64: {name}"):
-        backbones.build_backbone(name, pretrained=False, image_size=64)
+@pytest.mark.parametrize("name, size, words", [
+    ("inception_v3", 64, ""), ("maxvit_t", 64, ""), ("vit_b_16", 100, " needs a multiple of 16")])
+def test_pictures_of_a_size_that_a_network_cannot_take_are_refused_in_one_line(name, size, words):
+    with pytest.raises(common.UserError, match=f"--image_size {size}: {name}{words}"):
+        backbones.build_backbone(name, pretrained=False, image_size=size)
 
 
 def test_versions_of_layers_survive_a_checkpoint():
@@ -117,6 +138,8 @@ def test_weights_that_cannot_be_had_name_both_ways_out(tmp_path, monkeypatch):
     with pytest.raises(common.UserError) as caught:
         backbones.build_backbone("resnet18")
     assert "--weights FILE" in str(caught.value) and "verify_setup.py --download_weights resnet18" in str(caught.value)
+    with pytest.raises(common.UserError, match="--weights V3: no such file, and .* of resnet50 are .*IMAGENET1K_V2"):
+        backbones.build_backbone("resnet50", weights="V3")
 
 
 @pytest.mark.parametrize("name, width", [
@@ -368,7 +391,7 @@ def test_networks_of_timm(name, size):
     assert backbones.pixel_statistics(f"timm:{name}") == (config["mean"], config["std"])
 
 
-def test_weights_of_timm_come_from_a_file(tmp_path):
+def test_weights_of_timm_come_from_a_file(tmp_path, monkeypatch):
     timm = pytest.importorskip("timm")
     state = timm.create_model("vit_tiny_patch16_224", img_size=32).state_dict()
     torch.save(state, tmp_path / "vit.pth")
@@ -384,6 +407,12 @@ def test_weights_of_timm_come_from_a_file(tmp_path):
         backbones.build_backbone("timm:resnet10t", weights=tmp_path / "short.pth", image_size=64)
     with pytest.raises(common.UserError, match="timm has no resnet10x"):
         backbones.build_backbone("timm:resnet10x", pretrained=False)
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(common.UserError, match="no weights for timm:resnet10t .no route.*--weights FILE.*--no_pretrained"):
+        backbones.build_backbone("timm:resnet10t")
 
 
 def test_frozen_stages_are_the_first_ones():

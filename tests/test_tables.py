@@ -364,6 +364,10 @@ def test_flags_name_what_would_be_a_guess(tmp_path):
     frame = rated_by({"who": lambda i, p: f"p{p}", "word": lambda i, p: "ab"[p % 2], "x": spread, "y": spread})
     frame.to_csv(tmp_path / "raw.csv", index=False)
     read = rating_tables.read_ratings
+    frame.rename(columns={"word": "trait"}).assign(scale=frame["word"] * 2).to_csv(tmp_path / "two.csv", index=False)
+    assert "trait, scale vary within an image" in fails(read, tmp_path / "two.csv", duplicates="ratings")
+    ratings = read(tmp_path / "two.csv", attribute_column="scale", rating_column="y")
+    assert sorted(ratings.names) == ["aa", "bb"]
     message = fails(read, tmp_path / "raw.csv")
     assert "6 images stand in 24 rows" in message and len(message) < 700 and "--rater_column" in message
     assert message.count("(lines ") == 6, "up to ten are listed"
