@@ -443,6 +443,15 @@ def test_the_lock_dies_with_its_process_and_not_with_the_workers(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def test_a_folder_on_a_drive_without_locks_can_be_written(tmp_path, monkeypatch):
+    import fcntl
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    common.lock_folder(tmp_path).close()
+
+
 def test_a_full_disk_under_the_log_is_one_sentence(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
@@ -457,6 +466,9 @@ def test_other_scripts_and_other_shapes(tmp_path):
     common.save_checkpoint(path, content())
     with pytest.raises(common.UserError, match="train_x.py, expected train_y.py"):
         common.load_model_file(path, "train_y.py")
+    torch.save({"state_dict": {}}, tmp_path / "other.pth")
+    with pytest.raises(common.CheckpointError, match="other.pth is no checkpoint of this project .format None."):
+        common.load_model_file(tmp_path / "other.pth")
     model = torch.nn.Linear(64, 3)
     with pytest.raises(common.CheckpointError, match="does not fit this model"):
         common.load_state(model, common.read_checkpoint(path)["model"], path)
@@ -476,6 +488,18 @@ def test_the_checkpoint_of_a_run_folder_is_its_best_model(tmp_path, capsys):
         message = capsys.readouterr().err
         assert message.startswith("error: argument --init_from: ") and f"name one, as {tmp_path}/fold_0" in message
     assert common.best_model_of(str(tmp_path / "fold_1")) == tmp_path / "fold_1" / "best_model.pth"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(common.UserError, match="--checkpoint .*empty holds no best_model.pth and no fold_K/best_model.pth"):
+        common.checkpoint_files([tmp_path, tmp_path / "empty"])
+
+
+def test_a_checkpoint_holds_plain_values_alone_each_as_often_as_it_likes(tmp_path):
+    shared = [1.0, 2.0]
+    torch.save({**content(), "a": shared, "b": shared}, tmp_path / "shared.pth")
+    assert common.read_checkpoint(tmp_path / "shared.pth")["b"] == shared
+    torch.save({**content(), "a": torch.float16}, tmp_path / "odd.pth")
+    with pytest.raises(common.CheckpointError, match="holds a dtype"):
+        common.read_checkpoint(tmp_path / "odd.pth")
 
 
 def test_sizes_that_no_network_can_have_are_a_fault_of_the_checkpoint():

@@ -267,6 +267,17 @@ def test_the_folder_of_a_slurm_job_holds_its_number(tmp_path, monkeypatch):
     assert common.new_folder(tmp_path).name.endswith("_job80_3")
 
 
+def test_auto_continues_the_folder_of_its_own_job_before_a_newer_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    own = make_run(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    newer = make_run(tmp_path)
+    os.utime(own / "args.json", (1, 1))
+    assert make_run(tmp_path, "--resume", "auto") == newer
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert make_run(tmp_path, "--resume", "auto") == own
+
+
 def parsed(folder, *words):
     """The flags of a script that reads a table."""
     parser = common.Parser()
@@ -473,6 +484,23 @@ def test_output_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(common.UserError, match="--output_dir"):
         common.start_run(run_arguments(tmp_path / "file" / "out"))
+
+
+def test_a_deterministic_run_asks_torch_for_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        with common.start_run(run_arguments(tmp_path, deterministic=True)) as run:
+            assert torch.are_deterministic_algorithms_enabled()
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            common.write_json(run.path("metrics.json"), {})
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_a_copy_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert common._git_commit() is None
 
 
 def test_args_json_holds_no_environment(tmp_path, monkeypatch):
@@ -684,6 +712,12 @@ def test_bf16_with_channels_last_agrees_with_fp32():
             outputs.append(model(common.to_input(images, compute)).float().flatten())
     assert torch.corrcoef(torch.stack(outputs))[0, 1] > 0.9995
     assert (outputs[0] - outputs[1]).abs().max() < 0.05 * outputs[0].abs().max()
+
+
+@pytest.mark.parametrize("capability, expected", [((9, 0), "bf16"), ((7, 5), "fp16"), ((6, 1), "fp32")])
+def test_auto_precision_follows_the_gpu(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert common.fast_precision(torch.device("cuda")) == expected
 
 
 def test_auto_precision_follows_the_processor(monkeypatch):

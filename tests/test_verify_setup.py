@@ -108,6 +108,14 @@ def test_installation_is_complete_here():
     assert [check.status for check in verify_setup.check_installation()] == ["OK", "OK", "OK"]
 
 
+def test_an_unmet_requirement_fails_before_any_import(monkeypatch):
+    monkeypatch.setattr(verify_setup, "unmet_requirements", lambda files: ["tqdm is missing"])
+    monkeypatch.setattr(verify_setup, "check_imports", lambda modules: pytest.fail("a package was imported"))
+    _, fault = verify_setup.check_installation()
+    assert (fault.status, fault.name, fault.found) == ("FAIL", "packages", "tqdm is missing")
+    assert "pip install -r" in fault.remedy and "requirements.txt" in fault.remedy
+
+
 def test_old_python_fails(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
     first = next(verify_setup.check_installation())
