@@ -379,14 +379,27 @@ def check_whole_clips(rows, table, path):
 
 
 def refuse_several_files(rows, extra):
-    """UserError where a BORIS observation goes over several files: its times count on from one to the next."""
-    if "observation_id" not in extra:
+    """UserError where a BORIS observation is longer than its files: its times count on from one to the next."""
+    length = csv_tables.find_column(extra, ("total_length", "media_duration_s"))
+    if length is None or "observation_id" not in extra:
         return
-    for name, files in rows["video"].groupby(extra["observation_id"]):
-        if files.nunique() > 1:
+    totals = csv_tables.to_numbers(extra[length], f"column {length}")
+    is_there = [bool(source) and source.exists() for source in rows["source"]]
+    known = rows.assign(total=totals)[is_there]
+    for name, own in known.groupby(extra["observation_id"]):
+        files = own[["source", "total"]].drop_duplicates()
+        first, total = files.iloc[0]
+        is_one_of_unknown_length = len(files) == 1 and (math.isnan(total) or not video_files.claimed_sec(first))
+        if not is_one_of_unknown_length and not any(map(has_length, files["source"], files["total"])):
             raise common.UserError(
-                f"observation {name} goes over {files.nunique()} files ({common.shorten_list(files.unique(), 3)}), and its "
-                "times count on from one to the next: export each as an observation of its own")
+                f"observation {name}: {length} {extra[length][own.index[0]] or '(blank)'}, expected the seconds of one of "
+                f"its {len(files)} files (such as {first}). Where it goes over several, export each as an observation of "
+                "its own; else write its length")
+
+
+def has_length(video, seconds):
+    """True for a video that is as long, by its header or, since headers lie, by its frames."""
+    return seconds <= 1.02 * video_files.claimed_sec(video) or seconds <= 1.02 * video_files.probe(video).duration_sec
 
 
 def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, group_column=None, names=None,

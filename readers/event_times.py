@@ -116,10 +116,10 @@ def seconds_in(cells, unit, where):
 
 
 def event_windows(rows, source, min_event_sec, time_unit, notes):
-    """Time columns of one manifest -> (N,) starts and ends, their unit (sec or frame), (N,) faults, text, '' = none.
+    """Time columns of one manifest -> (N,) starts, ends, units (sec or frame) and faults, text, '' = none.
 
-    A start and an end or a duration, by the names that TIME_COLUMN knows; nothing: the whole clip. A table is in frames
-    (both inclusive) where it has no starts in seconds, or ends only in frames. time_unit: of columns whose names say
+    A start and an end or a duration, by the names that TIME_COLUMN knows; nothing: the whole clip. A row is in frames
+    (both inclusive) where it has no start in seconds, or an end only in frames. time_unit: of columns whose names say
     none; seconds by default, which is noted. An event shorter than min_event_sec gets a window of that length around it.
     """
     import pandas as pd
@@ -140,18 +140,25 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
         named = ", ".join(column.name for column in columns)
         raise common.UserError(
             f"{source}: expected starts and ends both in frames or both in seconds, found {named}. Rename or correct them")
-    unit = "frame" if (of_starts & of_ends or of_starts) == {"frame"} else "sec"
     nothing = pd.Series(np.nan, range(len(rows)))
-    start, end, duration = [found.get((role, unit), nothing) for role in ("start", "end", "duration")]
-    one_frame = int(unit == "frame")  # the last frame of a window is in it
-    end = end.fillna(start + duration - one_frame).fillna(start) + one_frame
+
+    def read_windows(unit, one_frame):
+        """(N,) starts, ends and whether these are written, in this unit; the last frame of a window is in it."""
+        start, end, duration = [found.get((role, unit), nothing) for role in ("start", "end", "duration")]
+        end = end.fillna(start + duration - one_frame)
+        return start, end.fillna(start) + one_frame, end.notna()
+    start, end, has_end = read_windows("sec", 0)
+    first, stop, has_stop = read_windows("frame", 1)
+    is_frame = first.notna() & (start.isna() | (has_stop & ~has_end))
+    start = start.mask(is_frame, first)
+    end = end.mask(is_frame, stop)
     faults = np.full(len(rows), "", object)
     faults[start < 0] = "starts before the file"
-    faults[end < start + one_frame] = "ends before it starts"
+    faults[end < start + is_frame] = "ends before it starts"
     if start.notna().any():
         faults[start.isna()] = "no offset, while other rows have one"
-    start, end = _widen(start, end, min_event_sec, unit == "sec")
-    return start, end, unit, faults
+    start, end = _widen(start, end, min_event_sec, ~is_frame)
+    return start, end, np.where(is_frame, "frame", "sec"), faults
 
 
 def _widen(start, end, min_event_sec, can_be_short):

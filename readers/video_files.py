@@ -344,6 +344,13 @@ def _header(path, fps):
         return source.guess()
 
 
+def claimed_sec(path):
+    """How long a video is by its header, in seconds; 0 where none says so."""
+    with contextlib.suppress(common.UserError, OSError):
+        return _header(path, fps=1).header_sec
+    return 0.0
+
+
 def choose_pixel_range(sources):
     """picture_files.choose_pixel_range of all frames of the folders whose first one has more than 8 bits."""
     files = [files_of(path) for path in set(sources) if has_no_clock(path)]

@@ -310,11 +310,12 @@ def test_windows_in_frames_under_other_names(tmp_path, header, cells):
     assert table.windows.tolist() == [[10, 20]] * 2 and set(table.unit) == {"frame"}
 
 
-def test_rows_without_a_start_in_the_unit_of_their_table_are_skipped(tmp_path):
-    table = windows(tmp_path, "start_sec,end_sec,start_frame,end_frame", "1,2,25,49", ",,10,20", "6,7,150,175", "8,,,")
-    assert table.windows.tolist() == [[1, 2], [6, 7], [7.5, 8.5]] and set(table.unit) == {"sec"}
-    assert [(row["row"], row["reason"]) for row in table.skipped] == [
-        ("m.csv line 3", "no offset, while other rows have one")]
+def test_each_row_has_the_unit_of_its_own_start_and_end(tmp_path):
+    """Tables of two people joined; a start without an end in seconds does not hide the end in frames."""
+    header = "start_sec,end_sec,start_frame,end_frame"
+    table = windows(tmp_path, header, "1,2,,", ",,10,20", "3,5,,", "4,,100,120", "6,7,150,175", "8,,,")
+    assert table.windows.tolist() == [[1, 2], [10, 21], [3, 5], [100, 121], [6, 7], [7.5, 8.5]] and not table.skipped
+    assert list(table.unit) == ["sec", "frame", "sec", "frame", "sec", "sec"]
 
 
 def test_the_unit_of_a_column_that_says_none_can_be_given(tmp_path):
@@ -370,12 +371,34 @@ def test_boris_tabular_events_below_their_lines_of_metadata(tmp_path, sep, name)
     assert any("3 events; 1 without a STOP" in note for note in table.notes)
 
 
-def test_a_boris_observation_of_several_files_is_refused(tmp_path):
-    """Its times count on from one file to the next."""
-    text = "Observation id\tMedia file\tBehavior\tStart (s)\tStop (s)\no\ts0.mp4\tgroom\t1\t2\n"
-    assert len(boris(tmp_path, f"{text}p\ts1.mp4\trear\t5\t6\n")) == 2
-    message = fails(boris, tmp_path, f"{text}o\ts1.mp4\trear\t5\t6\n")
-    assert "observation o goes over 2 files (s0.mp4, s1.mp4)" in message and "an observation of its own" in message
+@pytest.mark.parametrize("total, is_read", [("10", True), ("10,1", True), ("", True), ("30", False), ("30,5", False)])
+def test_a_boris_observation_that_is_longer_than_its_file_is_refused(tmp_path, monkeypatch, total, is_read):
+    """Its times count on from one file to the next, also where the first file has no event or is not there."""
+    lengths = {"s0.mp4": 10.0, "s1.mp4": 6.0}
+    monkeypatch.setattr(video_files, "claimed_sec", lambda path: 0.3 * lengths[path.name])  # headers may lie
+    monkeypatch.setattr(video_files, "probe", lambda path: video_files.VideoInfo(duration_sec=lengths[path.name]))
+    text = ("Observation id\tMedia file\tTotal length\tBehavior\tStart (s)\tStop (s)\n"
+            f"o\ts0.mp4\t{total}\tgroom\t1\t2\no\tgone.mp4\t{total}\trear\t5\t6\n")
+    if is_read:
+        assert boris(tmp_path, text, max_missing=0.5).windows.tolist() == [[1, 2]]
+    else:
+        message = fails(boris, tmp_path, text, max_missing=0.5)
+        assert "observation o: total_length 30" in message and "s0.mp4" in message
+    both = text.replace("gone.mp4", "s1.mp4")  # two cameras at once, or without a length one after the other
+    if total in ("10", "10,1"):
+        assert len(boris(tmp_path, both)) == 2
+    else:
+        message = fails(boris, tmp_path, both)
+        assert "an observation of its own" in message and f"total_length {total or '(blank)'}, expected" in message
+    assert len(boris(tmp_path, text.replace("s0.mp4", "away.mp4"), need_files=False)) == 2
+
+
+def test_a_source_whose_header_has_no_length_is_not_taken_for_one_of_several(tmp_path):
+    """A broken file, whose reason is told where files are read, or a folder of frames."""
+    text = "Observation id\tMedia file\tTotal length\tBehavior\tStart (s)\tStop (s)\no\ts0.mp4\t10\tgroom\t1\t2\n"
+    assert boris(tmp_path, text).windows.tolist() == [[1, 2]]
+    Image.new("L", (8, 8)).save(put(tmp_path / "v", "f/0.png") / "f/0.png")
+    assert boris(tmp_path, text.replace("s0.mp4", "f")).windows.tolist() == [[1, 2]]
 
 
 def test_a_status_that_starts_and_stops_nothing_is_an_ordinary_column(tmp_path):
@@ -385,7 +408,7 @@ def test_a_status_that_starts_and_stops_nothing_is_an_ordinary_column(tmp_path):
 
 def test_boris_events_that_are_all_points(tmp_path):
     text = ("Observation id\tMedia file path\tFPS\tBehavior\tBehavior type\tTime\n"
-            "o\ts0.mp4\t25\tpeck\tPOINT\t3.5\np\ts1.mp4\t25\tjump\tPOINT\t9\n")
+            "o\ts0.mp4\t25\tpeck\tPOINT\t3.5\no\ts1.mp4\t25\tjump\tPOINT\t9\n")
     assert boris(tmp_path, text).windows.tolist() == [[3, 4], [8.5, 9.5]]
 
 
