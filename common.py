@@ -614,6 +614,7 @@ class Run:
     resumed: bool = False
     wandb_works: bool = True  # False from its first failure on
     folds_after: int = 0  # how many folds are to be trained after this one
+    is_part: bool = False  # True for a run folder inside that of its run
 
     def __post_init__(self):
         self.is_writer = self.compute.processes.is_first
@@ -662,7 +663,8 @@ class Run:
     def child(self, name, args=None):
         """The run of one fold, or of flags of its own: a run folder inside this one, opened again where it exists."""
         self.path(name).mkdir(exist_ok=True)
-        return dataclasses.replace(self, folder=self.path(name), args=args or self.args, folds_after=0)
+        return dataclasses.replace(
+            self, folder=self.path(name), args=args or self.args, folds_after=0, is_part=True)
 
     def each_fold(self, splits, run_split):
         """run_split(run, split) in fold_K/ for each fold of --fold that is not finished; returns the numbers of all."""
@@ -712,7 +714,7 @@ class Run:
 
         More epochs are no such difference: the metrics of fewer are removed.
         """
-        record = _args_record(self.args, self.compute, data)
+        record = _args_record(self.args, self.compute, data) | {"is_part": self.is_part}
         path = self.path("args.json")
         if not path.exists():
             write_json(path, record)
@@ -855,7 +857,7 @@ def run_folder_of(target):
                         f"(no args.json in {folder})")
     if not target.exists():
         raise UserError(f"--resume {target}: no such file in that run; --resume {folder} takes the newest it has")
-    while (folder.parent / "args.json").is_file():
+    while read_or_warn(folder / "args.json").get("is_part") and (folder.parent / "args.json").is_file():
         folder = folder.parent
     return folder
 

@@ -1432,8 +1432,9 @@ def predict_windows(member, frames, compute):
 def judge_bouts(args):
     """--mode judge_bouts: the bouts of predict --video against a table of events, whose frames have its rate."""
     file = args.predictions / "args.json"
-    if "fps" not in args.given and file.exists():
-        args = common.with_flags(args, fps=common.read_json(file)["data"]["fps"])
+    data = common.read_or_warn(file).get("data", {})
+    if "fps" not in args.given and "fps" in data:  # a training run has none, and is refused below
+        args = common.with_flags(args, fps=data["fps"])
     ethograms.judge_folder(args.predictions, lambda names: read_table(args, names), args.output)
 
 

@@ -221,7 +221,7 @@ def read_spans(path):
 
 
 def events_in(windows, table):
-    """DataFrame of the events of an EventTable, cut to what was watched. UserError: none is in the recordings."""
+    """DataFrame of the events of an EventTable, cut to what was watched. UserError: none is of a recording."""
     import pandas as pd
     videos = [str(source.resolve()) for source in table.sources]
     watched = windows.groupby("video").agg({"start_sec": "min", "end_sec": "max"})
@@ -230,15 +230,16 @@ def events_in(windows, table):
     end_sec = np.fmin(last_sec, table.windows[:, 1])
     label = np.array(table.names)[table.label]
     events = pd.DataFrame({"video": videos, "label": label, "start_sec": start_sec, "end_sec": end_sec})
-    has_time = ~np.isnan(last_sec) & (end_sec > start_sec)
-    n_without = (~np.isnan(last_sec) & ~has_time).sum()
+    is_watched = ~np.isnan(last_sec)
+    has_time = is_watched & (end_sec > start_sec)
+    n_without = (is_watched & ~has_time).sum()
     if n_without:
         print(f"note: {n_without} events in these recordings are left out: they lie past the end, or are points in time "
               "(--min_event_sec 1 makes each a second long)")
     print(f"{has_time.sum()} of {len(events)} events are in the recordings")
-    if not has_time.any():
+    if not is_watched.any():
         raise common.UserError(
-            f"no event is in one of the recordings: expected {common.shorten_list(set(windows['video']), 3)}, "
+            f"no event is of one of the recordings: expected {common.shorten_list(set(windows['video']), 3)}, "
             f"found {common.shorten_list(set(events['video']), 3)}")
     events = events[has_time]
     empty = set(windows["video"]) - set(events["video"])

@@ -19,7 +19,8 @@ ROLES = {
     "n": "n", "count": "n",
     "se": "se", "sem": "se"}
 SPREAD = ("sd", "n", "se")  # what is known of the raters of a mean
-NO_RATING = set("id index unnamed names block blocknum order trial trialnum rt latency".split())
+NO_RATING = set("id index unnamed names rt latency".split())
+PLACE = set("block blocknum order trial trialnum".split())  # of a single rating in the experiment
 RATER = set("rater participant subject respondent observer judge coder worker user pid".split())
 ATTRIBUTE = "attribute trait question scale item measure dimension".split()
 ANSWER = set("rating response score value answer".split())
@@ -115,14 +116,19 @@ def _refuse_useless(ratings, source):
 def role_of(name):
     """Column -> (mean, sd, n, se or None; the name without that word): Valence_SD_men -> ('sd', 'Valence_men')."""
     parts = WORD_BORDER.split(name)  # words at the even places
-    places = reversed(range(0, len(parts), 2))
-    for place in sorted(places, key=lambda place: parts[place].lower() == "m"):  # which may also say men
-        role = ROLES.get(parts[place].lower())
-        if role:
-            del parts[max(place - 1, 0):place + 1]
-            base = "".join(parts).strip(" _.-()[]")
-            return role, "" if role == "n" and _names_rater(base.removesuffix("s")) else base
-    return None, name
+    words = [word.lower() for word in parts[::2]]
+    known = [k for k, word in enumerate(words) if word in ROLES]
+    if not known:
+        return None, name
+    clear = [k for k in known if words[k] != "m"]  # which may also say men
+    last = (clear or known)[-1]
+    role = ROLES[words[last]]
+    place = 2 * last
+    del parts[max(place - 1, 0):place + 1]
+    base = "".join(parts).strip(" _.-()[]")
+    if role == "n" and _names_rater(base.removesuffix("s")):  # n_raters is of all ratings
+        base = ""
+    return role, base
 
 
 def _words(name):
@@ -188,7 +194,7 @@ class Columns:
 
     def answers(self):
         """Those of them that may hold single ratings: what never varies for a picture, or a rater, describes it."""
-        chosen = self.numeric()
+        chosen = [name for name in self.numeric() if not _words(name) & PLACE]
         for own in filter(None, (self.image, self.rater)):
             chosen = self.varying(chosen, [own]) or chosen
         return chosen
@@ -266,12 +272,15 @@ class Columns:
         return list(n_values.index[n_values > 1])
 
     def of_images(self, used):
-        """The columns that are not used, a row an image; a note on those that vary within one, which are left out."""
+        """The columns that are not used, a row an image, which a note names; so it does what varies within one."""
         others = self.table.drop(columns={self.image, *used} - {None})
         varying = self.varying(list(others.columns), [self.image])
         if varying:
             self.notes.append(f"columns that vary within an image, left out: {common.shorten_list(varying)}")
-        return others[~self.table[self.image].duplicated()].drop(columns=varying)
+        extra = others[~self.table[self.image].duplicated()].drop(columns=varying)
+        if len(extra.columns):
+            self.notes.append(f"columns that are no ratings: {common.shorten_list(extra.columns)}")
+        return extra
 
     def is_asked_often(self, name):
         """A column of text without blanks, each value of which stands at two images or more; no remarks."""
@@ -294,8 +303,6 @@ def _wide_ratings(columns, duplicates):
     extra = columns.of_images(used)
     unused = [name for name, role in columns.roles.items() if role[0] in SPREAD and name not in used]
     notes = columns.notes
-    if len(extra.columns):
-        notes.append(f"columns that are no ratings: {common.shorten_list(extra.columns)}")
     if unused:
         notes.append(f"not used, though by name an sd or a number of raters: {common.shorten_list(unused)}")
     raters = [name for name in chosen if name.rstrip("0123456789 _").lower() in RATER | {"r", "p"}]

@@ -220,7 +220,7 @@ def as_python(text, path):
 def fold_rows(fold, k, path, table):
     """One fold of a split file -> dict(fold, train, val). Raises UserError, see read_cv_file."""
     fold = fold if isinstance(fold, dict) else {}
-    train, val = [animals_of(fold, side) for side in ("train", "val")]
+    train, val = [animals_of(fold, side, f"--cv_file {path}, fold {k}") for side in ("train", "val")]
     both = sorted(train & val)
     unknown = sorted((train | val) - set(table.groups))
     train_rows, val_rows = [np.flatnonzero(np.isin(table.groups, list(animals))) for animals in (train, val)]
@@ -228,14 +228,17 @@ def fold_rows(fold, k, path, table):
         raise common.UserError(
             f"--cv_file {path}, fold {k}: expected train_animals and val_animals that the scores have and that do not "
             f"overlap; on both sides: {common.shorten_list(both) or 'none'}; "
-            f"rows: {len(train_rows)} and {len(val_rows)}; without rows: {common.shorten_list(unknown)}")
+            f"rows: {len(train_rows)} and {len(val_rows)}; without rows: {common.shorten_list(unknown) or 'none'}")
     if unknown:
         table.notes.append(f"--cv_file, fold {k}: no rows of {common.shorten_list(unknown)}")
     number = re.search(r"\d+", str(fold.get("fold", k)))
     return {"fold": int(number[0]) if number else k, "train": train_rows, "val": val_rows}
 
 
-def animals_of(fold, side):
-    """Set of the animals under train_animals or train; the same for val."""
+def animals_of(fold, side, where):
+    """Set of the animals under train_animals or train; the same for val. UserError without such a list."""
     animals = fold.get(f"{side}_animals", fold.get(side))
-    return set(map(event_tables.plain_level, animals)) if isinstance(animals, (list, tuple, set)) else set()
+    if not isinstance(animals, (list, tuple, set)):
+        raise common.UserError(f"{where}: expected {side}_animals or {side} with a list of animals, found the keys "
+                               f"{common.shorten_list(fold) or '(none)'}")
+    return set(map(event_tables.plain_level, animals))

@@ -202,9 +202,9 @@ def test_resume_may_stand_in_a_config_but_not_in_the_record_of_a_run(tmp_path):
     assert parse("--config", str(tmp_path / "args.json")).resume is None
 
 
-def finished(folder, **flags):
+def finished(folder, is_part=False, **flags):
     """A run folder that was itself continued by --resume auto."""
-    record = {"script": "x", "command": "python x", "flags": {"resume": "auto", **flags}}
+    record = {"script": "x", "command": "python x", "flags": {"resume": "auto", **flags}, "is_part": is_part}
     (folder / "args.json").write_text(json.dumps(record))
     return folder
 
@@ -213,11 +213,19 @@ def finished(folder, **flags):
 def test_resume_of_a_part_of_a_run_is_resume_of_the_run_with_its_flags(tmp_path, part):
     (tmp_path / part).mkdir(parents=True)
     for folder in (tmp_path / part, (tmp_path / part).parent):
-        finished(folder, lr=0.1)
+        finished(folder, is_part=True, lr=0.1)
     finished(tmp_path, lr=0.5)
     (tmp_path / part / "last.pth").write_bytes(b"")
     assert common.run_folder_of(tmp_path / part / "last.pth") == tmp_path == common.run_folder_of(tmp_path)
     assert parse("--resume", str(tmp_path / part)).lr == 0.5
+
+
+def test_a_run_whose_output_dir_is_another_run_is_continued_itself(tmp_path):
+    (tmp_path / "run_2").mkdir()
+    finished(tmp_path, lr=0.5)
+    finished(tmp_path / "run_2", lr=0.1)
+    assert common.run_folder_of(tmp_path / "run_2") == tmp_path / "run_2"
+    assert parse("--resume", str(tmp_path / "run_2")).lr == 0.1
 
 
 def test_scripts_without_config_and_resume_refuse_both(capsys):

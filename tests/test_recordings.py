@@ -193,9 +193,10 @@ def test_events_past_what_was_watched_are_cut(capsys):
     assert (row["events"], row["bouts"], row["recall_at_0.5"]) == (2, 1, 0.5)
     assert np.isnan(row["recall_at_0.5_low"]), "one video gives no interval"
     table.windows = spans[[3, 3, 3, 3, 3]]
-    with pytest.raises(common.UserError, match="no event is in one of the recordings"):
-        ethograms.events_in(windows, table)
+    events = ethograms.events_in(windows, table)
     assert "--min_event_sec 1" in capsys.readouterr().out
+    [row], _ = ethograms.judge_bouts(windows, table_of({"/v": {"bite": [(8, 10)]}}), events, ["bite"])
+    assert (row["events"], row["bouts"], row["precision_at_0.5"]) == (0, 1, 0), "a false bout counts"
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -383,6 +384,9 @@ def test_events_in_frames_are_judged_at_the_rate_of_their_recording(made, tmp_pa
     video(*flags, "--fps", 12)
     other = [row for row in read_csv(run / "bout_scores.csv") if int(row["bouts"])]
     assert other != found, "what is typed counts"
+    common.write_json(run / "args.json", {"data": {}})
+    video(*flags)
+    assert [row for row in read_csv(run / "bout_scores.csv") if int(row["bouts"])] == other, "the default is 12"
     (run / "args.json").unlink()
     video(*flags, "--fps", 4)
     assert [row for row in read_csv(run / "bout_scores.csv") if int(row["bouts"])] == found
@@ -405,7 +409,7 @@ def test_a_run_without_a_bout_finds_no_event(tmp_path, capsys):
     row = {own["label"]: own for own in read_csv(tmp_path / "bout_scores.csv")}["1"]
     assert (row["bouts"], row["events"], float(row["recall_at_0.25"])) == ("0", "1", 0)
     table.sources = [Path("/x.mp4")]
-    with pytest.raises(common.UserError, match="no event is in one of the recordings"):
+    with pytest.raises(common.UserError, match="no event is of one of the recordings: expected /v.mp4, /w.mp4, found /x"):
         ethograms.judge_folder(tmp_path, lambda names: table, None)
     assert "counts as false" not in capsys.readouterr().out
 

@@ -308,6 +308,11 @@ def test_the_rating_column_of_a_table_with_one_row_an_image(tmp_path):
     assert rating_tables.read_ratings(path).names == ["user_rating", "age"], "what a user answered is a rating"
 
 
+def test_order_is_a_rating_where_rows_are_no_trials(tmp_path):
+    path = written(tmp_path, "stimulus,beauty,order,Social order\na,1,2,3\nb,2,3,5\n")
+    assert rating_tables.read_ratings(path).names == ["beauty", "order", "Social order"]
+
+
 # single ratings: one row per rater
 
 def rated_by(columns, n_images=6, n_raters=4):
@@ -333,6 +338,7 @@ def test_one_row_per_rater_gives_mean_sd_n_and_the_ratings(tmp_path, rater):
     for mine, what in ((ratings.mean, "mean"), (ratings.sd, "std"), (ratings.n, "count")):
         np.testing.assert_allclose(mine, expected.xs(what, axis=1, level=1).to_numpy(), rtol=1e-12)
     assert [len(each) for each in ratings.single_ratings["calm"]] == [4] * 6
+    assert "columns that are no ratings: trial, stimulusnumber1" in ratings.notes
     assert any(f"--rater_column {rater}" in note for note in ratings.notes)
 
 

@@ -301,6 +301,13 @@ def make_run(folder, *words, folds=(), pooled=None, data="same"):
     return run.folder
 
 
+def test_a_part_of_a_run_is_known_by_its_record_and_not_by_its_place(tmp_path):
+    outer = make_run(tmp_path, "--folds", 2, folds=[0])
+    inner = make_run(outer)
+    assert common.run_folder_of(outer / "fold_0") == outer
+    assert common.run_folder_of(inner) == inner
+
+
 def test_the_list_of_what_is_skipped_is_that_of_the_data_as_they_are(tmp_path):
     lists = []
     for skipped in [{"image": "a.png", "reason": "no such picture"}], []:

@@ -948,7 +948,9 @@ def test_split_files_in_every_spelling(scores, tmp_path, content):
     ({"cv_folds": []}, "expected cv_folds"), ({"cv_folds": "__import__('os').getcwd()"}, "cannot read"),
     ([{"train_animals": [0, 1], "val_animals": [1]}], "on both sides: 1"), ({"seed": 1}, "expected cv_folds"),
     (FOLDS + [{"train_animals": [1], "val_animals": [0, 2]}], "judged once; in several: 0, 2"),
-    ([{"train_animals": [0], "val_animals": [77]}], "without rows: 77"), ([3], "expected train_animals")])
+    ([{"train_animals": [0], "val_animals": [77]}], "without rows: 77"), ([3], "expected train_animals"),
+    ([{"train_ids": [0, 1], "val_ids": [2]}], "fold 0: expected train_animals or train with a list of animals, found the "
+     "keys train_ids, val_ids")])
 def test_mistakes_in_a_split_file(scores, tmp_path, content, said):
     assert said in fails(score_tables.read_cv_file, write(tmp_path / "cv.json", json.dumps(content)), scores)
 
