@@ -493,6 +493,20 @@ def test_output_dir_that_cannot_be_written(tmp_path):
         common.start_run(run_arguments(tmp_path / "file" / "out"))
 
 
+def test_a_layer_without_a_gradient_counts_as_one_of_zeros():
+    """As of two processes, though here is one: a sum over them is what this one has."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 1), "unused": torch.nn.Linear(2, 1)})
+        exchange = common.GradientExchange(SimpleNamespace(size=2), model)
+        exchange.is_open = True
+        model["used"](torch.tensor([[3.0, 4.0]])).sum().backward()
+        exchange.finish(torch.zeros(1))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert model["used"].weight.grad.tolist() == [[3, 4]] and model["unused"].weight.grad.tolist() == [[0, 0]]
+
+
 def test_a_deterministic_run_asks_torch_for_it(tmp_path, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:

@@ -914,11 +914,11 @@ def test_test_groups(scores):
 
 
 def test_what_the_test_groups_leave_is_cut_into_train_and_val_by_whole_groups(scores):
-    args = SimpleNamespace(folds=0, cv_file=None, test_groups="2", split_by="group", train_ratio=None, val_ratio=0.4,
+    args = SimpleNamespace(folds=0, cv_file=None, test_groups="0", split_by="group", train_ratio=None, val_ratio=0.4,
                            test_ratio=0.0, seed=1)
     [split] = event_splits.asked_splits(args, scores)
     groups = {part: set(scores.groups[rows]) for part, rows in split.items()}
-    assert groups["test"] == {"2"} and len(groups["train"]) == len(groups["val"]) == 1
+    assert groups["test"] == {"0"} and len(groups["train"]) == len(groups["val"]) == 1
     assert sorted(np.concatenate(list(split.values()))) == list(range(6))
 
 
