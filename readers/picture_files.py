@@ -121,35 +121,53 @@ def resize(pixels, size):
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
+def _sample_type(image):
+    """(bits of a sample, whether it has a sign) as a TIFF says; other formats have 16 bits without one."""
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(TIFF_BITS_PER_SAMPLE, (16,))[0], tags.get(TIFF_SAMPLE_FORMAT, (1,))[0] == 2
+
+
 def _deep_values(image):
     """(H, W) integers of more than 8 bits or floats. BadImage where some are not finite."""
     values = np.asarray(image)
-    tags = getattr(image, "tag_v2", {})
-    if tags.get(TIFF_BITS_PER_SAMPLE) == (32,) and tags.get(TIFF_SAMPLE_FORMAT, (1,)) == (1,):
+    if _sample_type(image) == (32, False) and values.dtype.kind == "i":
         values = values.view(np.uint32)  # Pillow holds unsigned 32-bit samples as signed
     if not np.isfinite(values).all():
         raise pixel_cache.BadImage(f"has {np.sum(~np.isfinite(values))} NaN or infinite pixels")
     return values
 
 
-def _range_of(low, high):
-    """What becomes 0 and 255 where these are the lowest and the highest value.
+def _declared_range(image, values):
+    """(low, high) that one picture alone tells: that of its integers up to 16 bits, so that signed zero is mid-grey.
 
-    From 0 to the smallest power of two above the highest, less 1: 0 to 4095 for 12 bits in files of 16. Where that
-    would leave little of the range, as for negative values, from the lowest to the highest value.
+    32-bit integers and floats declare no white: floats within 0..1 have this range, all else that of its values.
     """
-    if 0 <= low <= high / 2:
-        return 0.0, 2.0 ** math.ceil(math.log2(high + 1)) - 1
+    bits, is_signed = _sample_type(image)
+    if bits <= 16:
+        low = -2.0 ** (bits - 1) if is_signed else 0.0
+        return low, low + 2.0**bits - 1
+    low = float(values.min())
+    high = float(values.max())
+    if values.dtype.kind == "f" and 0 <= low and high <= 1:
+        return 0.0, 1.0
     return low, high
 
 
 def choose_pixel_range(paths):
-    """(low, high) for all grey pictures of more than 8 bits, None where there are none; colour keeps its upper 8 bits."""
+    """(low, high) for all grey pictures of more than 8 bits, None where there are none; colour keeps its upper 8 bits.
+
+    From 0 to the smallest power of two above the highest value, less 1: 0 to 4095 for 12 bits in files of 16. Where
+    that would leave little of the range, as for negative values, from the lowest to the highest value.
+    """
     found = list(filter(None, pixel_cache.in_threads(_deep_range, paths)))
     if not found:
         return None
     lows, highs = zip(*found)
-    return _range_of(min(lows), max(highs))
+    low = min(lows)
+    high = max(highs)
+    if 0 <= low <= high / 2:
+        return 0.0, 2.0 ** math.ceil(math.log2(high + 1)) - 1
+    return low, high
 
 
 def _deep_range(path):
@@ -161,9 +179,9 @@ def _deep_range(path):
 
 
 def _grey_to_8bit(image, pixel_range):
-    """uint8 (H, W) from integers of more than 8 bits or floats; None: the range of this picture's own values."""
+    """uint8 (H, W) from integers of more than 8 bits or floats; None: the range that the picture declares."""
     values = _deep_values(image)
-    low, high = pixel_range or _range_of(float(values.min()), float(values.max()))
+    low, high = pixel_range or _declared_range(image, values)
     scaled = (values - float(low)) * (255 / max(high - low, 1e-30))
     grey = np.rint(scaled.clip(0, 255)).astype(np.uint8)
     transparent = image.info.get("transparency")
@@ -209,7 +227,7 @@ def load_image(path, short_side=None, pixel_range=None):
     """Decode one picture to uint8 (H, W, 3) RGB, upright, scaled so that its short side is `short_side` pixels.
 
     Transparency is put on white, more than 8 bits are scaled to 8 (pixel_range: the values that become 0 and 255, those
-    beyond are clipped; None: by its own values), the first frame is taken. JPEGs are decoded at reduced size, at
+    beyond are clipped; None: as the picture declares), the first frame is taken. JPEGs are decoded at reduced size, at
     least 1.5 times the target; smaller pictures are enlarged. Raises BadImage: file and reason.
     """
     try:
