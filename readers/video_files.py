@@ -136,11 +136,11 @@ class _Video:
         n_frames = min(max(n_frames, 1), MOST_GUESSED_FRAMES)
         info = _constant_rate(self.fps, n_frames, self.size, self.first_sec)
         if stream.frames and stream.average_rate:  # without what only the sound goes on
-            info.header_sec = float(stream.frames / stream.average_rate)
-        elif "DURATION" in stream.metadata:  # Matroska has 00:01:02.5
-            info.header_sec = pd.to_timedelta(stream.metadata["DURATION"]).total_seconds()
-        else:
-            info.header_sec = duration_sec
+            picture_sec = float(stream.frames / stream.average_rate)
+        else:  # Matroska has 00:01:02.5; NaN where there is no such tag
+            tag = stream.metadata.get("DURATION", "")
+            picture_sec = pd.to_timedelta(tag, errors="coerce").total_seconds()
+        info.header_sec = picture_sec if picture_sec > 0 else duration_sec
         return info
 
     def frames(self):
@@ -219,7 +219,7 @@ class _Video:
 class _Stills:
     """Frames without a clock, all of one size, fps of them a second: a folder of pictures, a picture or a .npy clip.
 
-    As _Video: guess() is all that there is to know, frames() reads a picture when its pixels are asked for.
+    As _Video: guess() is all that there is to know, frames() steps over damaged pictures; pixels() reads one alone.
     """
 
     def __init__(self, path, fps, pixel_range):
@@ -230,25 +230,34 @@ class _Stills:
         if not len(self.pictures):
             raise BadVideo(f"a folder without pictures ({' '.join(file_names.IMAGE_SUFFIXES)})")
         first = self.pictures[0]
-        if isinstance(first, Path) and (count := picture_files.count_pictures(first)) > 1:
-            raise BadVideo(f"{count} pictures in one file: make a video or a folder of frames of {first.name}")
         height, width = self._load(first).shape[:2]
         self.size = width, height
+        count = picture_files.count_pictures(first) if isinstance(first, Path) else 1
+        if count > 1:
+            raise BadVideo(f"{count} pictures in one file: make a video or a folder of frames of {first.name}")
 
     def guess(self):
         return _constant_rate(self.fps, len(self.pictures), self.size)
 
     def frames(self):
         for index, picture in enumerate(self.pictures):
-            yield index / self.fps, functools.partial(self._pixels, picture)
+            time = index / self.fps
+            try:
+                loaded = self._load(picture)
+            except pixel_cache.BadImage:
+                self.damaged.append(time)
+            else:
+                yield time, functools.partial(self._scaled, loaded)
+
+    def pixels(self, index, short_side):
+        return self._scaled(self._load(self.pictures[index]), short_side)
 
     def _load(self, picture):
         if isinstance(picture, np.ndarray):
             return picture
         return picture_files.load_image(picture, pixel_range=self.pixel_range)
 
-    def _pixels(self, picture, short_side):
-        pixels = self._load(picture)
+    def _scaled(self, pixels, short_side):
         height, width = pixels.shape[:2]
         if (width, height) != self.size:
             found = f"{self.size[0]} x {self.size[1]} and {width} x {height}"
@@ -304,14 +313,16 @@ def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_
     times = []
     with _open_source(path, fps, pixel_range) as source:
         guess = source.guess()
+        if has_no_clock(path):
+            for index in sorted(wanted):
+                receive(index, source.pixels(index, short_side))
+            return guess
         for time, convert in source.frames():
             if len(times) in wanted:
                 receive(len(times), convert(short_side))
             times.append(time)
             if time >= until_sec:
                 break
-    if has_no_clock(path):
-        return guess
     if not times:
         raise BadVideo("damaged: none of its frames can be decoded")
     shown_sec = 1 / source.fps

@@ -339,7 +339,7 @@ def test_names_that_differ_in_blanks_or_composition_are_two_recordings(tmp_path)
 
 
 def test_recordings_shorter_than_a_window_and_folders_of_pictures(made, tmp_path):
-    """One frame is a window, and so are three; a picture beside the recordings is none."""
+    """One frame is a window, and so are three; a picture beside the recordings is none, a damaged one is stepped over."""
     frames = np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), dtype=np.uint8)
     for n in (1, 3):
         np.save(tmp_path / f"{n}.npy", frames[:n])
@@ -357,13 +357,13 @@ def test_recordings_shorter_than_a_window_and_folders_of_pictures(made, tmp_path
     text = video("--mode", "predict", "--checkpoint", only_run(made / "motion"), "--video", tmp_path,
                  "--output_dir", tmp_path / "out", "--num_workers", 0, "--annotate").stdout
     assert re.search("note: .*slow.avi: it has 2.0 frames a second, fewer than the 4 of a window", text)
-    assert "4 of 5 recordings read" in text and re.search("skipped: damaged: .*08.png: no picture", text)
+    assert "5 of 5 recordings read" in text and "damaged: 1 frames are damaged, the first at 2.00 s" in text
     spans = {}
     for row in read_csv(only_run(tmp_path / "out") / "windows.csv"):
         span = float(row["start_sec"]), float(row["end_sec"])
         spans.setdefault(Path(row["video"]).name, []).append(span)
     assert spans["1.npy"] == [(0, 0.25)] and spans["3.npy"] == [(0, 0.75)]
-    assert spans["pictures"] == [(k / 2, k / 2 + 1) for k in range(5)]
+    assert spans["pictures"] == spans["damaged"] == [(k / 2, k / 2 + 1) for k in range(5)]
 
 
 def test_events_in_frames_are_judged_at_the_rate_of_their_recording(made, tmp_path):

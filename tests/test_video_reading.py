@@ -65,12 +65,15 @@ def numbers_of(clip):
     return [number_of(picture) for picture in clip]
 
 
-def write_film(path, codec="libx264", options=None, b_frames=None, stamps_ms=None, n=N, fps=Fraction(FPS), sound_sec=0):
+def write_film(path, codec="libx264", options=None, b_frames=None, stamps_ms=None, n=N, fps=Fraction(FPS), sound_sec=0,
+               duration_tag=None):
     """A film of numbered pictures; sound_sec: silence from 0 s on."""
     with av.open(str(path), "w") as container:
         sound = container.add_stream("pcm_s16le", rate=8000, layout="mono") if sound_sec else None
         stream = container.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.options = WIDTH, HEIGHT, options or {}
+        if duration_tag is not None:
+            stream.metadata["DURATION"] = duration_tag
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.gop_size = 30
         stream.codec_context.bit_rate = 2_000_000
@@ -777,12 +780,44 @@ def test_a_recording_of_frames_without_a_clock(tmp_path):
     assert recording.read_sec == pytest.approx(7 / 5)
 
 
-def test_a_recording_of_pictures_with_a_bad_one_is_refused_by_its_name(tmp_path):
-    for i in range(4):
+def test_a_recording_of_pictures_steps_over_damaged_ones(tmp_path):
+    """The frame before is shown again, as in a video, and none is written with --annotate; the first tells the size."""
+    for i in range(8):
         Image.fromarray(numbered(i)).save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_bytes(b"no picture")
-    with pytest.raises(pixel_cache.BadImage, match="3.png: no picture"):
-        list(video_files.Recording(tmp_path, 5, 48).grid())
+    (tmp_path / "4.png").write_bytes((tmp_path / "4.png").read_bytes()[:200])
+    recording = video_files.Recording(tmp_path, 5, 48)
+    shown = list(recording.grid())
+    assert numbers_of([frame.pixels for frame in shown]) == [0, 1, 2, 2, 2, 5, 6, 7]
+    assert [frame.is_new for frame in shown] == [True] * 3 + [False] * 2 + [True] * 3
+    [loss] = recording.losses()
+    assert "2 frames are damaged, the first at 0.60 s" in loss
+    found = [(round(5 * time), number_of(convert(48))) for time, convert in recording.frames()]
+    assert found == [(i, i) for i in (0, 1, 2, 5, 6, 7)]
+    (tmp_path / "0.png").write_bytes(b"")
+    with pytest.raises(pixel_cache.BadImage, match="0.png: empty file, 0 bytes"):
+        video_files.Recording(tmp_path, 5, 48)
+
+
+def test_the_frames_of_a_folder_of_16_bits_share_what_16_bits_can_hold(tmp_path):
+    """A model of pictures of 8 bits keeps no range."""
+    for i, last in enumerate((60, 60, 60, 200)):
+        Image.fromarray(np.array([[60, last]], np.uint16) * np.uint16(257)).save(tmp_path / f"{i}.png")
+    shown = [frame.pixels[0, :, 0].tolist() for frame in video_files.Recording(tmp_path, 5, 1).grid()]
+    assert shown == [[60, 60]] * 3 + [[60, 200]]
+
+
+@pytest.mark.parametrize("tag", ["", "abc", "2:05", "N/A", "-0:00:01"])
+@pytest.mark.parametrize("suffix", ["mkv", "nut"])
+def test_a_duration_that_is_no_time_is_that_of_the_container(tmp_path, suffix, tag):
+    path = write_film(tmp_path / f"film.{suffix}", duration_tag=tag)
+    if suffix == "mkv":  # which writes its own
+        content = path.read_bytes()
+        own = b"00:00:06.000000000"
+        assert content.count(own) == 1
+        path.write_bytes(content.replace(own, tag.encode().ljust(len(own), b"\0")))
+    recording = video_files.Recording(path, FPS, 48)
+    assert recording.info.header_sec == pytest.approx(6, abs=0.1)
 
 
 def test_a_recording_slower_than_its_grid_says_so(films):
