@@ -296,7 +296,8 @@ def check_images(paths):
     speed = len(audits) / (time.perf_counter() - start)
     yield Check("OK", "loading", f"{len(audits)} of {len(paths)} pictures to a short side of 256 px: {speed:.0f} a second")
     bad = [f"{audit.path}: {audit.error}" for audit in audits if audit.error]
-    yield listing("FAIL", "unreadable images", bad, "fix or remove them, or train with --on_bad_file skip")
+    yield listing("FAIL", "unreadable images", bad, "fix or remove them, or train with --on_bad_file skip",
+                  none=f"none of the {len(audits)} looked at")
 
 
 def check_by_script(task, flags, temporary):
@@ -336,11 +337,11 @@ def counts_anything(found, what=""):
     return any(counts_anything(each, name) for name, each in found.items() if isinstance(each, dict))
 
 
-def listing(status, what, examples, remedy):
+def listing(status, what, examples, remedy, none="none"):
     """A row of this status with the count and the first of the examples (FAIL: all), OK where there are none."""
     import common
     if not examples:
-        return Check("OK", what, "none")
+        return Check("OK", what, none)
     shown = "\n".join(["", *examples]) if status == "FAIL" else f" {common.shorten_list(examples)}"
     return Check(status, what, f"{len(examples)}:{shown}", remedy)
 

@@ -469,7 +469,9 @@ def test_without_full_nothing_is_made_or_run(tmp_path, capsys, monkeypatch):
 def test_of_many_pictures_the_first_are_decoded(study, monkeypatch):
     write_rows(study)
     monkeypatch.setattr(verify_setup, "FIRST_PICTURES", 5)
-    assert audit(study.images, study.table)["loading"].found.startswith("5 of 12 pictures to")
+    checks = audit(study.images, study.table)
+    assert checks["loading"].found.startswith("5 of 12 pictures to")
+    assert checks["unreadable images"].found == "none of the 5 looked at"
 
 
 def test_what_the_matcher_guesses_is_a_row(study):
