@@ -22,7 +22,8 @@ STATE_NUMBERS = {word: number for number, state in enumerate(STATES) for word in
 NO_STATE = ("", "unknown", "none", "undefined", "__undefined__")  # the last is what CVAT writes
 BOX_FORMATS = ("xywh", "xyxy", "cxcywh", "fractions")
 SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
-SIDE_WORD = re.compile("(?<![a-z])(left|right|l|r)(?![a-z])")
+SIDE_WORD = re.compile("(?<![a-z])(left|right)(?![a-z])")
+SIDE_LETTER = re.compile("(?<![a-z])(l|r)(?![a-z])")
 OVER_EDGE = 3  # pixels by which a box may leave its picture before its convention is doubted
 
 
@@ -668,10 +669,17 @@ def used_parts(found, images, known):
 def mirrored_labels(parts):
     """(P,) label of each part in a mirrored picture, where left is right.
 
-    None: a part with a side has no counterpart.
+    None: a part with a side has no counterpart. Single letters, which may mean other things (l_shape, a vertebra L1),
+    are sides where each of them has one.
     """
     spelled = [re.sub("(?<=[a-z])(?=[A-Z])", "_", part).lower() for part in parts]  # leftWheel: left_wheel
-    others = [SIDE_WORD.sub(lambda word: SIDES[word[0]], name) for name in spelled]
+
+    def turned(side, names):
+        return [side.sub(lambda word: SIDES[word[0]], name) for name in names]
+    others = turned(SIDE_WORD, spelled)
+    with_letters = turned(SIDE_LETTER, others)
+    if set(with_letters) <= set(spelled):
+        others = with_letters
     if not set(others) <= set(spelled):
         return None
     return np.array([label if other == spelled[label] else spelled.index(other) for label, other in enumerate(others)])
