@@ -166,6 +166,12 @@ class StopSignals:
             self.leave()
             sys.exit(EXIT_SAVED)
 
+    def disarm(self):
+        """From here on nothing is to be saved: a signal that came since the last look is obeyed at once."""
+        self.armed = False
+        if self.received:
+            self._receive(self.received, None)
+
     @staticmethod
     def leave():
         """From here on only Ctrl-C is obeyed: on the way out a signal could only change the exit code.
@@ -2385,8 +2391,8 @@ class Training:
             yield self.progress.epoch + 1
             self._save_or_stop()
         self.stream = None  # its loader workers end
-        signals.armed = False
-        self._save_or_stop()  # for a signal that came since
+        self._save_or_stop()  # for a signal that came since, to any process
+        signals.disarm()
 
     def batches(self, loader):
         """The batches that remain in this epoch. Model and sampler are made ready."""

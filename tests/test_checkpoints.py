@@ -111,7 +111,7 @@ def make_training(folder, resumed, select="val_loss", **flags):
     args = SimpleNamespace(**{**defaults, **flags})
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1)
-    signals = SimpleNamespace(received=0, armed=False, leave=lambda: None)
+    signals = SimpleNamespace(received=0, armed=False, leave=lambda: None, disarm=lambda: None)
     common.write_json(folder / "args.json", {})  # as of every run that trains
     run = common.Run(folder, args, compute, signals, resumed)
     training = common.Training(run, model, common.build_optimizer(model, args), args, select, dict, False)
@@ -290,14 +290,19 @@ def test_a_stop_between_two_epochs_saves_the_last_one(tmp_path, written):
 
 def test_a_stop_after_the_last_epoch_is_obeyed(tmp_path):
     """When nobody has looked since; while loader workers end, what a signal raises would be ignored."""
-    class Late(SimpleNamespace):
+    class Late(common.StopSignals):
+        received = 0
+
+        def __init__(self):
+            self.leave = lambda: None
+
         def __setattr__(self, name, value):
             super().__setattr__(name, value)
             if name == "armed" and not value:
                 assert training.stream is None
                 self.received = signal.SIGTERM
     training, loader = make_training(tmp_path, False)
-    training.run.signals = Late(received=0, leave=lambda: None)
+    training.run.signals = Late()
     with pytest.raises(SystemExit) as left:
         for _ in training.epochs():
             for batch in training.batches(loader):

@@ -101,7 +101,7 @@ def start(device, folder, model, sample, accumulate, collate=None):
         accumulate=accumulate, clip_grad=1.0, patience=0, min_epochs=0, min_delta=0.0, dry_run=False, save_minutes=0,
         save_every=0, save_top_k=0, num_workers=0, resume=None, tensorboard=False, wandb=False, compile=False,
         optimizer="adamw", mixup=0.4, loss="mse", model="cnn_lstm", backbone="resnet18", weights=None)
-    run = common.Run(folder, args, compute, Namespace(received=0, armed=False))
+    run = common.Run(folder, args, compute, Namespace(received=0, armed=False, disarm=lambda: None))
     model = model.to(device)
     if device.type == "meta":  # it has no fused step
         optimizer = torch.optim.AdamW(model.parameters())

@@ -172,9 +172,35 @@ common.run_main(main)
 """
 
 
-def test_a_signal_to_all_ends_all_alike(cases):
-    """It reaches the first process in the report, and the other one before that waits for it."""
-    members = [subprocess.Popen([sys.executable, "-c", LEAVE], stdout=subprocess.PIPE, text=True,
+AFTER = """
+import os, signal, threading, time, types, torch, common
+
+class Workers:
+    def __del__(self):
+        time.sleep(2)
+
+def main():
+    processes = common.launched_processes()
+    processes.join(torch.device("cpu"))
+    training = common.Training.__new__(common.Training)
+    training.processes = processes
+    training.progress = types.SimpleNamespace(done=True, epoch=3, batch=0)
+    training.args = types.SimpleNamespace(save_minutes=0, given=[])
+    training.checkpoints = types.SimpleNamespace(age=0)
+    training.run = types.SimpleNamespace(signals=common.StopSignals(), say=print, folder="run")
+    training.stream = Workers() if processes.is_first else None
+    training.save = training._check_queued = lambda: None
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    list(training.epochs())
+
+common.run_main(main)
+"""
+
+
+@pytest.mark.parametrize("script", [LEAVE, AFTER], ids=["report", "workers"])
+def test_a_signal_to_all_ends_all_alike(cases, script):
+    """It reaches the first process in the report or while its workers end, and another one that waits for it."""
+    members = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
                                 stderr=subprocess.STDOUT, env={**os.environ, **env},
                                 cwd=Path(common.__file__).parent) for env in rank_environments(2)]
     with cases.case(GROUP):
