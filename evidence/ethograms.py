@@ -239,8 +239,8 @@ def events_in(windows, table):
     print(f"{has_time.sum()} of {len(events)} events are in the recordings")
     if not is_watched.any():
         raise common.UserError(
-            f"no event is of one of the recordings: expected {common.shorten_list(set(windows['video']), 3)}, "
-            f"found {common.shorten_list(set(events['video']), 3)}")
+            f"no event is of one of the recordings: expected {common.shorten_list(watched.index, 3)}, "
+            f"found {common.shorten_list(sorted(set(events['video'])), 3)}")
     events = events[has_time]
     empty = set(windows["video"]) - set(events["video"])
     if empty:
