@@ -276,8 +276,10 @@ def retrieval_rank(guess, truth, patients):
     """
     ranks = []
     for rows in common.rows_by_key(patients).values():
+        if len(rows) < 2:
+            continue
         apart = torch.cdist(guess[rows].float(), truth[rows].float())  # (m, m)
         own = apart.diagonal()[:, None]
         nearer = (apart < own).sum(1) + 0.5 * ((apart == own).sum(1) - 1)
-        ranks += (nearer / (len(rows) - 1)).tolist()  # 0 / 0 of an only row is NaN
-    return float(common.mean_without_nan(np.array(ranks)))
+        ranks += (nearer / (len(rows) - 1)).tolist()
+    return float(common.mean_without_nan(np.array(ranks)))  # NaN where there is none

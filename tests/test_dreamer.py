@@ -588,6 +588,8 @@ def test_retrieval_rank_by_hand():
     assert pose_scores.retrieval_rank(truth * 0, truth * 0, patients) == 0.5, "ties are chance"
     alone = np.append(patients[:-1], "x")
     assert pose_scores.retrieval_rank(guess, truth, alone) == pytest.approx(np.mean([0, 0.5, 0])), "b and x have one row"
+    truth[-1] = torch.nan
+    assert pose_scores.retrieval_rank(guess, truth, alone) == pytest.approx(np.mean([0, 0.5, 0])), "x has no features"
 
 
 def test_latent_numbers_do_not_depend_on_the_batches():
