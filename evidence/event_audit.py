@@ -115,7 +115,11 @@ def record_split(run, table, audits, split):
     groups = table.groups if args.group_column else None
     has_several = groups is not None and len(set(groups)) > 1  # a study of one animal has no other to keep apart
     stopping = splitting.STOPPING_LEAKS if keeps_groups and has_several else SAME_EVENT
-    return splitting.record_split(run, split, table.clip_ids, report, stopping, columns, groups)
+    alarms = splitting.record_split(run, split, table.clip_ids, report, stopping, columns, groups)
+    if groups is not None and not has_several:
+        alarms = [*alarms, f"--group_column {args.group_column} has one value, {groups[0]}, so nothing is known of others and "
+                           "there is no interval. Where there are several, name the column that tells them apart"]
+    return alarms
 
 
 def audit_videos(table, fps, **options):

@@ -1180,7 +1180,7 @@ def test_priors_that_cannot_be_judged_are_left_out(tmp_path):
 
 @pytest.mark.parametrize("groups, split_by, stops", [("aabb", None, True), ("aaaa", None, False), ("aabb", "video", False)])
 def test_groups_on_two_sides_stop_a_run_that_could_keep_them_apart(tmp_path, monkeypatch, groups, split_by, stops):
-    """Not a study of one animal, of which event_splits.limits says that nothing is known of others."""
+    """Not a study of one animal, which says so: the column may have been named by mistake."""
     put(tmp_path, *(f"{i}.mp4" for i in range(4)))
     path = write(tmp_path / "m.csv", "path,label,pen\n" + "\n".join(f"{i}.mp4,x,{group}" for i, group in enumerate(groups)))
     table = event_tables.read_events({"": path}, group_column="pen")
@@ -1188,6 +1188,7 @@ def test_groups_on_two_sides_stop_a_run_that_could_keep_them_apart(tmp_path, mon
     monkeypatch.setattr(splitting, "record_split", lambda run, split, keys, report, stopping, *_: stopping)
     stopping = event_audit.record_split(SimpleNamespace(args=asked), table, None, {"train": np.arange(3), "val": np.array([3])})
     assert ("groups" in stopping) == stops
+    assert ("--group_column pen has one value, a, so" in str(stopping)) == (groups == "aaaa")
 
 
 def test_an_audit_of_scores_needs_no_classes(scores):
