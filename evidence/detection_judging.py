@@ -27,7 +27,9 @@ def read_coco_results(truth_json, detections_json, group_column=None, box_format
     images = found.images
     part_boxes.refuse([image.name for image in images if image.size is None],
                       f"{truth_json}: images without width and height:", "Add them.")
-    part_boxes.refuse_other_convention(images, truth_json, None, "train_detector.py --mode convert --box_format")
+    part_boxes.refuse_other_convention(
+        images, truth_json, None, "Write them as COCO with train_detector.py --mode convert --json FILE --output NEW.json "
+        "--box_format")
     parts, detections, seen, notes = detection_tables.read_results(detections_json, found, box_format)
     truth, without_area, box_notes = part_boxes.as_truth(
         images, parts, min_trust=0.5, groups=part_boxes.read_groups(images, group_column))

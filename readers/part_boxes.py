@@ -443,12 +443,12 @@ def read_trust(value, where, faults):
     return trust
 
 
-def refuse_other_convention(images, path, box_format, flag="--box_format"):
+def refuse_other_convention(images, path, box_format, way="Say which: --box_format"):
     """UserError where boxes, read as left, top, width, height, look like those of another of BOX_FORMATS.
 
-    images: AnnotatedImages; box_format: what the flag says; where it is given, nothing is refused. More than a tenth
-    leave their picture and half as many at most would by another convention, or no number is above 1, or the corners'
-    convention alone gives the areas that the file has.
+    images: AnnotatedImages; box_format: what the flag says; where it is given, nothing is refused; way: what to do, up to
+    the name of a convention. More than a tenth leave their picture and half as many at most would by another convention,
+    or no number is above 1, or the corners' convention alone gives the areas that the file has.
     """
     known = [[*each.box, *image.size, read_number(each.fields.get("area"))]
              for image in images if image.size for each in image.objects if any(each.box)]
@@ -477,7 +477,7 @@ def refuse_other_convention(images, path, box_format, flag="--box_format"):
         return
     raise common.UserError(
         f"{path}: the boxes look like {likeliest}, not like left, top, width, height (COCO): {why}. "
-        f"Say which: {flag} {likeliest}, or xywh to keep them.")
+        f"{way} {likeliest}, or xywh to keep them.")
 
 
 def cut_box(box, size):

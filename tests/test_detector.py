@@ -344,7 +344,7 @@ def test_annotations_in_another_convention_stop_and_are_read_when_they_are_conve
     for annotation, box in zip(content["annotations"], boxes):
         annotation["bbox"] = box
     common.write_json(files[0], content)
-    with pytest.raises(common.UserError, match="truth.json: .* look like xyxy.*--mode convert --box_format xyxy"):
+    with pytest.raises(common.UserError, match="truth.json: .* look like xyxy.*Write them as COCO with .*--mode convert .*--box_format xyxy"):
         detection_judging.read_coco_results(*files)
     run_script("train_detector.py", "--mode", "convert", "--json", files[0], "--box_format", "xyxy", "--output",
                tmp_path / "made.json")
