@@ -138,6 +138,7 @@ class ClassTable(Rows):
     baseline_thresholds: dict = dataclasses.field(default_factory=dict)  # name -> (M,), of those that have one
     threshold: np.ndarray | None = None  # (M,) of the positive class; None = the most probable class is given
     logits: np.ndarray | None = None  # (M, C) before calibration
+    score: np.ndarray | None = None  # (M, 2), where `probability` holds its ranks
     uncalibrated: np.ndarray | None = None  # (M, C), where `probability` is calibrated on other rows
     metric = "roc_auc"  # of the verdict
 
@@ -507,24 +508,25 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
     positive_class = known_name(positive_class or names[1], names, path)
     if positive_class == names[0]:
         names.reverse()
-    probability = _from_score(table, "score", path, shared["notes"])
+    probability, score = _from_score(table, "score", path, shared["notes"])
     others = {}
     if baseline:
         name = known_name(baseline, table, path)
-        others[name] = _from_score(table, name, path, shared["notes"])
-    return _class_table(names, table[label_column], probability, others, baseline, positive_class, shared)
+        others[name], _ = _from_score(table, name, path, shared["notes"])
+    return _class_table(names, table[label_column], probability, others, baseline, positive_class, shared, score=score)
 
 
 def _from_score(table, column, path, notes):
-    """(M, 2) probabilities in the order of the column: its own, or where it is not from 0 to 1 the ranks."""
+    """(M, 2) probabilities of a column and None; where it is not from 0 to 1 its ranks and the (M, 2) scores."""
     import pandas as pd
     score = _block(table, [column], path)  # (M, 1)
-    if ((score < 0) | (score > 1)).any():
-        score = pd.DataFrame(score).rank(method="dense", pct=True).round(4).to_numpy()  # points may meet, see verdicts.py
-        notes.append(f"{column} is no probability, so its rank stands for it: AUC and average precision are those of the "
-                     "score; calibration, loss and what a threshold decides (accuracy, precision, recall, F1) mean "
-                     "nothing. Of log odds write the logistic, 1 / (1 + exp(-x))")
-    return np.concatenate([1 - score, score], axis=1)
+    if ((score >= 0) & (score <= 1)).all():
+        return np.concatenate([1 - score, score], axis=1), None
+    rank = pd.DataFrame(score).rank(method="dense", pct=True).to_numpy()
+    notes.append(f"{column} is no probability, so its rank stands for it: AUC and average precision are those of the "
+                 "score; calibration, loss and what a threshold decides (accuracy, precision, recall, F1) mean "
+                 "nothing. Of log odds write the logistic, 1 / (1 + exp(-x))")
+    return np.concatenate([1 - rank, rank], axis=1), np.concatenate([-score, score], axis=1)
 
 
 def _class_table(names, labels, probability, others, baseline, positive_class, shared, **further):

@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 import typing
+from fractions import Fraction
 
 import numpy as np
 
@@ -40,23 +41,41 @@ def regression_alarms(predicted, target, names):
     ]
     alarms = [f"{fault}: {', '.join(itertools.compress(names, flags))}. {remedy}"
               for fault, flags, remedy in faults if flags.any()]
-    most = np.unique(predicted, axis=0, return_counts=True)[1].max(initial=0)
-    if most >= _fewest_repeats(predicted, min(modal)) and not is_constant.all():
-        alarms.append(f"the same prediction for {most} of {len(predicted)} rows. {REPEATS_REMEDY}")
+    finite = np.where(is_finite, predicted, np.nan)
+    low = np.fmin.reduce(finite)
+    high = np.fmax.reduce(finite)
+    margin = 0.01 * (high - low)
+    is_inside = ((predicted > low + margin) & (predicted < high - margin)).any(1)  # others may be cut to a scale
+    _, repeats = find_repeats(predicted, is_inside, min(modal))
+    if len(repeats) and not is_constant.all():
+        alarms.append(f"the same prediction for {repeats.max()} rows, and for 3 or more in {repeats.sum()} of "
+                      f"{len(predicted)} rows. {REPEATS_REMEDY}")
     return alarms
 
 
-def _fewest_repeats(predicted, modal):
-    """How many equal rows of (N, K) predictions speak for a fault: 3, or one in a hundred, as some of many rows meet.
+def find_repeats(predicted, is_judged, modal):
+    """Predictions that repeat so often that it speaks for a fault: ((n, K) of them, (n,) in how many rows).
 
-    Where all have up to four digits behind the point, equal ones meet by chance: half of the rows, or more where so many
-    (modal) share one label.
+    predicted: (N, K); is_judged: (N,) bool; modal: how many rows share the most frequent label.
+    Three equal ones or more count where all such hold 2 % of the rows, as in many rows some meet by chance. Coarse ones
+    meet so often that only one counts that stands in more than half of the rows, and in a tenth more than share a label.
     """
     rows = len(predicted)
-    is_rounded = np.abs(predicted - np.round(predicted, 4)) < 1e-9
-    if is_rounded.all():
-        return math.ceil(min(0.95 * rows, max(rows / 2, 3 * modal)))
-    return math.ceil(max(3, rows / 100))
+    values, repeats = np.unique(predicted[is_judged], axis=0, return_counts=True)
+    is_repeated = repeats >= 3
+    if is_coarse(predicted):
+        is_repeated = repeats > max(rows / 2, modal + rows / 10)
+    elif repeats[is_repeated].sum() < 0.02 * rows:
+        is_repeated[:] = False
+    return values[is_repeated], repeats[is_repeated]
+
+
+def is_coarse(predicted):
+    """Whether all have up to five digits behind the point, or are shares of 1000 votes or fewer."""
+    values = np.unique(predicted[np.isfinite(predicted)])
+    some = values[::len(values) // 1000 + 1]  # so many tell
+    rest = some[np.abs(some - np.round(some, 5)) > 1e-9]
+    return all(abs(Fraction(value).limit_denominator(1000) - value) < 5e-7 for value in rest.tolist())
 
 
 def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
@@ -73,10 +92,11 @@ def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
     return [f"train far above validation {numbers}: overfitting. {remedy}"] if remedy and train > val + 0.3 else []
 
 
-def classification_alarms(probability, label, names, threshold=None, positive=1):
+def classification_alarms(probability, label, names, threshold=None, positive=1, score=None):
     """Sentences on signs of a broken classifier or of labels that cannot judge it; else [].
 
-    probability: (N, C); label: (N,) indices; names: C classes; the rest as classification_metrics.
+    probability: (N, C); label: (N,) indices; names: C classes; score: (N, C), where `probability` holds ranks of these;
+    the rest as classification_metrics.
     """
     rows = len(probability)
     alarms = []
@@ -92,14 +112,13 @@ def classification_alarms(probability, label, names, threshold=None, positive=1)
     if flat.any():
         alarms.append("constant output (sd of the probability under 5 % of the labels'): "
                       f"{', '.join(itertools.compress(names, flat))}. {CONSTANT_REMEDY}")
-    rounded = np.round(probability, 6)
-    unsure = rounded[rounded.max(1) < 0.999]  # rows that are told apart with ease have nearly 0 and 1
-    values, repeats = np.unique(unsure, axis=0, return_counts=True)
-    fewest = _fewest_repeats(probability, counts.max())
-    often = repeats >= fewest
-    if often.any():
-        alarms.append(f"the same probability {fewest} times or more, in {repeats[often].sum()} of {rows} rows; that of "
-                      f"{names[positive]} is {values[repeats.argmax(), positive]:g} in {repeats.max()} of them. "
+    is_unsure = probability.max(1) < 0.99  # rows that are told apart with ease have nearly 0 and 1
+    compared = np.round(probability, 7) if score is None else score
+    values, repeats = find_repeats(compared, is_unsure, counts.max())
+    if len(repeats):
+        most = repeats.argmax()
+        alarms.append(f"the same probability 3 times or more, in {repeats.sum()} of {rows} rows; that of "
+                      f"{names[positive]} is {values[most, positive]:g} in {repeats[most]} of them. "
                       f"{REPEATS_REMEDY}. Isotonic calibration repeats them too: judge those before it")
     if counts.max() >= 0.95 * counts.sum() > 0:
         alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of {counts.sum()} rows. "

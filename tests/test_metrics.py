@@ -358,7 +358,7 @@ def test_alarms_on_repeated_predictions_and_gaps():
     predicted, target = noisy_pair()
     predicted[:4] = predicted[0]
     alarms = verdicts.regression_alarms(predicted, target, list("abc"))
-    assert faults(alarms) == ["the same prediction for 4 of 200 rows"]
+    assert faults(alarms) == ["the same prediction for 4 rows, and for 3 or more in 4 of 200 rows"]
     gap = verdicts.split_gap_alarms({"pearson_r": 0.2}, {"pearson_r": 0.6}, "more rows")
     assert len(gap) == 1 and gap[0].startswith("train far below validation (pearson_r 0.200 and 0.600)")
     assert "train far above" in verdicts.split_gap_alarms({"pearson_r": 0.99}, {"pearson_r": 0.3}, "more rows")[0]
@@ -400,9 +400,9 @@ def test_rounding_is_no_repeated_probability(digits):
         score = np.round(1 / (1 + np.exp(-6 * (2 * label - 1) - draw.normal(size=890))), digits)
         assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
     score = 1 / (1 + np.exp(1 - 2 * label - draw.normal(size=890)))
-    score[:300] = 0.993456
+    score[:300] = 0.893456
     [alarm] = verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"])
-    assert "in 300 of 890 rows; that of b is 0.993456 in 300 of them" in alarm
+    assert "in 300 of 890 rows; that of b is 0.893456 in 300 of them" in alarm
     few = np.where(label == 1, 1 / 2 ** 0.5, 0.4)[:200]
     few[::3] = 0.55
     [alarm] = verdicts.classification_alarms(np.stack([1 - few, few], 1), label[:200], ["a", "b"])
@@ -417,7 +417,7 @@ def test_answers_as_coarse_as_the_labels_are_no_fault():
     assert np.unique(predicted, return_counts=True)[1].max() > 40
     assert verdicts.regression_alarms(predicted, points, ["pain"]) == []
     mostly = np.where(np.arange(200)[:, None] < 190, 3.0, predicted)
-    assert faults(verdicts.regression_alarms(mostly, points, ["pain"])) == ["the same prediction for 192 of 200 rows"]
+    assert faults(verdicts.regression_alarms(mostly, points, ["pain"])) == ["the same prediction for 192 rows, and for 3 or more in 192 of 200 rows"]
     label = draw.integers(0, 2, 200)
     score = np.clip(2 * label + draw.integers(0, 4, 200), 0, 5) / 5
     assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
@@ -429,7 +429,54 @@ def test_pairs_beside_them_do_not_hide_repeated_predictions():
     predicted = target + draw.normal(size=(100, 1))
     predicted[:20] = np.repeat(predicted[:10], 2, axis=0)
     predicted[20:] = np.repeat(predicted[20:40], 4, axis=0)
-    assert faults(verdicts.regression_alarms(predicted, target, ["v"])) == ["the same prediction for 4 of 100 rows"]
+    assert faults(verdicts.regression_alarms(predicted, target, ["v"])) == ["the same prediction for 4 rows, and for 3 or more in 76 of 100 rows"]
+
+
+REPEATED = {
+    "each three times": lambda values, draw: values.repeat(3)[:len(values)],
+    "groups of five": lambda values, draw: values.repeat(5)[:len(values)],
+    "one in twenty": lambda values, draw: np.where(np.arange(len(values)) % 20 == 0, 5 / 7 ** 0.5, values),
+    "one in ten": lambda values, draw: np.where(np.arange(len(values)) % 10 == 0, 5 / 7 ** 0.5, values),
+}
+
+
+@pytest.mark.parametrize("rows", [60, 200, 1000])
+@pytest.mark.parametrize("kind", REPEATED)
+def test_repeats_are_found_in_few_and_many_rows(kind, rows, tmp_path):
+    """In scores, in probabilities, and in the log odds of a table, whose ranks stand for them."""
+    draw = np.random.default_rng(rows)
+    label = draw.integers(0, 2, rows)
+    target = draw.normal(0, 3, (rows, 1))
+    predicted = REPEATED[kind](target[:, 0] + draw.normal(size=rows), draw)
+    assert "the same prediction" in str(verdicts.regression_alarms(predicted[:, None], target, ["v"]))
+    logit = REPEATED[kind](2 * label - 1 + draw.normal(size=rows), draw)
+    score = 1 / (1 + np.exp(-logit))
+    assert "the same probability" in str(verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]))
+    common.write_table(tmp_path / "t.csv", {"id": np.arange(rows), "label": label, "score": logit})
+    table = prediction_tables.read_predictions(tmp_path / "t.csv")
+    found = verdicts.classification_alarms(table.probability, label, table.names, score=table.score)
+    assert "the same probability" in str(found)
+
+
+@pytest.mark.parametrize("rows", [60, 200, 1000, 2000])
+def test_honest_predictions_that_meet_are_no_repeats(rows):
+    """Of a sure model, of few votes, and cut to the scale of the labels; a missing one is another fault."""
+    draw = np.random.default_rng(rows)
+    label = (draw.random(rows) < 0.1).astype(int)
+    sure = [1 / (1 + np.exp(-6.2 * (2 * label - 1) - sd * draw.normal(size=rows))) for sd in (0.2, 1)]
+    votes = [draw.binomial(k, 0.3 + 0.4 * label) / k for k in (3, 15, 300)]
+    for score in (*sure, *votes, *np.round(sure, 5), *np.round(votes, 6)):
+        alarms = verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"])
+        assert "the same probability" not in str(alarms)
+    ratings = draw.normal(50, 40, (rows, 1)).clip(0, 100)
+    latent = ratings + draw.normal(0, 15, (rows, 1))
+    of_votes = np.stack([ratings.round(), latent.round(), latent.round()]).mean(0)
+    cut = latent.clip(2, 100)
+    bounded = np.float32(100) / (1 + np.exp(-(latent.astype(np.float32) - 50) / 3))
+    for predicted in (cut, bounded, of_votes, cut.round(1)):
+        assert verdicts.regression_alarms(predicted, ratings, ["v"]) == []
+        predicted[0] = np.nan
+        assert len(verdicts.regression_alarms(predicted, ratings, ["v"])) == 1
 
 
 def test_of_very_many_rows_some_meet_by_chance():
@@ -553,7 +600,7 @@ def test_alarms_name_a_remedy():
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.9}, {"pearson_r": 0.1}, remedy="--head ridge")
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.1}, {"pearson_r": 0.9}, "more rows")
     alarms += verdicts.classification_alarms(np.tile([0.9, 0.1], (40, 1)), np.arange(40) % 2, ["ear", "tail"])
-    alarms += verdicts.regression_alarms((rows % 7) ** 0.5, np.where(rows < 39, 3.0, 4.0), ["Valence"])
+    alarms += verdicts.regression_alarms(3 + (rows % 7) ** 0.5 / 5, np.where(rows < 39, 3.0, 4.0), ["Valence"])
     shifted = {"target": "Valence", "r2": -0.5, "pearson_r": 0.6, "pearson_r_low": 0.2, "bias": 2.0, "slope": 0.3}
     alarms += score_judging.slope_alarms([shifted])
     assert not score_judging.slope_alarms([{**shifted, "pearson_r_low": low} for low in (-0.1, math.nan)]), "by chance"
