@@ -165,8 +165,10 @@ def half_widths(members, coverage):
     A row that several members held out, as those of several seeds on one split do, counts once. UserError: some members
     have groups and others none.
     """
-    with common.checkpoint_fields("a checkpoint"):
-        residuals = np.concatenate([member.settings["abs_residuals"].numpy() for member in members])
+    if not all("abs_residuals" in member.settings for member in members):
+        raise common.UserError("--interval rests on residuals that the best_model.pth of a finished run holds; a "
+                               "top_epoch_N.pth or an unfinished run has none")
+    residuals = np.concatenate([member.settings["abs_residuals"].numpy() for member in members])
     owners = [member.settings["residual_subjects"] for member in members]
     rows = np.concatenate([member.settings["residual_rows"] for member in members])
     if None in owners and any(owners):

@@ -38,13 +38,13 @@ HISTORY_METRICS = ("mse", "mae", "r2", "pearson_r")
 SMALL_DATA = Path(__file__).with_name("configs") / "assessor_small_data.yaml"
 SMALL_DATA_BELOW = 3000  # pictures
 OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm), --head ridge, more pictures"
-NETWORK_FLAGS = "backbone head dropout image_size flip_average".split()
+NETWORK_FLAGS = "backbone head dropout image_size flip_average".split()  # --init_from takes them from the checkpoint
 CHECKPOINT_FLAGS = [*NETWORK_FLAGS, "freeze_backbone"]
 MODEL_FLAGS = {"config", "backbone", "pretrained", "weights"}  # whoever gives one has chosen a model
 
 
-def parse_args(argv=None, recipe="plain"):
-    """The flags; those that are not given are as in the recipe."""
+def parse_args(argv=None, recipe="plain", **network):
+    """The flags; those that are not given are as in network (of network_to_start_from), else as in the recipe."""
     parser = common.Parser(__doc__)
     common.add_shared_arguments(parser)
     data = parser.group("images and ratings")
@@ -73,7 +73,7 @@ def parse_args(argv=None, recipe="plain"):
     model("--dropout", type=common.DROPOUT, default=0.5, help="in the hidden layers of the mlp head")
     model("--flip_average", action="store_true", help="predict the mean over a picture and its mirror image")
     model("--no_flip_average", dest="flip_average", action="store_false",
-          help="predict each picture as it is, also where the recipe says otherwise")
+          help="predict each picture as it is, also where recipe or --init_from say otherwise")
     backbones.add_freezing_arguments(model)
     model("--freeze_epochs", type=common.WHOLE, default=0,
           help="epochs at the start that train the head alone")
@@ -83,6 +83,7 @@ def parse_args(argv=None, recipe="plain"):
           help="validation metric that chooses the epoch; last = the last one, so that validation rows choose nothing")
     if recipe == "small_data":
         parser.set_defaults(**common.config_values(parser, SMALL_DATA))
+    parser.set_defaults(**network)
     args = common.parse_arguments(parser, argv)
     splitting.check_flags(parser, args)
     return args
@@ -95,12 +96,21 @@ class OneOrSeveral(argparse.Action):
         setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
-def choose_recipe(args, pictures):
+def network_to_start_from(args):
+    """{flag: value} of the network whose weights --init_from names; {} without it, and for a run that has them."""
+    if not args.init_from or args.resume not in (None, "auto"):
+        return {}
+    content = common.load_model_file(args.init_from)
+    with common.checkpoint_fields(args.init_from):
+        return {name: content[name] for name in NETWORK_FLAGS}
+
+
+def choose_recipe(args, pictures, network):
     """small_data or plain: what --recipe says, or for auto what suits the network and the number of pictures."""
     if args.recipe != "auto":
         return args.recipe
-    is_mlp = "head" in args.given and args.head == "mlp"
-    if pictures >= SMALL_DATA_BELOW or args.given & MODEL_FLAGS or is_mlp:
+    head = args.head if "head" in args.given else network.get("head", "ridge")
+    if pictures >= SMALL_DATA_BELOW or args.given & MODEL_FLAGS or head != "ridge":
         return "plain"
     return "small_data"
 
@@ -634,7 +644,7 @@ def run_split(run, args, study, split, features=None):
     best_epoch = training.progress.best_epoch
     plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch)
     train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))
-    remedy = OVERFITTING_REMEDY if args.head == "mlp" else ""  # a solved head always fits its own rows better
+    remedy = OVERFITTING_REMEDY if args.head == "mlp" else None  # a solved head always fits its own rows better
     alarms += verdicts.split_gap_alarms(train, val, remedy)
     tables = {}
     held_out = [part for part in predicted if part != "train"]
@@ -724,8 +734,9 @@ def parse_args_with_recipe():
     """
     args = parse_args()
     table = read_table(args)
-    recipe = choose_recipe(args, len(table.images))
-    return parse_args(recipe=recipe), table, recipe
+    network = network_to_start_from(args)
+    recipe = choose_recipe(args, len(table.images), network)
+    return parse_args(recipe=recipe, **network), table, recipe
 
 
 def main():

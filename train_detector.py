@@ -317,7 +317,7 @@ def load_study(args, files, say, known_parts=None):
     stored, bad = part_boxes.check_pictures(store.audit, images, args.on_bad_file)
     used = [images[i] for i in stored]
     parts, part_notes = part_boxes.used_parts(read.values(), used, known_parts)
-    paths = [path for path, _ in files.values()]
+    paths, folders = zip(*files.values())
     part_boxes.refuse_other_convention(used, common.shorten_list(paths), args.box_format)
     if len({image.name for image in used}) < len(used):  # two files share names
         for image in used:
@@ -333,7 +333,7 @@ def load_study(args, files, say, known_parts=None):
                       for origin, found in read.items()},
         store=store,
         stored=np.array(stored),
-        skipped=without_area + skipped + bad,
+        skipped=without_area + skipped + bad + part_boxes.without_entry(folders, images),
         notes=notes + part_notes + box_notes)
     if args.drop_empty:
         study = without_empty(study)
@@ -875,6 +875,8 @@ def fit(run, args, study, split):
     if args.augment == "light" and part_boxes.mirrored_labels(train_truth.parts) is None:
         run.say("note: a part is called left or right and its counterpart is missing, so pictures are not mirrored")
     run.say(f"anchors of {' '.join(map(str, settings['anchor_sizes']))} input pixels (--anchor_sizes)")
+    if args.state_class_weights != "none" and not settings["states"]:
+        run.say(f"note: no box has a state, so --state_class_weights {args.state_class_weights} does nothing")
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
     train_loader = make_loader(study, split["train"], settings, args, compute, train=True)
     val_loader = make_loader(study, split["val"], settings, args, compute)
@@ -1051,6 +1053,10 @@ def make_folds(args, study):
     truth = study.truth
     ratios = {"train": 1 - args.val_ratio, "val": args.val_ratio}
     folds = splitting.folds_of_flags(args, truth.images, study.strata, truth.groups)
+    if truth.groups is not None and min(len(set(truth.groups[fold["train"]])) for fold in folds) < 2:
+        raise common.UserError(
+            f"--folds {args.folds} --group_column {args.group_column}: each fold must leave two groups or more, since "
+            f"one chooses the epoch; found {len(set(truth.groups))} groups in all. Three groups need three folds")
 
     def divide(rows):
         own = truth.take(rows)
@@ -1140,8 +1146,11 @@ def run_folds(run, args, study):
     """One run per fold in fold_K/; what the detectors of all folds found in the left-out pictures is judged as one."""
     splits = make_folds(args, study)
     folds = {f"fold_{k}": split["test"] for k, split in enumerate(splits)}
-    for split in splits:  # all of them before the first one is trained
+    for k, split in enumerate(splits):  # all of them before the first one is trained
         splitting.check_leakage(examine_split(study, split), args.allow_leakage)
+        if study.truth.take(split["train"]).has_states() != study.truth.has_states():
+            raise common.UserError(f"--folds {args.folds}: no box that trains fold {k} has a state, so its detector "
+                                   "would name none; fewer folds, or another --group_column")
         check_states(args, study.truth, split)
     alarms = check_split(run, study, folds)
     run.write_record(study, folds)
@@ -1285,10 +1294,11 @@ def convert(args):
     found = part_boxes.read_annotations(args.json, args.box_format, args.state_attribute)
     if args.images_dir:
         part_boxes.find_pictures(found, args.images_dir, args.exact_names)
+        unnamed = part_boxes.without_entry([args.images_dir], found.images)
         audits = [picture_files.audit_image(image.path, 32)[0] for image in found.images]
         good, bad = part_boxes.check_pictures(audits, found.images, args.on_bad_file)
         found.images = [found.images[k] for k in good]
-        found.skipped += bad
+        found.skipped += bad + unnamed
     part_boxes.refuse_other_convention(found.images, args.json, args.box_format)
     coco, dropped = part_boxes.as_coco(found.images, found.category_ids, args.images_dir)
     common.write_json(args.output, coco)

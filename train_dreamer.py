@@ -34,8 +34,8 @@ from torch import nn
 
 import common
 from evidence import (
-    baseline_models, confounding, judging, plotting, pose_audit, pose_judging, pose_scores, prediction_tables,
-    reporting, row_warnings, seen_rows, splitting, verdicts)
+    baseline_models, judging, plotting, pose_audit, pose_judging, pose_scores, prediction_tables, reporting,
+    row_warnings, seen_rows, splitting, verdicts)
 from readers import backbones, picture_files, probe_poses
 
 GRIDS = (2, 4)  # cells a side over which the readout averages feature maps
@@ -900,15 +900,16 @@ def predict_baselines(study, train, rows, readout=None, centre=None):
     if not len(train):
         return predicted
     apart = probe_poses.difference(study.at1, centre)  # (N, 6)
+    near = baseline_models.place_weights(study.place, study.sequences, train, rows)  # (M, N_train)
     motion_ridge = baseline_models.fit_readout(study.motion[train], apart[train], study.inner_groups(train))
     found = {
-        "frame_index": confounding.smoothed_means((20 * study.place).astype(int), apart, train, rows),
+        "frame_index": near @ np.nan_to_num(apart[train]),
         "motion_ridge": motion_ridge.predict(study.motion[rows]),
         **baseline_models.time_baselines(apart, study.order, study.sequences, train, rows),
     }
-    is_known = np.isin(study.patients[rows], study.patients[train])
-    if is_known.any() and len(set(study.patients[np.union1d(train, rows)])) > 1:
-        found["patient_mean"] = confounding.smoothed_means(study.patients, apart, train, rows)
+    same = study.patients[rows][:, None] == study.patients[train]  # (M, N_train), one patient
+    if same.any() and not same.all():  # several patients, of whom one without train rows gets the train mean
+        found["patient_mean"] = same / same.sum(1, keepdims=True).clip(1) @ np.nan_to_num(apart[train])
     predicted |= {name: centre + values for name, values in found.items()}
     if readout:
         predicted["grid_readout"] = readout.predict(study.grids_at_t1(rows))

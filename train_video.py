@@ -55,16 +55,22 @@ CNN_LSTM = "cnn_lstm"
 MOTION_READOUT = "motion_readout"
 FRAME_MODELS = (CNN_LSTM, MOTION_READOUT)  # what reads frames with an image network
 # what flags of training are for a model whose weights are solved in one step, without epochs
-SOLVED = {"epochs": 1, "freeze_backbone": True, "select": "last", "augment": "none"}
+SOLVED = {
+    "epochs": 1, "freeze_backbone": True, "select": "last",
+    "augment": "none", "balance": "none", "consistency_weight": 0.1,
+}
+# flags of training that must be off for such a model
+OFF_IN_SOLVED = ("augment_for boost_to bounded focal_alpha init_from jitter_sec label_smoothing mixup sample_weight "
+                 "target_weights").split()
+# flags of training that such a model does not read, whatever their value
+UNUSED_BY_SOLVED = set("loss focal_gamma lr hidden dropout freeze_stages weight_decay optimizer".split())
 BALANCING = ("balance", "boost_to", "focal_alpha")
-# flags that a task, or a model that is solved, does not read
+# flags that a task does not read: refused unless they are off, or as in SOLVED, where the defaults of balance and
+# consistency_weight stand too
 UNUSED_BY = {
     "classify": "bounded consistency_weight target_columns target_weights".split(),
     "regress": [
         *BALANCING, *"jitter_sec label_column label_map label_smoothing mixup positive_class time_unit".split()],
-    MOTION_READOUT: [
-        *SOLVED, *BALANCING, *"augment_for bounded consistency_weight dropout focal_gamma freeze_stages hidden init_from "
-        "jitter_sec label_smoothing loss lr mixup optimizer sample_weight target_weights weight_decay".split()],
 }
 # flags of predict: as typed, else from the checkpoint
 OWN_OF_PREDICT = "clips_per_event aggregation min_event_sec".split()
@@ -113,12 +119,12 @@ def parse_args(argv=None):
     parser.set_defaults(**TASK_DEFAULTS["classify"])
     asked = common.parse_arguments(parser, argv)  # the configuration may name task and model
     parser.set_defaults(**TASK_DEFAULTS[asked.task])
+    if asked.model == MOTION_READOUT:
+        parser.set_defaults(**SOLVED)
     if asked.mode == "judge_bouts":
         parser.set_defaults(min_event_sec=0.0)  # bouts are compared with events as they are
     args = common.parse_arguments(parser, argv)
     check_flags(parser, args)
-    if args.model == MOTION_READOUT:
-        args = common.with_flags(args, **SOLVED)
     return args
 
 
@@ -225,24 +231,27 @@ def refuse(parser, why, names):
         parser.error(f"{why}; without meaning for it: {', '.join(flags)}")
 
 
-def in_use(args, names):
-    """Those of these flags that are not off."""
-    return {name for name in names if getattr(args, name) not in (None, 0, "none", [])}
+def changed(args, names):
+    """Those of these flags that are neither off (0, empty) nor as in SOLVED."""
+    values = {name: getattr(args, name) for name in names}
+    return {name for name, value in values.items() if value and value != SOLVED.get(name)}
 
 
 def check_learning_flags(parser, args):
     """parser.error for flags of training that contradict each other, or do nothing."""
     if (args.loss in ("ce", "focal")) != (args.task == "classify"):
         parser.error(f"--loss {args.loss} does not fit --task {args.task}")
-    refuse(parser, f"--task {args.task}", in_use(args, args.given.intersection(UNUSED_BY[args.task])))
-    corrections = [f"--{name} {getattr(args, name)}" for name in sorted(in_use(args, BALANCING))]
+    refuse(parser, f"--task {args.task}", changed(args, UNUSED_BY[args.task]))
+    corrections = [f"--{name} {getattr(args, name)}" for name in sorted(changed(args, BALANCING))]
     if len(corrections) > 1 and not args.force:
         parser.error(f"{' and '.join(corrections)} each correct the class balance; keep one, or give --force")
     if args.task == "regress" and args.model not in FRAME_MODELS:
         parser.error("--task regress reads sequences of any length: --model "
                      f"{' or '.join(FRAME_MODELS)}, found {args.model}")
     if args.model == MOTION_READOUT:
-        idle = in_use(args, args.given.intersection(UNUSED_BY[MOTION_READOUT]))
+        idle = changed(args, [*SOLVED, *OFF_IN_SOLVED]) | (UNUSED_BY_SOLVED & args.given)
+        if not args.freeze_backbone:  # as a configuration may say
+            idle.add("freeze_backbone")
         refuse(parser, f"--model {MOTION_READOUT} is solved, not trained", idle)
 
 

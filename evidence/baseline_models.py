@@ -275,3 +275,13 @@ def time_baselines(values, times, sequences, train, rows):
             found["interpolated"][own, k] = np.interp(asked, times[known], column[known])
             found["nearest_in_time"][own, k] = column[known[nearest]]
     return found
+
+
+def place_weights(place, sequences, train, rows):
+    """(M, N_train) weights, rows adding up to 1, by nearness of place (0 to 1) in a sequence; the own one's, if any."""
+    apart = (place[rows][:, None] - place[train]) / 0.05  # a twentieth of the sequence
+    logits = -0.5 * apart ** 2
+    same = sequences[rows][:, None] == sequences[train]
+    logits[~same & same.any(1, keepdims=True)] = -np.inf
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)

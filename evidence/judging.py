@@ -4,6 +4,7 @@ A task's own judging (score_judging, class_judging, detection_judging, pose_judg
 """
 import contextlib
 import dataclasses
+import itertools
 import time
 
 import numpy as np
@@ -13,6 +14,7 @@ from evidence import prediction_tables, reporting, seen_rows, verdicts
 
 
 METRICS_SCHEMA = 1  # of metrics.json; docs/judging.md
+NO_RESULTS = ["fold", "rows", "best_epoch"]  # in the numbers of a fold
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -50,7 +52,7 @@ def fold_table(folds):
     if not folds:
         return []
     import pandas as pd
-    numbers = pd.DataFrame(folds).drop(columns=["fold", "rows", "best_epoch"]).astype(float)
+    numbers = pd.DataFrame(folds).drop(columns=NO_RESULTS, errors="ignore").astype(float)
     return [*folds, {"fold": "mean", **numbers.mean()}, {"fold": "SD", **numbers.std()}]
 
 
@@ -62,6 +64,14 @@ def finished_folds(run, chosen, numbers):
         folds.append({"fold": k, "best_epoch": best_epoch, **own})
     common.write_table(run.path("fold_table.csv"), fold_table(folds))
     return folds
+
+
+def identical_fold_alarms(folds):
+    """Sentences on folds with the same numbers to the last digit."""
+    results = [(fold["fold"], [value for name, value in fold.items() if name not in NO_RESULTS]) for fold in folds]
+    return [f"folds {a} and {b} have identical results: were they trained and judged on the same rows? Compare their "
+            "splits.json, and deal the rows out anew (--seed)"
+            for (a, own), (b, other) in itertools.combinations(results, 2) if own == other and any(own)]
 
 
 def rows_text(table, unit="rows"):
@@ -223,7 +233,7 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
     the result.
     """
     seen = seen_rows.sentences(setting.seen)
-    alarms = [*alarms, *setting.alarms]
+    alarms = [*alarms, *setting.alarms, *identical_fold_alarms(setting.folds)]
     if "train" in seen:
         alarms.append(seen.pop("train"))
     doubts = [*doubts, *verdicts.chance_doubts(result, metric), *seen.values()]

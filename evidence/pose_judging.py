@@ -41,6 +41,7 @@ def judge_poses(run, table, setting, *, blocks, label_sd, unit, doubts, compose,
         [f"mae_{axis}" for axis in probe_poses.AXES])
     plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
 
+    alarms = axis_alarms(table) + pose_scores.place_alarms(results)
     if result.unit == subject_intervals.TIME_BLOCKS:
         doubts = [*doubts, WITHIN_PATIENTS]
     return judging.close_run(
@@ -49,7 +50,7 @@ def judge_poses(run, table, setting, *, blocks, label_sd, unit, doubts, compose,
         result=result,
         metric="mae",
         doubts=verdicts.baseline_doubts(results) + doubts,
-        alarms=axis_alarms(table),
+        alarms=alarms,
         meanings=criteria_names(),
         figures=key_figures(result, predictors),
         blocks=metric_blocks(run, setting, result, axes, baselines, predictors, patients),

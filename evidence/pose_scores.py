@@ -202,6 +202,18 @@ def verdict(result, per_patient, unit, seen="new"):
             f"Within them, over blocks of time: {text}")
 
 
+def place_alarms(results):
+    """Does the place in the sequence predict as well as the model? Sentences."""
+    if "frame_index" not in results:
+        return []
+    model = results["frame_index"].overall.model["mae"]
+    place = results["frame_index"].overall.baseline["mae"].value
+    if place > np.nanmax([model.value, model.high]):
+        return []
+    return [f"the place in the sequence alone predicts as well as the model ({place:.3f} against {model.value:.3f}): "
+            "it may know when, not where. Score sweeps that begin and end elsewhere"]
+
+
 def outside_share(poses, train, rows):
     """{outside_training_range: share of the rows whose pose (N, 6) is beyond all train rows on an axis}"""
     if not len(train):

@@ -81,7 +81,7 @@ def is_coarse(predicted):
 def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
     """Sentences where a train and a validation metric (dicts of floats, higher is better) lie far apart; else [].
 
-    remedy: the sentence on what helps against overfitting, with the script's flags; "": it is not looked for.
+    remedy: the sentence on what helps against overfitting, with the script's flags; None: it is not looked for.
     """
     train = train_metrics[metric]
     val = val_metrics[metric]
@@ -89,7 +89,9 @@ def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
     if train < val - 0.15:
         return [f"train far below validation {numbers}: a leak, or a fault in evaluation. Look for copies in the "
                 "section Leakage, and name who or what repeats: --group_column (probe guidance: --patient_map)"]
-    return [f"train far above validation {numbers}: overfitting. {remedy}"] if remedy and train > val + 0.3 else []
+    if remedy and train > val + 0.3:
+        return [f"train far above validation {numbers}: overfitting. {remedy}"]
+    return []
 
 
 def classification_alarms(probability, label, names, threshold=None, positive=1, score=None):

@@ -624,6 +624,15 @@ def find_pictures(found, folder, exact_names):
     refuse(leaving, f"{found.path}: these links lead out of {folder}:", "Copy the pictures into the folder.")
 
 
+def without_entry(folders, images):
+    """Dicts of the pictures in these folders that no file names; images: of all files, after find_pictures."""
+    named = {os.path.realpath(image.path) for image in images}
+    names = {os.path.realpath(path): name
+             for folder in folders for name, path in file_names.images_by_name(folder).items()}
+    return [{"image": name, "reason": "no entry in the annotations"}
+            for path, name in names.items() if path not in named]
+
+
 def check_pictures(audits, images, on_bad_file):
     """Places of the usable pictures, whose images get their size; dicts of the others.
 

@@ -184,8 +184,8 @@ def read_cv_file(path, table):
     """Split file -> list of dicts(fold, train (n,) rows, val (m,) rows), in order of the folds.
 
     cv_folds as a list, as a dict with fold_0 keys, or either as a string of Python; or a list or dict at the top level.
-    Each fold names train_animals and val_animals, or train and val. Animals without rows are noted. Raises UserError:
-    no folds, an animal on both sides or judged twice, a side without rows.
+    Each fold names train_animals and val_animals, or train and val. Animals without rows are noted, and those that
+    no fold judges. Raises UserError: no folds, an animal on both sides or judged twice, a side without rows.
     """
     if table.groups is None:
         raise common.UserError(f"--cv_file {path} names animals: it needs --group_column")
@@ -202,9 +202,12 @@ def read_cv_file(path, table):
     folds = [fold_rows(fold, k, path, table) for k, fold in enumerate(listed)]
     n_judged = sum(np.isin(np.arange(len(table)), fold["val"]) for fold in folds)  # (N,)
     twice = dict.fromkeys(table.groups[n_judged > 1])
+    never = dict.fromkeys(table.groups[n_judged == 0])
     if twice:
         raise common.UserError(f"--cv_file {path}: expected each animal in val_animals of one fold, as its rows are "
                                f"judged once; in several: {common.shorten_list(twice)}")
+    if never:
+        table.notes.append(f"--cv_file: never judged, in val_animals of no fold: {common.shorten_list(never)}")
     return sorted(folds, key=lambda fold: fold["fold"])
 
 

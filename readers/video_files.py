@@ -686,7 +686,11 @@ def find_recordings(path):
     if not videos:
         raise common.UserError(f"--video {path}: found no video in it")
     pictures = videos.pop(".", None)
-    return videos or {path.resolve().name: pictures}
+    if not videos:
+        return {path.resolve().name: pictures}
+    if pictures:
+        print(f"note: the pictures in {path} are not read as a recording, as there are videos beside them")
+    return videos
 
 
 @dataclasses.dataclass

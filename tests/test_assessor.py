@@ -358,7 +358,7 @@ def test_recipe_for_small_data():
     """Chosen by the number of pictures where no flag names a model; what is typed wins over it."""
     needed = ["--images_dir", "a", "--ratings_file", "b"]
     plain = train_assessor.parse_args(needed)
-    chosen = [train_assessor.choose_recipe(train_assessor.parse_args([*needed, *more]), pictures)
+    chosen = [train_assessor.choose_recipe(train_assessor.parse_args([*needed, *more]), pictures, {})
               for more, pictures in (([], 804), ([], 3000), (["--backbone", "resnet50"], 804),
                                      (["--recipe", "plain"], 804), (["--recipe", "small_data"], 9000),
                                      (["--head", "mlp"], 804), (["--head", "ridge"], 804))]
@@ -370,6 +370,21 @@ def test_recipe_for_small_data():
     assert plain.head == "mlp" and plain.normalize_targets and plain.epochs == 50
     typed = train_assessor.parse_args([*needed, "--no_flip_average"], "small_data")
     assert small.flip_average and not typed.flip_average
+
+
+@pytest.mark.parametrize("head, recipe", [("mlp", "plain"), ("ridge", "small_data")])
+def test_a_network_to_start_from_brings_its_settings(sample, trained, tmp_path, monkeypatch, head, recipe):
+    """The command that a finished run advises, by file or run folder; what is typed wins and is compared at once."""
+    content = common.read_checkpoint(trained / "best_model.pth")
+    common.save_checkpoint(tmp_path / "best_model.pth", {**content, "head": head})
+    flags = ["--images_dir", sample.images, "--ratings_file", sample.ratings]
+    for start in (tmp_path, tmp_path / "best_model.pth"):
+        words = ["train_assessor.py", *flags, "--init_from", start, "--dropout", 0.2]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        args, _, chosen = train_assessor.parse_args_with_recipe()
+        assert args.init_from == tmp_path / "best_model.pth" and (chosen, args.head) == (recipe, head)
+        assert (args.backbone, args.image_size, args.dropout) == ("shufflenet_v2_x0_5", 32, 0.2)
+        assert args.epochs == (5 if recipe == "small_data" else 50), "how it is trained is the recipe's"
 
 
 def test_a_network_to_start_from_that_is_another_one_is_said_before_pictures_are_decoded(sample, trained, tmp_path):
@@ -592,6 +607,9 @@ def test_an_interval_needs_members_that_are_all_grouped_or_all_not(capsys):
     assert "the bounds may hold less than 50% of new pictures" in capsys.readouterr().out
     with pytest.raises(common.UserError, match="some checkpoints were trained with --group_column"):
         predict_assessor.half_widths([whole, grouped], 0.5)
+    del whole.settings["abs_residuals"]
+    with pytest.raises(common.UserError, match="best_model.pth of a finished run holds"):
+        predict_assessor.half_widths([whole], 0.5)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])

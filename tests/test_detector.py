@@ -729,6 +729,14 @@ def refused_folds(bicycles, folder, change, *flags):
     return text
 
 
+def test_folds_that_cannot_be_trained_are_refused_before_the_first_one(bicycles, tmp_path):
+    def states_at_one_street(truth):
+        streets = sorted({entry["street"] for entry in truth.values()})
+        forget_states({name: entry for name, entry in truth.items() if entry["street"] != streets[0]})
+    text = refused_folds(bicycles, tmp_path, states_at_one_street, "--group_column", "street")
+    assert "has a state, so its detector would name none" in text
+
+
 def forget_states(truth):
     for entry in truth.values():
         for part in entry["parts"].values():
@@ -761,7 +769,7 @@ def test_folds_need_three_groups(bicycles, tmp_path):
         for k, entry in enumerate(truth.values()):
             entry["site"] = "ab"[k % 2]
     text = refused_folds(bicycles, tmp_path, two_sites, "--group_column", "site", "--folds", 2)
-    assert "empty split" in text and "(1 groups) are too few" in text
+    assert "each fold must leave two groups or more" in text and "found 2 groups" in text
 
 
 def test_the_mean_box_of_a_picture_is_that_of_its_fold():

@@ -135,16 +135,17 @@ def test_one_list_of_parts_for_all_splits_by_name(tmp_path, flags):
 
 
 def test_one_folder_for_two_files(tmp_path, flags):
-    """Their pictures keep their names; skipped is what is lost."""
+    """Their pictures keep their names; skipped is what is lost, boxes first, and no picture that the other file names."""
     umlaut = "1\u00e4.jpg"  # on disk as macOS writes it
-    write_pictures(tmp_path / "images", ["0.jpg", unicodedata.normalize("NFD", umlaut), "2.jpg"])
+    write_pictures(tmp_path / "images", ["0.jpg", unicodedata.normalize("NFD", umlaut), "2.jpg", "3.jpg"])
     lost = {"parts": {"bell": part([1, 1, 9, 9]), "saddle": part([9, 9, 0, 0])}}
     for file, name in (("a.json", "0.jpg"), ("v.json", umlaut)):
         (tmp_path / file).write_text(json.dumps({name: lost, "2.jpg": lost} if file == "v.json" else {name: lost}))
     files = {part: (tmp_path / file, tmp_path / "images") for part, file in (("train", "a.json"), ("val", "v.json"))}
     study = train_detector.load_study(flags(), files, lambda text: None)
     assert study.truth.images.tolist() == ["0.jpg", umlaut, "2.jpg"]
-    assert [each["image"] for each in study.skipped] == ["0.jpg", umlaut, "2.jpg"]
+    assert [each["image"] for each in study.skipped] == ["0.jpg", umlaut, "2.jpg", "3.jpg"]
+    assert study.skipped[-1]["reason"] == "no entry in the annotations"
 
 
 def test_the_written_annotations_are_what_was_judged(tmp_path, flags):
@@ -215,7 +216,7 @@ def test_a_conversion_names_pictures_that_do_not_fit(tmp_path, monkeypatch, caps
     made = convert(tmp_path, monkeypatch, "--on_bad_file", "skip")
     assert [image["file_name"] for image in made["images"]] == ["1.jpg"]
     said = capsys.readouterr().out
-    for line in ("skipped: 2.jpg, no such picture", "skipped: 0.jpg, is 60 x 40"):
+    for line in ("skipped: 2.jpg, no such picture", "skipped: 7.jpg, no entry in the annotations", "skipped: 0.jpg, is 60 x 40"):
         assert line in said
 
 
@@ -445,6 +446,12 @@ def test_attributes_that_are_not_used_are_named_and_survive_a_conversion(tmp_pat
     content = with_states(lambda state: {"condition": state, "view": "side"})
     study = study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
     assert not study.truth.has_states()
+    said = []
+    monkeypatch.setattr(train_detector, "build_model", lambda *_: sys.exit(0))  # what is said before is enough
+    with pytest.raises(SystemExit):
+        train_detector.fit(SimpleNamespace(compute=SimpleNamespace(place=None), say=said.append),
+                           flags("--state_class_weights", "balanced"), study, {"train": np.array([0]), "val": np.array([1])})
+    assert "note: no box has a state, so --state_class_weights balanced does nothing" in said
     for said in ("attribute condition of the boxes was not used: intact 2, damaged 2", "attribute view", "side 4"):
         assert any(said in note for note in study.notes)
     command = f"train_detector.py --mode convert --json {tmp_path}/a.json --output {tmp_path}/c.json"
@@ -572,9 +579,14 @@ def test_pictures_of_another_size_than_annotated(tmp_path, flags):
         study_of(tmp_path, flags, content, "--on_bad_file", "skip", names=("0.jpg", "1.jpg"))
 
 
-def test_missing_pictures_are_listed(tmp_path, flags):
+def test_missing_and_surplus_pictures_are_listed(tmp_path, flags):
+    """A link that leads to itself is one of the surplus ones."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "loop.jpg").symlink_to("loop.jpg")
     study = study_of(tmp_path, flags, PARTS, names=("0.jpg", "2.jpg", "7.jpg"))
-    assert [(each["image"], each["reason"]) for each in study.skipped] == [("1", "no such picture")]
+    assert {(each["image"], each["reason"]) for each in study.skipped} == {
+        ("1", "no such picture"), ("7.jpg", "no entry in the annotations"),
+        ("loop.jpg", "no entry in the annotations")}
 
 
 def test_a_field_that_repeats_and_is_not_used_is_an_alarm_before_training(tmp_path, flags):

@@ -515,6 +515,12 @@ def test_poses_outside_the_training_range_raise_an_alarm():
     assert pose_scores.outside_share(poses, np.arange(10), np.arange(10))["outside_training_range"] == 0
 
 
+def test_a_model_no_better_than_the_place_in_the_sequence_is_sent_to_other_sweeps():
+    _, result, _ = small_result(gain=0.0)
+    alarm, = pose_scores.place_alarms({"frame_index": result})
+    assert "sweeps that begin and end elsewhere" in alarm and "--" not in alarm, "another split proves something else"
+
+
 def test_collapsed_features_raise_an_alarm():
     use = {"feature_spread": 0.001, "action_shuffle_ratio": 1.3, "latent_skill": 0.5}
     alarms = pose_scores.use_alarms(use, motion=1.0)
@@ -735,11 +741,10 @@ def test_a_patient_mean_needs_train_rows_of_each_patient():
                                   inner_groups=lambda rows: names[rows])
     train = np.r_[0:15, 20:35]
     centre = study.at1[train].mean(0)
-    means = [(15 * study.at1[own].mean(0) + centre) / 16 for own in (slice(20, 35), slice(0, 15))]  # smoothed by a row
     found = train_dreamer.predict_baselines(study, train, np.array([38, 17]))["patient_mean"]
-    assert np.allclose(found, means)
+    assert np.allclose(found, [study.at1[20:35].mean(0), study.at1[0:15].mean(0)])
     filled = train_dreamer.predict_baselines(study, train, np.array([38, 50]))["patient_mean"]
-    assert np.allclose(filled, [means[0], centre]), "the train mean for a patient without train rows"
+    assert np.allclose(filled, [study.at1[20:35].mean(0), centre]), "the train mean for a patient without train rows"
     assert "patient_mean" not in train_dreamer.predict_baselines(study, train, np.array([50, 51]))
     assert "patient_mean" not in train_dreamer.predict_baselines(study, train[:15], np.array([16, 17])), "one patient"
 

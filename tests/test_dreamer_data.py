@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 
 import common
 import make_sample_data
-from evidence import pose_audit, pose_scores, prediction_tables, splitting
+from evidence import baseline_models, pose_audit, pose_scores, prediction_tables, splitting
 import train_dreamer
 from conftest import only_run, run_script
 from readers.probe_poses import FIELDS
@@ -626,6 +626,12 @@ def test_augmentation_turns_both_frames_alike_and_repeats(clinic):
     first, second = data[3, 0]["frames"]
     assert np.array_equal(first, second) and np.array_equal(first, data[3, 0]["frames"][0])
     assert not np.array_equal(first, data[4, 0]["frames"][0])
+
+
+def test_nearest_places_prefer_the_own_sequence():
+    sequences, place = np.array(["a", "a", "b", "b", "c"]), np.array([0.0, 1.0, 0.0, 1.0, 1.0])
+    weights = baseline_models.place_weights(place, sequences, np.array([0, 2]), np.array([1, 3, 4]))
+    assert np.allclose(weights, [[1, 0], [0, 1], [0.5, 0.5]])
 
 
 def test_time_blocks_cover_every_row_once():

@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 
 import common
 from evidence import (
-    baseline_models, class_judging, confounding, prediction_tables, score_judging, seen_rows, subject_intervals,
+    baseline_models, class_judging, confounding, judging, prediction_tables, score_judging, seen_rows, subject_intervals,
     verdicts)
 
 
@@ -354,7 +354,7 @@ def test_constant_output_begins_at_five_percent_of_the_labels_spread():
     assert faults(alarms) == ["constant output (sd under 5 % of the labels'): near"]
 
 
-def test_alarms_on_repeated_predictions_and_gaps():
+def test_alarms_on_repeated_predictions_gaps_and_identical_folds():
     predicted, target = noisy_pair()
     predicted[:4] = predicted[0]
     alarms = verdicts.regression_alarms(predicted, target, list("abc"))
@@ -363,7 +363,10 @@ def test_alarms_on_repeated_predictions_and_gaps():
     assert len(gap) == 1 and gap[0].startswith("train far below validation (pearson_r 0.200 and 0.600)")
     assert "train far above" in verdicts.split_gap_alarms({"pearson_r": 0.99}, {"pearson_r": 0.3}, "more rows")[0]
     assert verdicts.split_gap_alarms({"pearson_r": math.nan}, {"pearson_r": 0.3}, "more rows") == []
-    assert verdicts.split_gap_alarms({"pearson_r": 0.99}, {"pearson_r": 0.3}, "") == [], "of a solved readout"
+    assert verdicts.split_gap_alarms({"pearson_r": 0.99}, {"pearson_r": 0.3}, None) == [], "of a solved readout"
+    folds = judging.identical_fold_alarms([{"fold": k, "best_epoch": k, "rows": 20 + k, "r2": r2, "mae": 0.2}
+                                           for k, r2 in enumerate((0.1, 0.3, 0.1))])
+    assert len(folds) == 1 and folds[0].startswith("folds 0 and 2 have identical results")
 
 
 def test_identical_confusion_matrices_over_folds():
@@ -601,12 +604,13 @@ def test_alarms_name_a_remedy():
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.1}, {"pearson_r": 0.9}, "more rows")
     alarms += verdicts.classification_alarms(np.tile([0.9, 0.1], (40, 1)), np.arange(40) % 2, ["ear", "tail"])
     alarms += verdicts.regression_alarms(3 + (rows % 7) ** 0.5 / 5, np.where(rows < 39, 3.0, 4.0), ["Valence"])
+    alarms += judging.identical_fold_alarms([{"fold": 0, "r2": 0.1}, {"fold": 1, "r2": 0.1}])
     shifted = {"target": "Valence", "r2": -0.5, "pearson_r": 0.6, "pearson_r_low": 0.2, "bias": 2.0, "slope": 0.3}
     alarms += score_judging.slope_alarms([shifted])
     assert not score_judging.slope_alarms([{**shifted, "pearson_r_low": low} for low in (-0.1, math.nan)]), "by chance"
     alarms.append(seen_rows.sentences(["train"])["train"])
     alarms += confounding.flagged_doubts([{"name": "camera", "red_flag": True}])
-    assert len(alarms) == 12 and all("--" in alarm for alarm in alarms), alarms
+    assert len(alarms) == 13 and all("--" in alarm for alarm in alarms), alarms
 
 
 def test_alarms_name_the_flag_of_train_dreamer_beside_that_of_the_others():
