@@ -79,6 +79,15 @@ def score_columns(rows, wanted, path, no_scores):
     return names
 
 
+def drop_times_without_unit(table):
+    """(the table without the columns of times whose names say no unit, names of those)."""
+    unsaid = []
+    while found := [column.name for column in event_times.time_columns(table) if column.unit is None]:
+        unsaid += found
+        table = table.drop(columns=found)  # without an onset, an offset would be taken for the start
+    return table, unsaid
+
+
 def read_sequences(path, root=None, group_column=None, target_columns=None, need_labels=True, path_column=None,
                    min_event_sec=1.0, moment_column=None, row_filter=None, **finding):
     """Scores of frame sequences (CSV or JSON) -> EventTable for --task regress; names as the file spells them.
@@ -103,11 +112,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     if source is None:
         raise common.UserError(
             f"{path}: no column of folders; name it with --path_column (found: {common.shorten_list(extra, 40)})")
-    unsaid = []
-    timed = extra
-    while found := [column.name for column in event_times.time_columns(timed) if column.unit is None]:
-        unsaid += found
-        timed = timed.drop(columns=found)  # without an onset, an offset would be taken for the start
+    timed, unsaid = drop_times_without_unit(extra)
     rows = event_tables.describe_rows(
         timed, path, root or path.parent, extra[source], min_event_sec=min_event_sec)
     notes = []
