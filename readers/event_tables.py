@@ -386,7 +386,7 @@ def refuse_several_files(rows, extra):
     totals = csv_tables.to_numbers(extra[length], f"column {length}")
     is_there = [bool(source) and source.exists() for source in rows["source"]]
     known = rows.assign(total=totals)[is_there]
-    for name, own in known.groupby(extra["observation_id"]):
+    for name, own in known.groupby(extra["observation_id"].replace("", np.nan)):  # blank: of another table
         files = own[["source", "total"]].drop_duplicates()
         first, total = files.iloc[0]
         is_one_of_unknown_length = len(files) == 1 and (math.isnan(total) or not video_files.claimed_sec(first))

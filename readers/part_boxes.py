@@ -678,8 +678,8 @@ def used_parts(found, images, known):
 def mirrored_labels(parts):
     """(P,) label of each part in a mirrored picture, where left is right.
 
-    None: a part with a side has no counterpart. Single letters, which may mean other things (l_shape, a vertebra L1),
-    are sides where each of them has one.
+    None: a part with a side has no counterpart. Single letters, which may mean other things (l_shape), are sides where
+    one of them has a counterpart.
     """
     spelled = [re.sub("(?<=[a-z])(?=[A-Z])", "_", part).lower() for part in parts]  # leftWheel: left_wheel
 
@@ -687,7 +687,7 @@ def mirrored_labels(parts):
         return [side.sub(lambda word: SIDES[word[0]], name) for name in names]
     others = turned(SIDE_WORD, spelled)
     with_letters = turned(SIDE_LETTER, others)
-    if set(with_letters) <= set(spelled):
+    if any(turned in spelled for turned, name in zip(with_letters, others) if turned != name):
         others = with_letters
     if not set(others) <= set(spelled):
         return None

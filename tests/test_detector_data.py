@@ -664,7 +664,7 @@ def test_left_and_right_change_places_in_a_flip(tmp_path, flags):
     (["leftWheel", "rightWheel", "DoorLeft", "DoorRight"], [1, 0, 3, 2]), (["Wheel", "wheel", "bell"], [0, 1, 2]),
     (["LEFT_EYE", "RIGHT_EYE", "copyright", "BRIGHT lamp"], [1, 0, 2, 3]),
     (["L_ear", "R_ear", "earR", "earL", "lip", "nail L1", "nail R1"], [1, 0, 3, 2, 4, 6, 5]),
-    (["eye_l", "nose"], [0, 1]), (["left_eye", "right_eye", "l_shape"], [1, 0, 2]), (["L1", "L2", "L3", "T1"], [0, 1, 2, 3])])
+    (["wheel_L", "wheel_R", "pedal_L"], None), (["eye_l", "nose"], [0, 1]), (["left_eye", "right_eye", "l_shape"], [1, 0, 2]), (["L1", "L2", "L3", "T1"], [0, 1, 2, 3])])
 def test_labels_of_a_mirrored_picture(parts, expected):
     found = part_boxes.mirrored_labels(parts)
     assert found is expected is None or list(found) == expected
