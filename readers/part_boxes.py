@@ -687,7 +687,7 @@ def mirrored_labels(parts):
         return [side.sub(lambda word: SIDES[word[0]], name) for name in names]
     others = turned(SIDE_WORD, spelled)
     with_letters = turned(SIDE_LETTER, others)
-    if any(turned in spelled for turned, name in zip(with_letters, others) if turned != name):
+    if any(other in spelled for other, name in zip(with_letters, others) if other != name):
         others = with_letters
     if not set(others) <= set(spelled):
         return None
