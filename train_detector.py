@@ -1034,8 +1034,9 @@ def count_states(states):
 
 def limits(args):
     """Sentences on what a reader must not conclude from this run."""
-    ungrouped = "No --group_column: pictures of one object or session may stand on both sides of the split."
-    lines = [] if args.group_column else [ungrouped]
+    lines = []
+    if not args.group_column:
+        lines.append("No --group_column: pictures of one object or session may stand on both sides of the split.")
     return lines + judging.limits_of_start(args)
 
 

@@ -387,7 +387,8 @@ class ProbeTransitions(common.Samples):
     def __getitem__(self, key):
         epoch, index = key
         row = int(self.rows[index])
-        if self.args.token_type == self.augment == "none" and self.study.grids is not None:
+        is_readout = self.args.token_type == "none"
+        if is_readout and self.augment == "none" and self.study.grids is not None:
             frames = self.study.grids[self.study.frames[row]]  # (2, P)
         else:
             frames = self.pixels(epoch, row)

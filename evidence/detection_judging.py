@@ -146,8 +146,8 @@ def general_limits(judged):
     """What a reader must not conclude from detections of these pictures."""
     limits = [
         "Valid for pictures like these, taken and annotated by people like these; nothing else was tested.",
-        "Few pictures make AP and joint AP too high (AP by .04 with 24 pictures, by .01 with 200, in a simulation of 15 "
-        "parts), and intervals do not show it: hold an AP against those of about as many pictures.",
+        "Few pictures make AP and joint AP too high, and intervals do not show it: hold an AP against those of about as "
+        "many pictures.",
     ]
     if judged.has_states:
         limits.append("States are judged on the parts that were found; one that is missed counts "
