@@ -969,7 +969,7 @@ def data_blocks(run, study, split, table):
     sizes = [{
         "part": part,
         "transitions": len(rows),
-        "patients": len(set(study.patients[rows])),
+        study.unit: len(set(study.patients[rows])),
         "sequences": len(set(study.sequences[rows])),
     } for part, rows in split.items()]
     blocks = [
