@@ -1203,12 +1203,14 @@ def _choose_device(name, processes):
         name = "cuda" if torch.cuda.is_available() else "cpu"  # not mps: nobody has run these scripts there yet
     if gpus and processes.size > 1 and re.fullmatch(r"cuda(:\d+)?", name):
         name = gpus[processes.local_rank % len(gpus)]  # srun may show each process its own GPU alone
-        torch.cuda.set_device(name)
     if name not in known:
         raise UserError(
             f"--device {name}: expected auto, cpu, cuda, cuda:N or mps; this torch sees {len(gpus)} CUDA GPUs and "
             f"{known.count('mps')} Apple ones. Use --device cpu, or run verify_setup.py to see why")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None:  # events, and waiting for copies, are of the current GPU, which else is the first one
+        torch.cuda.set_device(device)
+    return device
 
 
 def keep_freed_memory():

@@ -265,9 +265,13 @@ def test_cores_of_a_process(monkeypatch, env, expected):
 def test_device_of_a_process_on_two_gpus(monkeypatch, name, processes, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
     if expected:
         assert common._choose_device(name, processes) == torch.device(expected)
+        # torch.cuda.synchronize() and current_stream() are of the current GPU: a checkpoint or a step's numbers
+        # from another one would be read before they are copied
+        assert current == [expected] * (":" in expected)
     else:
         with pytest.raises(common.UserError, match=f"--device {name}: expected"):
             common._choose_device(name, processes)
