@@ -12,15 +12,15 @@ import common
 from readers import csv_tables, file_names
 
 IMAGE_COLUMNS = "image filename file stimulus path".split()
-WORD_BORDER = re.compile(r"([\W_]+|(?<=[a-z])(?=[A-Z])|(?<=.)(?=SD$))")
+WORD_BORDER = re.compile(r"([\W_]+|(?<=[a-z])(?=[A-Z])|(?<=.)(?=(?i:sd)$))")  # valsd: val sd
 ROLES = {
     "mean": "mean", "mn": "mean", "avg": "mean", "m": "mean",
     "sd": "sd", "std": "sd", "stdev": "sd",
     "n": "n", "count": "n",
     "se": "se", "sem": "se"}
-SPREAD = ("sd", "n", "se")  # what is known of the raters of a mean
+ABOUT_RATERS = ("sd", "n", "se")  # roles that say how many raters a mean has and how far they agree
 NO_RATING = set("id index unnamed names rt latency".split())
-PLACE = set("block blocknum order trial trialnum".split())  # of a single rating in the experiment
+TRIAL = set("block blocknum order trial trialnum".split())  # when in the experiment a single rating was given
 RATER = set("rater participant subject respondent observer judge coder worker user pid".split())
 ATTRIBUTE = "attribute trait question scale item measure dimension".split()
 ANSWER = set("rating response score value answer".split())
@@ -46,32 +46,31 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
                  rater_column=None, attribute_column=None, rating_column=None, missing_codes=None):
     """Ratings file -> RatingsTable; layouts: X_mean, X_sd, X_n; one column per rating; one row per single rating.
 
-    duplicates, of rows of one image that no rater and no attribute tells apart: 'error'; 'ratings', each is a single
-    rating; 'mean' (mean and sd averaged, n summed). group_column is never a target. missing_codes: numbers that stand
-    for missing; None: what looks like one is an error. Raises UserError for every fault that would make the training
-    meaningless, naming rows and columns.
+    duplicates: what rows of one image are that no rater and no attribute tells apart: 'error'; 'ratings',
+    each is a single rating; 'mean' (mean and sd averaged, n summed). group_column is never a target.
+    missing_codes: numbers that stand for missing; None: what looks like one is an error. Raises UserError
+    for every fault that would make the training meaningless, naming rows and columns.
     """
     table = csv_tables.read_table(path)
     source = f"--ratings_file {path}"
-    taken = []  # columns that cannot be another one too
 
-    def named(flag, wanted, known=()):
-        return csv_tables.find_column(table.columns.drop(taken), known, wanted, f"{source} has no --{flag}_column")
+    def named(flag, wanted, options, known=()):
+        return csv_tables.find_column(options, known, wanted, f"{source} has no --{flag}_column")
     if group_column:
-        table = table.rename(columns={named("group", group_column): group_column})
-    image = named("image", image_column, IMAGE_COLUMNS)
+        table = table.rename(columns={named("group", group_column, table.columns): group_column})
+    image = named("image", image_column, table.columns, IMAGE_COLUMNS)
     if image is None:
         raise common.UserError(
             f"{source} has no image column (found: {common.shorten_list(table.columns)}). Name it with --image_column.")
     csv_tables.refuse_blank(table, source, image)
     same_image = table[image].map(file_names.clean_name)
     table[image] = table[image].groupby(same_image).transform("first")  # one spelling each
-    taken.append(image)
+    others = table.columns.drop(image)
     columns = Columns(
         table, source, image, group_column, target_columns, missing_codes,
-        rater=named("rater", rater_column),
-        attribute=named("attribute", attribute_column),
-        rating=named("rating", rating_column))
+        rater=named("rater", rater_column, others),
+        attribute=named("attribute", attribute_column, others),
+        rating=named("rating", rating_column, others))
     columns.find_single_ratings(duplicates)
     if columns.attribute or columns.rows_are_ratings:
         ratings = _single_ratings(columns)
@@ -86,10 +85,10 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
 
 
 def _refuse_useless(ratings, source):
-    """UserError for images without any rating, and for ratings that are all equal or whose names have another use."""
+    """UserError for images without any rating, and for ratings that are all equal or named like other columns."""
     import pandas as pd
-    taken = {f"{name}_{kind}" for name in ratings.names for kind in ("sd", "low", "high")}
-    clashes = sorted((taken | {"image", "seen", "warning", "error"}) & set(ratings.names))
+    others = {f"{name}_{kind}" for name in ratings.names for kind in ("sd", "low", "high")}  # in predictions.csv
+    clashes = sorted((others | {"image", "seen", "warning", "error"}) & set(ratings.names))
     if clashes:
         raise common.UserError(
             f"{source}: ratings called {common.shorten_list(clashes)}, as columns of predictions are. Rename them, "
@@ -124,9 +123,9 @@ def role_of(name):
     last = (clear or known)[-1]
     role = ROLES[words[last]]
     place = 2 * last
-    del parts[max(place - 1, 0):place + 1]
+    del parts[max(place - 1, 0):place + 1]  # the word, and the border before it
     base = "".join(parts).strip(" _.-()[]")
-    if role == "n" and _names_rater(base.removesuffix("s")):  # n_raters is of all ratings
+    if role == "n" and _names_rater(base):  # n_raters: of every rating
         base = ""
     return role, base
 
@@ -136,8 +135,9 @@ def _words(name):
 
 
 def _names_rater(name):
-    """True for participant and user_id, not for user_rating."""
-    return bool(_words(name) & RATER) and not _words(name) & ANSWER
+    """True for participant, user_id and num_raters, not for user_rating."""
+    words = _words(name.removesuffix("s"))
+    return bool(words & RATER) and not words & ANSWER
 
 
 @dataclasses.dataclass
@@ -147,8 +147,8 @@ class Columns:
     source: str  # for messages
     image: str
     group: str | None
-    wanted: list | None  # ratings
-    codes: list | None  # for missing answers, None = not said
+    wanted: list | None  # --target_columns
+    codes: list | None  # --missing_codes
     rater: str | None
     attribute: str | None  # what was asked, where a row is a single rating
     rating: str | None  # the answer to it
@@ -162,7 +162,8 @@ class Columns:
         self.of_rating = collections.defaultdict(dict)  # key of a rating -> {role: column}
         for name, (role, _) in self.roles.items():
             self.of_rating[self.key(name)][role] = name
-        self.means = {}  # trust_mean, or mean_trust beside sd_trust, not the trait mean -> name of its rating
+        # column of means -> name of its rating; mean_trust beside sd_trust or n_trust alone, as mean is a trait too
+        self.means = {}
         for name, (role, base) in self.roles.items():
             others = self.of_rating[self.key(name)]
             by_name = base and ("n" in others or name.lower().endswith("mean"))
@@ -184,19 +185,19 @@ class Columns:
         cells = self.table[name]
         return pd.Series(csv_tables.to_numbers(cells, f"{self.source}, column {name}"), cells.index)
 
-    def numeric(self):
-        """Columns that may hold ratings: no sd, n, id, image or rater by name; numbers in part, others are errors."""
+    def possible_ratings(self):
+        """The columns that look numeric and are by name no sd, n, id, image or rater."""
         return [
             name for name, (role, _) in self.roles.items()
-            if role not in SPREAD and csv_tables.column_key(name) not in IMAGE_COLUMNS
+            if role not in ABOUT_RATERS and csv_tables.column_key(name) not in IMAGE_COLUMNS
             and not (_words(name) & NO_RATING or _names_rater(name))
             and csv_tables.looks_numeric(self.table[name])]
 
-    def answers(self):
-        """Those of them that may hold single ratings: what never varies for a picture, or a rater, describes it."""
-        chosen = [name for name in self.numeric() if not _words(name) & PLACE]
-        for own in filter(None, (self.image, self.rater)):
-            chosen = self.varying(chosen, [own]) or chosen
+    def possible_answers(self):
+        """The possible ratings of a row that is a single one: no trial number, nothing that describes image or rater."""
+        chosen = [name for name in self.possible_ratings() if not _words(name) & TRIAL]
+        for described in filter(None, (self.image, self.rater)):
+            chosen = self.varying(chosen, [described]) or chosen
         return chosen
 
     def targets(self):
@@ -206,9 +207,9 @@ class Columns:
             short = {base: name for name, (role, base) in self.roles.items() if role == "mean"}
             chosen = csv_tables.pick_columns(asked, self.others, f"{self.source} has no --target_columns", short)
         elif self.rows_are_ratings:
-            chosen = self.answers()
+            chosen = self.possible_answers()
         else:
-            chosen = list(self.means) or self.numeric()
+            chosen = list(self.means) or self.possible_ratings()
         names = {self.means.get(name, name) for name in chosen}
         if not names or len(names) < len(chosen):
             raise common.UserError(
@@ -218,23 +219,23 @@ class Columns:
         return chosen
 
     def find_single_ratings(self, duplicates):
-        """Set rater, attribute and rating where the rows of an image are single ones. UserError where it is unclear."""
+        """Set rater, attribute and rating where each row is a single rating. UserError where it is unclear."""
         self.find_attribute_and_rating_by_name()
         if self.attribute and self.rating:
             return
-        has_spread = any("sd" in roles and len(roles) > 1 for roles in self.of_rating.values())
+        are_means = any("sd" in roles and len(roles) > 1 for roles in self.of_rating.values())
         is_repeated = self.table[self.image].duplicated().any()
-        if not self.attribute and (has_spread or not is_repeated):
+        if not self.attribute and (are_means or not is_repeated):
             return
-        by_image = self.varying(self.others, [self.image])
-        self.rater = self.rater or next(filter(_names_rater, by_image), None)
-        numeric = self.answers()
+        varying = self.varying(self.others, [self.image])
+        self.rater = self.rater or next(filter(_names_rater, varying), None)
+        answers = self.possible_answers()
         if self.rater:
-            by_image = self.varying(by_image, [self.image, self.rater])
+            varying = self.varying(varying, [self.image, self.rater])
         if not self.attribute:
-            self.find_attribute(by_image, any_text=len(numeric) == 1 and duplicates != "ratings")
+            self.find_attribute(varying, any_text=len(answers) == 1 and duplicates != "ratings")
         if self.attribute and not self.rating:
-            self.find_rating(numeric)
+            self.find_rating(answers)
         self.rows_are_ratings = bool(self.rater or duplicates == "ratings")
 
     def find_attribute_and_rating_by_name(self):
@@ -245,20 +246,20 @@ class Columns:
             self.attribute = self.attribute or attribute
             self.rating = self.rating or rating
 
-    def find_attribute(self, by_image, any_text):
-        """Set it to the column that says what was asked, if any: by its name, else any text. by_image: what varies."""
-        asked = [name for name in by_image if name.lower() in ATTRIBUTE]
+    def find_attribute(self, varying, any_text):
+        """Set it to the one of the varying columns that says what was asked: by its name, else (any_text) a text."""
+        asked = [name for name in varying if name.lower() in ATTRIBUTE]
         if not asked and any_text:
-            asked = list(filter(self.is_asked_often, by_image))
+            asked = list(filter(self.may_be_attribute, varying))
         if len(asked) > 1:
             raise common.UserError(
                 f"{self.source}: {common.shorten_list(asked)} vary within an image; which one says what was "
                 "asked? --attribute_column")
         self.attribute = asked[0] if asked else None
 
-    def find_rating(self, numeric):
-        """Set it to the column of numbers that holds the answers: by its name, else the only one."""
-        answers = [name for name in numeric if name != self.attribute]
+    def find_rating(self, answers):
+        """Set it to that of the possible answers which its name calls one, else to the only one."""
+        answers = [name for name in answers if name != self.attribute]
         answers = [name for name in answers if _words(name) & ANSWER] or answers
         if len(answers) != 1:
             raise common.UserError(
@@ -271,8 +272,8 @@ class Columns:
         n_values = self.table.groupby(within)[names].nunique().max()
         return list(n_values.index[n_values > 1])
 
-    def of_images(self, used):
-        """The columns that are not used, a row an image, which a note names; so it does what varies within one."""
+    def extra_columns(self, used):
+        """The unused columns with one value an image, a row for each image; notes name them and what is left out."""
         others = self.table.drop(columns={self.image, *used} - {None})
         varying = self.varying(list(others.columns), [self.image])
         if varying:
@@ -282,8 +283,8 @@ class Columns:
             self.notes.append(f"columns that are no ratings: {common.shorten_list(extra.columns)}")
         return extra
 
-    def is_asked_often(self, name):
-        """A column of text without blanks, each value of which stands at two images or more; no remarks."""
+    def may_be_attribute(self, name):
+        """True for text without blanks, each value of which stands at two images or more, as remarks do not."""
         cells = self.table[name]
         n_images = self.table[self.image].groupby(cells).nunique()
         return (cells != "").all() and n_images.min() > 1 and not csv_tables.looks_numeric(cells)
@@ -300,16 +301,17 @@ def _wide_ratings(columns, duplicates):
     n_columns = [columns.partner(name, "n") for name in chosen]
     averaged = _note_on_repeated(columns, duplicates, are_means=any(sd_columns))
     used = [*chosen, *sd_columns, *n_columns]
-    extra = columns.of_images(used)
-    unused = [name for name, role in columns.roles.items() if role[0] in SPREAD and name not in used]
+    extra = columns.extra_columns(used)
+    unused = [name for name, (role, _) in columns.roles.items() if role in ABOUT_RATERS and name not in used]
     notes = columns.notes
     if unused:
         notes.append(f"not used, though by name an sd or a number of raters: {common.shorten_list(unused)}")
     raters = [name for name in chosen if name.rstrip("0123456789 _").lower() in RATER | {"r", "p"}]
     if len(raters) > 1:
-        notes.append(f"{common.shorten_list(raters)} are learnt as {len(raters)} ratings. If they are people who answered "
-                     "one question, give each answer a row (columns image, rater, rating): then their mean is learnt, "
-                     "and how far they agree tells what a model can reach")
+        notes.append(
+            f"{common.shorten_list(raters)} are learnt as {len(raters)} ratings. If they are people who "
+            "answered one question, give each answer a row (columns image, rater, rating): then their mean "
+            "is learnt, and how far they agree tells what a model can reach")
     return RatingsTable(
         names=[columns.means.get(name, name) for name in chosen],
         images=list(columns.table[columns.image].unique()),
@@ -332,9 +334,11 @@ def _note_on_repeated(columns, duplicates, are_means):
     counted = f"{repeated.nunique()} images stand in {len(repeated)} rows: {common.shorten_list(examples)}"
     if duplicates == "mean":
         return [f"repeated rows were averaged: {counted}"]
-    question = "" if are_means else (
+    question = (
         "Are these single ratings? Name who rated, --rater_column, or what was asked, --attribute_column, or say "
         "--duplicates ratings. ")
+    if are_means:
+        question = "Does a column say what was asked? --attribute_column (learns the means, without their sds). "
     raise common.UserError(
         f"{columns.source} lists images twice: {counted}. {question}Delete rows, or average: --duplicates mean.")
 
@@ -421,7 +425,7 @@ def _summarise_singles(columns, found, used):
     grouped = singles.dropna().groupby(level=[1, 0])
     moments = grouped.agg(["mean", "std", "count"]).reindex(pd.MultiIndex.from_product([images, names]))
     mean, sd, n = moments.to_numpy().T.reshape(3, len(images), len(names))  # (statistic, image, rating)
-    extra = columns.of_images([columns.rater, *used])
+    extra = columns.extra_columns([columns.rater, *used])
     flags = ("rater", "attribute", "rating")
     told = [f"--{flag}_column {getattr(columns, flag)}" for flag in flags if getattr(columns, flag)]
     notes = [

@@ -228,6 +228,7 @@ def test_duplicates(tmp_path):
     assert ratings.sd[:, 0].tolist() == [2, 1] and ratings.n[:, 0].tolist() == [10, 10]
     assert "who" not in ratings.extra and "1 images" in ratings.notes[-1]
     assert "vary within an image" in fails(rating_tables.read_ratings, path, duplicates="mean", group_column="who")
+    assert "what was asked? --attribute_column" in message, "or means of several attributes"
     path = written(tmp_path, "image,a,b_sd,b_n\na.jpg,1,1,5\nb.jpg,5,2,5\na.jpg,3,3,6\n")
     assert any("number of raters: b_sd, b_n" in note
                for note in rating_tables.read_ratings(path, duplicates="mean").notes)
@@ -433,7 +434,7 @@ def test_codes_of_single_ratings_leave_the_image(tmp_path):
     ("mean_valence,sd_valence,n_valence", ["valence"]), ("Valence Mean,Valence SD,Valence N", ["Valence"]),
     ("Valence.Mean,Valence.SD,Valence.N", ["Valence"]), ("valence_mean,valence_std,valence_count", ["valence"]),
     ("valence,valenceSD,valence count", ["valence"]), ("ValenceMean,ValenceSD,ValenceN", ["Valence"]),
-    ("X,XSD,n", ["X"]), ("V.Mean.Sum,V.SD.Sum,V.N.Sum", ["V.Sum"]), ("Valence_M,Valence_SD,Valence_N", ["Valence"]),
+    ("X,XSD,n", ["X"]), ("val,valsd,n", ["val"]), ("V.Mean.Sum,V.SD.Sum,V.N.Sum", ["V.Sum"]), ("Valence_M,Valence_SD,Valence_N", ["Valence"]),
     ("V_mean_men,V_SD_men,V_N_men,V_mean_women,V_SD_women,V_N_women", ["V_men", "V_women"]),
     ("V_mean_m,V_sd_m,V_n_m,V_mean_f,V_sd_f,V_n_f", ["V_m", "V_f"]),
     ("V_mean,V_sd,n_raters", ["V"])])
@@ -452,6 +453,12 @@ def test_traits_are_no_words_of_that_kind_and_what_is_not_used_is_named(tmp_path
     assert "n_children, calm_SE" in ratings.notes[-1]
     path = written(tmp_path, "image,V_mean,A_mean,A_sd\na,1,2,1\nb,2,3,1\n")
     assert rating_tables.read_ratings(path, target_columns=["V"]).notes[-1].endswith("a number of raters: A_sd")
+
+
+@pytest.mark.parametrize("column", ["num_raters", "Number of raters", "participants", "valsd"])
+def test_what_is_known_of_the_raters_is_no_rating(tmp_path, column):
+    path = written(tmp_path, f"image,valmn,{column}\na,1,20\nb,2,25\nc,4,21\n")
+    assert rating_tables.read_ratings(path).names == ["valmn"]
 
 
 def test_damaged_cells_are_missing_percent_or_an_error(tmp_path):
