@@ -87,8 +87,9 @@ def run_main(main):
 
 
 LOST_PROCESS = re.compile("gloo|nccl|TCPStore|connection (closed|reset)|broken pipe", re.IGNORECASE)
-LOST_WORKER = re.compile(r"DataLoader (worker \(|timed out)|</torch_")  # which cannot be shared: a full /dev/shm
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|Insufficient memory")  # of Apple GPUs, CPUs, OpenCV
+LOST_WORKER = re.compile(r"DataLoader (worker \(|timed out)|</torch_")  # </torch_...> is a file of a full /dev/shm
+# of Apple GPUs, CPUs, OpenCV; of cuBLAS and cuDNN, which take memory beside torch
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|Insufficient memory|STATUS_ALLOC_FAILED")
 IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker .*\n\S+: ", re.DOTALL)  # torch's text up to the error's own
 
 
@@ -112,7 +113,8 @@ def _explain(error):
         return EXIT_USER, ("error: BatchNorm got a single value per channel: take a larger --batch_size or picture, or "
                            "keep its statistics (--freeze_norm)")
     if LOST_PROCESS.search(text) and launched_processes().size > 1:
-        return EXIT_CRASH, f"error: another process of this run has ended, see there ({reason})"
+        cause = one_line(text.rpartition("Last error:")[2])  # of NCCL, after 250 characters that are always the same
+        return EXIT_CRASH, f"error: another process of this run has ended, see there, or cannot be reached ({cause})"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return EXIT_CRASH, f"error: {reason}: a full drive, or a full /dev/shm (then try --num_workers 0)"
     if LOST_WORKER.search(text):

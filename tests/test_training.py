@@ -609,7 +609,8 @@ def test_memory_that_runs_out_is_known_by_its_class_or_text():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10 ** 15)
     in_opencv = RuntimeError("OpenCV(5.0.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 9 bytes")
-    for error in (caught.value, in_opencv, torch.OutOfMemoryError("in any words"), MemoryError()):
+    in_cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    for error in (caught.value, in_opencv, in_cublas, torch.OutOfMemoryError("in any words"), MemoryError()):
         code, message = common._explain(error)
         assert code == 1 and message.startswith("error: out of memory")
 
@@ -629,6 +630,18 @@ def test_out_of_memory_without_a_batch_to_halve(monkeypatch, words):
     monkeypatch.setattr("sys.argv", ["predict_assessor.py", *words])
     _, message = common._explain(MemoryError())
     assert "--predict_batch_size" in message and "try: python" not in message
+
+
+def test_what_nccl_complains_of_is_told(monkeypatch):
+    """As where two processes are started on a machine with one GPU."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, message = common._explain(torch.distributed.DistBackendError(
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, invalid usage (run with "
+        "NCCL_DEBUG=WARN for details), NCCL version 2.27.5\nncclInvalidUsage: This usually reflects invalid usage of NCCL "
+        "library.\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000"))
+    assert code == 1
+    assert message.endswith("(Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000)")
 
 
 def test_programming_mistakes_keep_their_traceback():
