@@ -246,6 +246,11 @@ def events_in(windows, table):
     if empty:
         print(f"note: {len(empty)} recordings have no event in the table, and every bout in them counts as false: "
               f"{common.shorten_list(sorted(empty), 3)}")
+    overlapping = {video for (video, label), own in events.groupby(["video", "label"])
+                   if (own["end_sec"] - own["start_sec"]).sum() > covered(spans_of(own, video, label)) + SLACK_SEC}
+    if overlapping:
+        print(f"note: events of one class overlap in {len(overlapping)} recordings. A bout is paired with one of them and "
+              "the others count as missed: of several observers keep one (--filter \"observer==A\")")
     return events
 
 

@@ -195,14 +195,16 @@ def below_header(table):
 
 
 def paired_states(table, path_column, label_column, notes):
-    """BORIS's tabular events: the rows START and STOP of one behaviour become one with start_sec and end_sec."""
-    kind = csv_tables.find_column(table, ("status", "behavior_type"))
-    if kind is None or "time" not in table:
+    """Tabular events of BORIS (START, STOP, POINT) and The Observer (State start, State stop, Point): the two rows of
+    one behaviour become one with start_sec and end_sec."""
+    kind = csv_tables.find_column(table, ("status", "behavior_type", "event_type"))
+    time = csv_tables.find_column(table, ("time", "time_relative_sf"))
+    if kind is None or time is None:
         return table
-    states = table[kind].str.upper()
-    known = ("observation_id", path_column, "subject", label_column)
+    states = table[kind].str.upper().str.removeprefix("STATE ")
+    known = ("observation_id", "observation", path_column, "subject", label_column)
     same = [name for name in table if name in known or name.startswith("modifier")]
-    following = table.assign(state=states).groupby(same)[["state", "time"]].shift(-1)
+    following = table.assign(state=states).groupby(same)[["state", time]].shift(-1)
     is_start = states == "START"
     is_point = states == "POINT"
     is_pair = is_start & (following["state"] == "STOP")
@@ -211,9 +213,9 @@ def paired_states(table, path_column, label_column, notes):
         return table
     n_lost = is_start.sum() - is_pair.sum()
     notes.append(f"rows START and STOP became {is_event.sum()} events; {n_lost} without a STOP are left out")
-    ends = following["time"].mask(is_point, table["time"])
-    timed = table.assign(start_sec=table["time"], end_sec=ends)
-    return timed[is_event].drop(columns=["time", kind])
+    ends = following[time].mask(is_point, table[time])
+    timed = table.assign(start_sec=table[time], end_sec=ends)
+    return timed[is_event].drop(columns=[time, kind])
 
 
 def per_frame_events(table, path, path_column, notes):
@@ -358,7 +360,7 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, tim
     written = table[source]
     if "video_filename" in table:
         written = written.mask(written == "", table["video_filename"])
-    event_times.check_times_are_used(table, path)
+    event_times.check_times_are_used(table, path, notes)
     rows = describe_rows(table, path, root, written, part, min_event_sec, time_unit, notes)
     rows["label"] = "" if label is None else table[label]
     check_whole_clips(rows, table, path)
@@ -379,11 +381,17 @@ def check_whole_clips(rows, table, path):
 
 
 def refuse_several_files(rows, extra):
-    """UserError where a BORIS observation is longer than its files: its times count on from one to the next."""
+    """UserError where a BORIS observation is longer than its files: its times count on from one to the next.
+
+    60|60 are two players that run at once, of which the first names the files; 30;30 are two files of one player.
+    """
+    import pandas as pd
     length = csv_tables.find_column(extra, ("total_length", "media_duration_s"))
     if length is None or "observation_id" not in extra:
         return
-    totals = csv_tables.to_numbers(extra[length], f"column {length}")
+    of_files = extra[length].str.partition("|")[0].str.split(";").explode()
+    seconds = pd.Series(csv_tables.to_numbers(of_files, f"column {length}"), of_files.index)
+    totals = seconds.groupby(level=0).sum(min_count=1)
     is_there = [bool(source) and source.exists() for source in rows["source"]]
     known = rows.assign(total=totals)[is_there]
     for name, own in known.groupby(extra["observation_id"].replace("", np.nan)):  # blank: of another table

@@ -69,8 +69,11 @@ def looks_like_times(cells):
     return csv_tables.looks_numeric(cells.str.replace(":", ""))
 
 
-def check_times_are_used(rows, source):
-    """UserError for columns that look like times of events and are not read, where a start or an end is missing."""
+def check_times_are_used(rows, source, notes):
+    """UserError for columns that look like times of events and are not read, where a start or an end is missing.
+
+    Starts alone are points in time, which is noted.
+    """
     columns = time_columns(rows)
     starts = [column.name for column in columns if column.role == "start"]
     if 0 < len(starts) < len(columns):
@@ -87,6 +90,9 @@ def check_times_are_used(rows, source):
         raise common.UserError(
             f"{source}: columns that look like times of events are not understood: {common.shorten_list(unused)}. "
             "Rename them to start_sec and end_sec (or start_frame and end_frame), or delete them")
+    if starts:
+        notes.append(f"{source.name}: {', '.join(starts)} has neither an end nor a duration beside it: each event is a "
+                     "point in time. Call a column that says when they end end_sec")
 
 
 def clock_seconds(text):

@@ -392,6 +392,16 @@ def test_events_in_frames_are_judged_at_the_rate_of_their_recording(made, tmp_pa
     assert [row for row in read_csv(run / "bout_scores.csv") if int(row["bouts"])] == found
 
 
+@pytest.mark.parametrize("second, is_noted", [((4, 9), True), ((5, 9), False)])
+def test_events_of_one_class_that_overlap_are_noted(capsys, second, is_noted):
+    """Two observers in one table: each bout can be paired with an event of one of them alone."""
+    table = SimpleNamespace(windows=np.array([(0, 5), second, (2, 8)], float), sources=3 * [Path("/v")],
+                            names=["bite", "walk"], label=np.array([0, 0, 1]))
+    ethograms.events_in(table_of({"/v": {"": [(0, 10)]}}), table)
+    note = "note: events of one class overlap in 1 recordings."
+    assert (note in capsys.readouterr().out) is is_noted
+
+
 def test_a_run_without_a_bout_finds_no_event(tmp_path, capsys):
     """Its table of bouts has a header alone: recall 0, and no complaint about the file."""
     (tmp_path / "windows.csv").write_text("video,start_sec,end_sec,pred_label,prob_none,prob_1\n/v.mp4,0,1,none,.9,.1\n"

@@ -401,6 +401,41 @@ def test_a_source_whose_header_has_no_length_is_not_taken_for_one_of_several(tmp
     assert boris(tmp_path, text.replace("s0.mp4", "f")).windows.tolist() == [[1, 2]]
 
 
+@pytest.mark.parametrize("length, is_read", [
+    ("10.000|10.000", True), ("10.000|60.000", True), ("6.000;4.000", True), ("10.000;6.000|10.000;6.000", False)])
+def test_boris_lengths_of_several_players_and_files(tmp_path, monkeypatch, length, is_read):
+    """As BORIS 8 writes them: | between players at the same time, ; between files one after the other."""
+    monkeypatch.setattr(video_files, "claimed_sec", lambda path: 10.0)
+    monkeypatch.setattr(video_files, "probe", lambda path: video_files.VideoInfo(duration_sec=10.0))
+    text = ("Observation id\tMedia duration (s)\tMedia file name\tBehavior\tStart (s)\tStop (s)\n"
+            f"o\t{length}\ts0.mp4\tgroom\t1\t2\no\t{length}\ts0.mp4\trear\t5\t6\np\t\ts1.mp4\trear\t5\t6\n")
+    if is_read:
+        assert boris(tmp_path, text).windows.tolist() == [[1, 2], [5, 6], [5, 6]]
+    else:
+        assert f"observation o: media_duration_s {length}, expected" in fails(boris, tmp_path, text)
+
+
+def test_states_of_the_observer_become_events_with_start_and_end(tmp_path):
+    text = ("Date_dmy;Time_Absolute_hms;Time_Relative_hmsf;Time_Relative_sf;Duration_sf;Observation;Subject;Behavior;"
+            "Event_Type;Video\n"
+            "1/3/2024;09:00:01;00:00:01.500;1,5;2,0;o;cow 1;groom;State start;s0.mp4\n"
+            "1/3/2024;09:00:02;00:00:02.000;2,0;0,0;o;cow 2;peck;Point;s0.mp4\n"
+            "1/3/2024;09:00:03;00:00:03.500;3,5;0,0;o;cow 1;groom;State stop;s0.mp4\n")
+    table = boris(tmp_path, text, min_event_sec=0)
+    assert table.windows.tolist() == [[1.5, 3.5], [2, 2]]
+    assert [table.names[c] for c in table.label] == ["groom", "peck"]
+    assert "rows START and STOP became 2 events; 0 without a STOP are left out" in table.notes
+
+
+def test_starts_without_an_end_are_noted_as_points(tmp_path):
+    """Ende and Duration_sf are no names that are read: the behaviours would be cut to their first second in silence."""
+    said = ("b.tsv: start_s has neither an end nor a duration beside it: each event is a point in time. "
+            "Call a column that says when they end end_sec")
+    text = "video;behavior;Start (s);{}\ns0.mp4;groom;1;9\n"
+    for name, is_noted in (("Ende", True), ("Duration_sf", True), ("Stop (s)", False), ("Duration (s)", False)):
+        assert (said in boris(tmp_path, text.format(name)).notes) is is_noted, name
+
+
 def test_a_status_that_starts_and_stops_nothing_is_an_ordinary_column(tmp_path):
     table = boris(tmp_path, "video\tlabel\ttime\tstart_sec\tstatus\ns0.mp4\tgroom\t09:00\t3\tchecked\n", min_event_sec=0)
     assert table.windows.tolist() == [[3, 3]] and list(table.extra["status"]) == ["checked"] and len(table) == 1
