@@ -53,20 +53,18 @@ from readers import (
 OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm, --freeze_backbone), more clips"
 CNN_LSTM = "cnn_lstm"
 MOTION_READOUT = "motion_readout"
-FRAME_MODELS = (CNN_LSTM, MOTION_READOUT)  # what reads frames with an image network
-# what flags of training are for a model whose weights are solved in one step, without epochs
-SOLVED = {
-    "epochs": 1, "freeze_backbone": True, "select": "last",
-    "augment": "none", "balance": "none", "consistency_weight": 0.1,
-}
-# flags of training that must be off for such a model
+FRAME_MODELS = (CNN_LSTM, MOTION_READOUT)  # these read frames one by one, with an image network
+# values with which a flag asks for nothing, beside 0 and empty ones
+IDLE = {"balance": "none", "consistency_weight": 0.1}
+# the motion readout is solved in one step, without epochs: what its flags of training are,
+SOLVED = {"epochs": 1, "freeze_backbone": True, "select": "last", "augment": "none", **IDLE}
+# those that must be off,
 OFF_IN_SOLVED = ("augment_for boost_to bounded focal_alpha init_from jitter_sec label_smoothing mixup sample_weight "
                  "target_weights").split()
-# flags of training that such a model does not read, whatever their value
+# and those that must not be typed, whatever their value
 UNUSED_BY_SOLVED = set("loss focal_gamma lr hidden dropout freeze_stages weight_decay optimizer".split())
 BALANCING = ("balance", "boost_to", "focal_alpha")
-# flags that a task does not read: refused unless they are off, or as in SOLVED, where the defaults of balance and
-# consistency_weight stand too
+# flags that a task does not read: refused unless they ask for nothing
 UNUSED_BY = {
     "classify": "bounded consistency_weight target_columns target_weights".split(),
     "regress": [
@@ -134,8 +132,8 @@ def add_clip_arguments(data):
          help="regress: column that says when a sequence was filmed, such as M0 before and M2 "
               "after surgery; each moment is also judged alone")
     data("--fps", type=common.bounded(float, 0.1, 240), default=12.0,
-         help="classify: frames per second of a clip, and of folders of frames and .npy clips (judge_bouts: "
-              "default as in predict)")
+         help="classify: frames per second of a clip; both tasks: of folders of frames and .npy clips, which have no "
+              "clock (judge_bouts: default as in predict)")
     data("--n_frames", type=common.POSITIVE,
          help="classify: frames in a clip (default 16); regress: at most so many frames of a "
               "sequence are read (default 32)")
@@ -163,7 +161,7 @@ def add_model_arguments(model):
     model("--dropout", type=common.DROPOUT, default=0.5,
           help="dropout before the last layer")
     model("--bounded", action="store_true",
-          help="regress: keep the predictions within the range of the train rows")
+          help="regress: keep the predictions within the range of the train rows (with --init_from: of that run's)")
     backbones.add_freezing_arguments(model)
     model("--feature_views", type=common.POSITIVE, default=4,
           help="with --freeze_backbone: random clips of each row that features are computed of")
@@ -200,12 +198,12 @@ def add_learning_arguments(learn):
 
 def check_flags(parser, args):
     """parser.error for what a mode lacks, and for flags that contradict each other."""
-    has_events = (event_splits.manifests_of(args) or args.video_root, "--manifest, or --train_manifest")
+    events = (event_splits.manifests_of(args) or args.video_root, "--manifest, or --train_manifest")
     if args.task == "regress":
-        has_events = (args.manifest, "--manifest where --task is regress")
-    needs = {
-        "train": has_events,
-        "audit": has_events,
+        events = (args.manifest, "--manifest where --task is regress")
+    needs = {  # mode: (whether all is there, what that is)
+        "train": events,
+        "audit": events,
         "predict": (args.checkpoint and bool(args.manifest) != bool(args.video),
                     "--checkpoint, and either --manifest or --video"),
         "judge_bouts": (args.predictions and args.manifest, "--predictions and --manifest"),
@@ -217,24 +215,27 @@ def check_flags(parser, args):
     if args.export and not (args.mode == "predict" and args.manifest):
         parser.error("--export belongs to --mode predict with --manifest, whose clips it is checked on")
     if args.mode == "predict":
-        idle = {*READING, "output" if args.video else "annotate"}
-        refuse(parser, "predict reads clips as its checkpoint does, --video writes a run folder", idle & args.given)
+        refuse(parser, "--mode predict, which reads clips as its checkpoint does,", args.given.intersection(READING))
+        if args.video:
+            refuse(parser, "predict --video, which writes a run folder,", args.given & {"output"})
+        else:
+            refuse(parser, "predict without --video", args.given & {"annotate"})
     event_splits.check_flags(parser, args)
     if args.mode == "train":
         check_learning_flags(parser, args)
 
 
-def refuse(parser, why, names):
-    """parser.error where there are names of flags that do nothing."""
+def refuse(parser, who, names):
+    """parser.error where there are names of flags, which `who` does not use."""
     if names:
         flags = [f"--{name}" for name in sorted(names)]
-        parser.error(f"{why}; without meaning for it: {', '.join(flags)}")
+        parser.error(f"{who} does not use {', '.join(flags)}")
 
 
-def changed(args, names):
-    """Those of these flags that are neither off (0, empty) nor as in SOLVED."""
+def changed(args, names, idle=IDLE):
+    """Those of these flags that are neither off (0, empty) nor as in `idle`."""
     values = {name: getattr(args, name) for name in names}
-    return {name for name, value in values.items() if value and value != SOLVED.get(name)}
+    return {name for name, value in values.items() if value and value != idle.get(name)}
 
 
 def check_learning_flags(parser, args):
@@ -249,10 +250,10 @@ def check_learning_flags(parser, args):
         parser.error("--task regress reads sequences of any length: --model "
                      f"{' or '.join(FRAME_MODELS)}, found {args.model}")
     if args.model == MOTION_READOUT:
-        idle = changed(args, [*SOLVED, *OFF_IN_SOLVED]) | (UNUSED_BY_SOLVED & args.given)
+        unused = changed(args, [*SOLVED, *OFF_IN_SOLVED], SOLVED) | (UNUSED_BY_SOLVED & args.given)
         if not args.freeze_backbone:  # as a configuration may say
-            idle.add("freeze_backbone")
-        refuse(parser, f"--model {MOTION_READOUT} is solved, not trained", idle)
+            unused.add("freeze_backbone")
+        refuse(parser, f"--model {MOTION_READOUT}, which is solved, not trained,", unused)
 
 
 # --- data: row on disk -> table -> sample ---------------------------------------------------
@@ -262,10 +263,10 @@ class Features:
     """Features from untuned networks, computed once for all folds.
 
     of_rows: of each row the mean over its predicted clips, NaN in rows that nobody asked for. of_clips, with
-    --freeze_backbone, which trains on them instead of pixels: (row, start) of a predicted clip -> a tuple of
+    --freeze_backbone, which trains on them instead of pixels: (row, start) of a predicted clip -> a tuple of one,
     its features, (F,) or (T, F); (row, None) -> a tuple of V, those of random clips of the row.
     """
-    of_rows: dict  # name of the linear model on them -> (N, F)
+    of_rows: dict  # name of the linear model on them -> (N, F); the first one is logistic or ridge
     of_clips: dict | None
 
 
@@ -417,7 +418,7 @@ class Clips(common.Samples):
         if self.features:
             views = self.features[row, start]
             inputs = views[torch.randint(len(views), (), generator=generator)]
-            start = start or 0
+            start = start or 0  # a random clip reads as many frames as the first one
         else:
             if start is None:
                 start = self.random_start(row, generator)
@@ -658,10 +659,10 @@ class Behaviours(Objective):
         self.epoch_rows = self.boosted(self.epoch_rows)
         label = self.label[self.epoch_rows]
         counts = np.bincount(label)
-        shares = counts * self.class_weight  # in training
         if args.balance == "sampler":
             self.sampler_weights = 1 / counts[label]
-            shares = np.ones(len(counts))
+            counts = np.ones(len(counts))  # classes are drawn alike
+        shares = counts * self.class_weight  # in training
         self.prior_shift = calibrating.prior_correction(self.prior, shares / shares.sum())  # (C,)
 
     def boosted(self, rows):
@@ -857,7 +858,7 @@ def start_model(args, names):
     """The network for these classes or scores before its first step, with the weights of --init_from, if any."""
     model = build_model(args, len(names))
     if args.init_from:
-        backbones.start_from(model, args.init_from, args.freeze_backbone, names=names)
+        backbones.start_from(model, args.init_from, args.freeze_backbone, names=names, bounded=args.bounded)
     return model
 
 
@@ -1131,8 +1132,9 @@ def run_split(run, args, study, split, features=None):
         features = untuned_features(args, study, run, np.sort(np.concatenate(list(split.values()))))
     similar = find_similar(run, study, split, features)
     training, objective, outputs = fit(run, args, study, split, features)
-    # its own rows by window and pixels: another event of the same second may have the same middle
-    seen = seen_rows.of_run(args, study.hashes[:, [0, -1]], split).words(study.hashes)  # (N,)
+    # of window and pixels alone: the middle of a row may be that of another event of the same second
+    own_hashes = study.hashes[:, [0, -1]]
+    seen = seen_rows.of_run(args, own_hashes, split).words(study.hashes)  # (N,)
     tables = {}
     for part in ("val", "test"):
         rows = split[part]
@@ -1158,8 +1160,8 @@ def run_split(run, args, study, split, features=None):
 
 def find_similar(run, study, split, features):
     """Pairs of splitting.similar_pairs: rows of two parts that look alike to the untuned network."""
-    of_linear_model, *_ = features.of_rows.values()
-    return splitting.add_similar(run, of_linear_model, split, study.table.clip_ids)
+    of_first, *_ = features.of_rows.values()  # as Features has them
+    return splitting.add_similar(run, of_first, split, study.table.clip_ids)
 
 
 def run_folds(run, args, study):
@@ -1208,8 +1210,8 @@ def judge_ensemble(run, args, study, test, table):
 
 def train(args):
     """--mode train: one split, or all folds."""
-    has_fixed_shapes = args.model != CNN_LSTM
-    with common.start_run(args, fp32_on_cpu=has_fixed_shapes, fixed_shapes=has_fixed_shapes) as run:
+    is_lstm = args.model == CNN_LSTM  # which alone is in mixed precision on CPUs, and skips what fills a clip up
+    with common.start_run(args, fp32_on_cpu=not is_lstm, fixed_shapes=not is_lstm) as run:
         table = read_table(args)
         start_model(args, table.names)  # wrong weights stop here, before videos are decoded
         check_flags_of_table(args, table)

@@ -460,7 +460,7 @@ def starting_content(path, **expected):
     """--init_from -> checkpoint of another run of this script. UserError where a field differs from `expected`."""
     content = common.load_model_file(path)
     with common.checkpoint_fields(path):
-        found = content | content.get("settings", {})
+        found = content | content.get("settings", {}) | content.get("architecture", {})
         wrong = [f"{name} {found[name]}, expected {value}" for name, value in expected.items() if found[name] != value]
     if wrong:
         raise common.UserError(f"--init_from {path} was trained for something else: {'; '.join(wrong)}")

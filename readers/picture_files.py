@@ -269,6 +269,7 @@ class ImageStore(pixel_cache.PixelStore):
     is a list of N ImageAudit. Raises BadImage for a bad picture.
     """
     item = "picture"
+    smaller = "A smaller --image_size"
     audit_class = ImageAudit
 
     def __init__(self, paths, short_side, cache="auto", pixel_range=None):

@@ -69,9 +69,10 @@ class PixelStore:
     an error raises BadImage when it is asked for. Pixels from a cache are read-only: worker processes share them.
     Raises UserError where --cache disk has no room.
 
-    A subclass names its item and audit_class, calls load_all at the end of its __init__, and has four methods. `rows`
-    are the items of one file: decode(rows) -> [(audit, pixels)], estimate(rows) -> bytes of these pixels, and
-    cache_keys(rows) -> [JSON types that decide the pixels of each row]; decode_again(row) -> pixels.
+    A subclass names its item, its audit_class and what makes the items smaller, calls load_all at the end of its
+    __init__, and has four methods. `rows` are the items of one file: decode(rows) -> [(audit, pixels)],
+    estimate(rows) -> bytes of these pixels, and cache_keys(rows) -> [JSON types that decide the pixels of each row];
+    decode_again(row) -> pixels.
     """
 
     places = (itertools.repeat(""),)  # where the N items lie in their files, said in K ways; a picture is all of it
@@ -90,8 +91,7 @@ class PixelStore:
         if sum(sizes) > LARGE:
             where = {"ram": "in memory", "disk": f"in {self.folder}", "none": "nowhere, each is decoded when it is used"}
             print(f"note: {n_items} {self.item}s take about {sum(sizes) / 1e9:.1f} GB decoded, "
-                  f"kept {where[self.cache]} (--cache); a smaller --image_size, a lower --fps or shorter events take "
-                  "less")
+                  f"kept {where[self.cache]} (--cache). {self.smaller} would take less")
         files = common.with_progress("decoding", in_threads(self._load, rows_of_files), len(rows_of_files))
         for loaded, rows in zip(files, rows_of_files):
             for row, (audit, n_bytes, kept) in zip(rows, loaded):

@@ -534,6 +534,7 @@ class ClipStore(pixel_cache.PixelStore):
     asked for. Every file is read once, whatever its number of rows.
     """
     item = "clip"
+    smaller = "A smaller --image_size, a lower --fps, shorter events or (scores) fewer --n_frames"
     audit_class = ClipAudit
 
     def __init__(self, sources, windows, *, grid, fps, n_frames, short_side, jitter_sec=0.0, cache="auto",

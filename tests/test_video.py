@@ -913,14 +913,14 @@ FLAG_MISTAKES = {
     "unknown flag": (["--manifest", "a.csv", "--clip_per_event", 3], ["--clips_per_event"]),
     "one fold": (["--manifest", "a.csv", "--folds", 1], ["at least 2"]),
     "share above 1": (["--manifest", "a.csv", "--max_missing", 5], ["max_missing"]),
-    "bounded classes": (["--manifest", "a.csv", "--bounded"], ["--task classify; without meaning", "--bounded"]),
+    "bounded classes": (["--manifest", "a.csv", "--bounded"], ["--task classify does not use --bounded"]),
     "sums and columns of classes": (["--manifest", "a.csv", "--consistency_weight", 0.5, "--target_columns",
-                                     "a"], ["--task classify; without", "--consistency_weight, --target_columns"]),
+                                     "a"], ["--task classify does not use --consistency_weight, --target_columns"]),
     "labels of scores": (["--manifest", "a.csv", "--task", "regress", "--label_smoothing", 0.1, "--jitter_sec", 1,
                           "--positive_class", "a", "--label_column", "b", "--time_unit", "ms"],
                          ["--jitter_sec, --label_column, --label_smoothing, --positive_class, --time_unit"]),
     "balance of scores": (["--manifest", "a.csv", "--task", "regress", "--balance", "weights", "--boost_to", 0.2, "--label_map",
-                           "m.json"], ["--task regress; without meaning", "--balance, --boost_to, --label_map"]),
+                           "m.json"], ["--task regress does not use --balance, --boost_to, --label_map"]),
     "two corrections by repeats": (["--manifest", "a.csv", "--balance", "weights", "--boost_to", 0.4],
                                    ["--balance weights", "--boost_to 0.4", "--force"]),
     "tuning of a solved model": (["--manifest", "a.csv", "--model", "motion_readout", "--freeze_stages", 2, "--jitter_sec", 1,
@@ -935,7 +935,8 @@ FLAG_MISTAKES = {
     "a file of folds and one of the split": (["--manifest", "a.csv", "--task", "regress", "--cv_file", "c.json", "--split_file",
                                               "s.json"], ["one way to split", "--cv_file", "--split_file"]),
     "one file for recordings": (["--mode", "predict", "--checkpoint", "m", "--video", "v", "--output", "p.csv"], ["--output"]),
-    "copies of rows": (["--mode", "predict", "--checkpoint", "m", "--manifest", "a.csv", "--annotate"], ["--annotate"]),
+    "copies of rows": (["--mode", "predict", "--checkpoint", "m", "--manifest", "a.csv", "--annotate"],
+                       ["predict without --video does not use --annotate"]),
     "another rate than the checkpoint's": (["--mode", "predict", "--checkpoint", "m", "--manifest", "a.csv", "--fps", 5,
                                             "--n_frames", 8], ["--fps, --n_frames"]),
 }
@@ -1130,6 +1131,13 @@ def test_weights_that_cannot_be_started_from_are_refused_before_videos_are_decod
     assert "--init_from" in text and "Head_low" in text and not list((tmp_path / "out").glob("run_*"))
     text = video(*made.parts(), *made.small, *flags, "--init_from", behaviours, "--output_dir", tmp_path / "out", code=code)
     assert words in text.stderr and not list((tmp_path / "out").glob("run_*"))
+
+
+def test_bounded_scores_do_not_start_from_a_head_without_bounds(made, scores, tmp_path):
+    """Its offset and span are mean and SD, between which the sigmoid would hold the scores."""
+    text = video("--task", "regress", "--manifest", made.sequences, *made.small, "--init_from", scores / "fold_0",
+                 "--output_dir", tmp_path, code=2).stderr
+    assert text.endswith("was trained for something else: bounded True, expected False\n")
 
 
 def test_predictions_that_cannot_be_evaluated(tmp_path):

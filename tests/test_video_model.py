@@ -642,6 +642,13 @@ def test_sampler_draws_all_classes_alike():
     assert class_scores.softmax(objective.prior_shift[None])[0] == pytest.approx([0.9, 0.1]), "an even logit means the natural share"
 
 
+def test_the_sampler_and_weights_in_the_loss_are_both_taken_back():
+    labels = [0] * 90 + [1] * 10
+    objective = behaviours(arguments("--balance", "sampler", "--focal_alpha", 0.8, "--force"), table_of(labels))
+    seen = class_scores.softmax(np.log(objective.prior)[None] - objective.prior_shift)
+    assert seen[0] == pytest.approx([0.2, 0.8]), "drawn 1 to 1, weighted 1 to 4"
+
+
 def test_mixup_mixes_clips_and_classes_alike():
     torch.manual_seed(0)
     target = torch.eye(4)
