@@ -1,8 +1,8 @@
 """The shared shelf of the train scripts: what a run needs whatever it predicts. Imports no script.
 
-Sections, in the order in which a run meets them: Errors and exit codes; Arguments and config; Run folder and log; Files;
-Device, seed and loaders; Several processes; Transforms; Optimiser and schedule; Early stopping; Checkpoints; Training;
-Metrics.
+Sections, in the order in which a run meets them: Errors and exit codes; Arguments and config; Run folder and log;
+Files; Device, seed and loaders; Several processes; Transforms; Optimiser and schedule; Early stopping; Checkpoints;
+Training; Metrics.
 
 Letters: N rows, B batch, T frames, R ratings or other targets, F features, H and W height and width in pixels, S side
 of a square input.
@@ -154,7 +154,7 @@ class StopSignals:
     """TERM, USR1, USR2 and the first Ctrl-C ask for a save and a stop; another Ctrl-C stops at once."""
 
     def __init__(self):
-        self.received = 0  # the number of a signal
+        self.received = 0  # the number of the last signal; 0: none yet
         self.armed = False  # True in the epoch loop; elsewhere nothing is to be saved
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
@@ -185,7 +185,7 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN)
 
 
-def closest(name, known):
+def did_you_mean(name, known):
     """' (did you mean X?)' for the known name nearest to `name` in any case, or ''."""
     spelled = {other.lower(): other for other in known}
     match = difflib.get_close_matches(name.lower(), spelled, 1)
@@ -422,7 +422,7 @@ def parse_arguments(parser, argv):
     for word in others:  # said before flags that are missing, of which it may be a misspelling
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag != "--help":
-            parser.error(f"unknown flag {flag}{closest(flag, parser._option_string_actions)}; --help lists all")
+            parser.error(f"unknown flag {flag}{did_you_mean(flag, parser._option_string_actions)}; --help lists all")
     values = config_values(parser, typed["config"]) if "config" in typed else {}
     resume = typed.get("resume", values.get("resume", "auto"))
     if resume != "auto":
@@ -496,7 +496,7 @@ def config_values(parser, path):
     for key, value in read_config(path).items():
         name = f"--{key.replace('-', '_')}"
         if name not in declared:
-            near = closest(key, [other[2:] for other in declared])
+            near = did_you_mean(key, [other[2:] for other in declared])
             raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script without its dashes, "
                             "and a run has those of the script that made it")
         if value in (None, "", "~", "null"):
@@ -1282,11 +1282,11 @@ def generator_for(*integers):
 
 @dataclasses.dataclass(eq=False)
 class EpochBatches(torch.utils.data.Sampler):
-    """Batches of (epoch, index), by which samples are made and augmented: a permutation seeded by (seed, epoch), cut.
+    """Batches of the keys (epoch, index), by which a dataset makes and augments its samples.
 
-    In training each process takes its slice of every batch, and a single leftover sample joins the
-    batch before it, since BatchNorm cannot take one alone. Else each takes a block of the rows, so
-    that the results of all, one after the other, are those of all rows (`Processes.gather`).
+    In training they are a permutation seeded by (seed, epoch), cut into batches; each process takes its slice of every
+    batch, and a single leftover sample joins the batch before it, since BatchNorm cannot take one alone. In evaluation
+    each process takes a block of the rows, so that `Processes.gather` joins the results in the order of the rows.
     """
     n_samples: int
     batch_size: int
@@ -1297,7 +1297,7 @@ class EpochBatches(torch.utils.data.Sampler):
     size: int = 1  # number of processes
     epoch: int = 0  # to begin with
     start: int = 0  # first batch of that epoch
-    goes_on: bool = False  # with the epochs after it, for ever: loader workers need not stop between two
+    goes_on: bool = False  # True: the later epochs follow without end, so that loader workers never stop between two
 
     def __post_init__(self):
         first = 0
@@ -1342,7 +1342,7 @@ class EpochBatches(torch.utils.data.Sampler):
             return whole
         least = 2 if self.batch_size >= 2 * self.size else 1
         n = len(whole)
-        takers = min(self.size, max(n // least, 1))  # the first of the processes; the others' slices lie past the end
+        takers = min(self.size, max(n // least, 1))  # only the first processes; for a later rank both ends are >= n
         return whole[n * self.rank // takers:n * (self.rank + 1) // takers]
 
     def step_span(self, batch, accumulate):
@@ -1582,7 +1582,7 @@ class GradientExchange:
     def __init__(self, processes, model):
         self.is_open = False  # True in the last backward pass of an optimiser step
         self.waiting = []  # buckets that are not sent yet: lists of parameters; none where a process is alone
-        self.sent = []  # (bucket, tensor, work) of the others
+        self.sent = []  # (bucket, its gradients as one tensor, handle of the exchange) of those under way
         self.ready = set()  # parameters whose gradient the backward pass has given
         self.hooks = []
         if processes.size == 1:
@@ -1594,9 +1594,9 @@ class GradientExchange:
                 n_bytes = 0
             self.waiting[-1].append(parameter)
             n_bytes += parameter.nbytes
-            self.hooks.append(parameter.register_post_accumulate_grad_hook(self._note))
+            self.hooks.append(parameter.register_post_accumulate_grad_hook(self._gradient_is_ready))
 
-    def _note(self, parameter):
+    def _gradient_is_ready(self, parameter):
         if not self.is_open:
             return
         self.ready.add(parameter)
@@ -1834,8 +1834,8 @@ def moved_corners(corners, size):
 def _colour_matrix(drawn, mean):
     """(3, 4) matrix [M | offset] of all colour operations on RGB in 0..255; mean (3,): mean colour of the picture.
 
-    The formulas are torchvision's, with two differences: hue is a rotation about the grey axis (Rodrigues), which agrees
-    with HSV's at multiples of a third and keeps R + G + B; and values are cut to 0..255 once, at the end.
+    The formulas are torchvision's, with two differences: hue is a rotation about the grey axis (Rodrigues), which
+    agrees with HSV's at multiples of a third and keeps R + G + B; and values are cut to 0..255 once, at the end.
     """
     matrix = np.eye(3, 4)
     for name in drawn.jitter_order:
@@ -2054,7 +2054,7 @@ def to_plain_types(value):
     """Copies on the CPU of tensors, numbers, strings, lists and dicts: what weights_only loading accepts."""
     plain = _plain(value)
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # once: the copies do not wait for one another
+        torch.cuda.synchronize()  # wait once for all copies, which _plain only starts
     return plain
 
 
@@ -2210,8 +2210,8 @@ def load_state(model, state, source):
 class Checkpoints:
     """Writes the files that a run continues from: last.pth, the one before it, best_model.pth, training_history.csv.
 
-    They are written as often as SAVING_TIME allows. A best model that waits for the next save is lost in a kill together
-    with its epoch, which is then repeated to the same bits.
+    They are written as often as SAVING_TIME allows. A best model that waits for the next save is lost in a kill
+    together with its epoch, which is then repeated to the same bits.
     """
 
     def __init__(self, run):
@@ -2541,7 +2541,7 @@ class Training:
     def end_epoch(self, row):
         """Close an epoch: its history row, the best model, early stopping, and the checkpoints that are due."""
         progress = self.progress
-        numbers = self.processes.on_first(lambda: row)
+        numbers = self.processes.on_first(lambda: row)  # those of one, by which all decide alike
         progress.history.append(
             {"epoch": progress.epoch + 1, "learning_rate": self.current.learning_rate, **numbers})
         progress.next_epoch()

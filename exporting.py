@@ -61,9 +61,9 @@ def about_pictures(names, image_size, pixel_range):
         "names": names,
         "short_side": common.resize_side(image_size),
         "crop": image_size,
-        "resize": "upright, transparency on white, the other side in proportion; JPEGs are decoded at 1/2, 1/4 or 1/8 where "
-                  "that leaves 1.5 short sides (Pillow's draft), and get the size that the whole picture would; area where "
-                  "it shrinks, cubic where it grows; the crop begins at (side - crop + 1) // 2",
+        "resize": "upright, transparency on white, the other side in proportion; JPEGs are decoded at 1/2, 1/4 or 1/8 "
+                  "where that leaves 1.5 short sides (Pillow's draft), and get the size that the whole picture would; "
+                  "area where it shrinks, cubic where it grows; the crop begins at (side - crop + 1) // 2",
         "pixel_range": pixel_range,
     }
 

@@ -581,7 +581,7 @@ def draw_leaves(draw, x1, y1, x2, y2, rng):
 
 
 def draw_bicycle(states, background, rng):
-    """((H, W, 3) uint8, {part: (state, box)}) of a bicycle; background: of twice the size. Half of them are mirrored."""
+    """((H, W, 3) uint8, {part: (state, box)}) of a bicycle, mirrored or not; background: picture of twice the size."""
     wide, high = background.size
     draw = ImageDraw.Draw(background)
     unit = wide / 4.4 * rng.uniform(0.85, 1.05)

@@ -294,7 +294,8 @@ def check_images(paths):
     start = time.perf_counter()
     audits = picture_files.ImageStore(paths[:FIRST_PICTURES], 256, cache="none").audit
     speed = len(audits) / (time.perf_counter() - start)
-    yield Check("OK", "loading", f"{len(audits)} of {len(paths)} pictures to a short side of 256 px: {speed:.0f} a second")
+    yield Check("OK", "loading",
+                f"{len(audits)} of {len(paths)} pictures to a short side of 256 px: {speed:.0f} a second")
     bad = [f"{audit.path}: {audit.error}" for audit in audits if audit.error]
     yield listing("FAIL", "unreadable images", bad, "fix or remove them, or train with --on_bad_file skip",
                   none=f"none of the {len(audits)} looked at")
@@ -319,8 +320,9 @@ def check_by_script(task, flags, temporary):
     report = common.read_json(output)
     row = Check("OK", "data", done.stdout.strip().removesuffix(f"; written to {output}"))
     if counts_anything(report) or report.get("damaged") or "WARNING" in done.stdout:
-        row = row._replace(status="WARN", remedy="correct what is counted or marked WARNING; keep copies, and the levels "
-                           "of a column that tells the label, on one side of the split")
+        remedy = ("correct what is counted or marked WARNING; keep copies, and the levels of a column that tells the "
+                  "label, on one side of the split")
+        row = row._replace(status="WARN", remedy=remedy)
     yield row
     bad = [": ".join(each) for each in report.get("unreadable", {}).items()]
     yield listing("FAIL", "unreadable", bad, "fix or remove them, or train with a larger --max_missing")
@@ -359,8 +361,8 @@ def check_dry_run(task, temporary):
 
 def parse_args(given):
     """Command line; dashes within a flag are read as underscores. audit_flags: those of the train script's audit."""
-    def with_underscores(flag):
-        return f"--{flag[1].replace('-', '_')}"
+    def with_underscores(match):
+        return f"--{match[1].replace('-', '_')}"
     words = [re.sub("^--([^=]+)", with_underscores, word) for word in given]
     of_task = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     of_task.add_argument("--task", choices=(*TASKS, "all"), default="all",

@@ -150,7 +150,7 @@ def read_split_file(path, keys):
         raise common.UserError(f"--split_file {error}") from None
     known = set(keys)
     faults = [f"no {part} part" for part in ("train", "val") if not parts.get(part)]
-    faults += [f"a part {part}{common.closest(part, PARTS)}" for part in parts if part not in PARTS]
+    faults += [f"a part {part}{common.did_you_mean(part, PARTS)}" for part in parts if part not in PARTS]
     for key, count in collections.Counter(itertools.chain(*parts.values())).items():
         unknown = "" if key in known else ", not in the table"
         if count > 1 or unknown:
@@ -514,7 +514,7 @@ def split_by_names(listed, groups, aliases):
     Raises UserError for an unknown name, and for a group in two parts.
     """
     group_of = {**aliases, **dict(zip(groups, groups))}
-    unknown = [name + common.closest(name, group_of)
+    unknown = [name + common.did_you_mean(name, group_of)
                for name in itertools.chain(*listed.values()) if name not in group_of]
     if unknown:
         raise common.UserError(f"the lists of the split name no such group: {', '.join(unknown)}")

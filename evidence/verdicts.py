@@ -177,7 +177,7 @@ def select_column(name, columns, meanings):
         return "last", True
     if name not in meanings:
         names = [*meanings, "last"]
-        raise common.UserError(f"--select {name} is no metric of this run{common.closest(name, names)}; "
+        raise common.UserError(f"--select {name} is no metric of this run{common.did_you_mean(name, names)}; "
                                f"metrics: {common.shorten_list(names, 40)}")
     column_of = {own: column for column, own in columns.items()}
     meaning = meanings[name]
@@ -222,7 +222,7 @@ def parse_criteria(text, meanings):
     if bad:
         raise common.UserError("--criteria expects NAME>NUMBER or NAME<NUMBER separated by commas, found: "
                                + "; ".join(bad))
-    unknown = [match[1] + common.closest(match[1], meanings) for match in matches if match[1] not in meanings]
+    unknown = [match[1] + common.did_you_mean(match[1], meanings) for match in matches if match[1] not in meanings]
     if unknown:
         raise common.UserError(
             f"--criteria names no metric of this run: {', '.join(unknown)}. Use METRIC or METRIC_TARGET.")

@@ -30,7 +30,8 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
     from torchvision import models
     classifiers = models.list_models(module=models.video if family == "video" else models)
     if name not in classifiers:
-        raise common.UserError(f"{name} is no torchvision classifier of {family}{common.closest(name, classifiers)}")
+        hint = common.did_you_mean(name, classifiers)
+        raise common.UserError(f"{name} is no torchvision classifier of {family}{hint}")
     options = {"image_size": image_size} if name.startswith("vit_") else {}
     try:
         model = models.get_model(name, weights=None, **options)
@@ -64,7 +65,7 @@ def _timm_backbone(name, pretrained, weights, image_size):
     timm = common.optional_package("timm")
     own_name = name.removeprefix(TIMM)
     if not timm.is_model(own_name):
-        raise common.UserError(f"timm has no {own_name}{common.closest(own_name, timm.list_models())}")
+        raise common.UserError(f"timm has no {own_name}{common.did_you_mean(own_name, timm.list_models())}")
 
     def create(**options):
         try:

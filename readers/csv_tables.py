@@ -30,7 +30,7 @@ def pick_columns(wanted, options, where, short=()):
     spelled |= {column_key(name): name for name in options}
     picked = {name: name if name in options else spelled.get(column_key(name)) for name in wanted}
     unknown = [
-        name + common.closest(name, options)
+        name + common.did_you_mean(name, options)
         for name, column in picked.items() if column is None]
     if unknown:
         raise common.UserError(

@@ -426,7 +426,7 @@ def read_state(values, where, faults):
         elif text not in NO_STATE:
             faults.append(
                 f"{where}: state {str(value)[:30]!r} is none of {', '.join(STATES)} or 0 to 3"
-                f"{common.closest(text, STATES)}")
+                f"{common.did_you_mean(text, STATES)}")
     if len(found) > 1:
         named = ", ".join(STATES[state] for state in sorted(found))
         faults.append(f"{where}: its fields name different states: {named}")
@@ -662,7 +662,7 @@ def used_parts(found, images, known):
     """
     used = {own.part for image in images for own in image.objects}
     if known:
-        unknown = [name + common.closest(name, known) for name in sorted(used - set(known))]
+        unknown = [name + common.did_you_mean(name, known) for name in sorted(used - set(known))]
         refuse(unknown, "the checkpoint does not know these parts:",
                f"It knows {', '.join(known)}.")
         return known, []
