@@ -112,6 +112,8 @@ def _explain(error):
     if "more than 1 value per channel" in reason:
         return EXIT_USER, ("error: BatchNorm got a single value per channel: take a larger --batch_size or picture, or "
                            "keep its statistics (--freeze_norm)")
+    if isinstance(error, ImportError):
+        return EXIT_CRASH, f"error: a package does not load ({reason}); what to do: python verify_setup.py"
     if LOST_PROCESS.search(text) and launched_processes().size > 1:
         cause = one_line(text.rpartition("Last error:")[2])  # of NCCL, after 250 characters that are always the same
         return EXIT_CRASH, f"error: another process of this run has ended, see there, or cannot be reached ({cause})"

@@ -713,6 +713,12 @@ def explained(error):
     return common._explain(caught.value)
 
 
+def test_a_package_that_does_not_load_is_told_in_a_line():
+    """As OpenCV on a bare server, which lacks system libraries."""
+    code, message = common._explain(ImportError("libxcb.so.1: cannot open shared object file"))
+    assert code == 1 and "libxcb.so.1" in message and "python verify_setup.py" in message and "\n" not in message
+
+
 @pytest.mark.skipif(not common.CAN_FORK, reason="no fork here")
 def test_an_error_in_a_loader_worker_is_told_as_it_is():
     code, message = explained(None)
