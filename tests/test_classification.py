@@ -138,7 +138,13 @@ def test_undefined_values_are_nan_and_a_constant_prediction_has_no_correlation(r
 def test_nan_is_not_hidden():
     _, probability, label = scored_rows()
     probability[4, 1] = np.nan
-    assert math.isnan(class_scores.classification_metrics(probability, label).overall["accuracy"])
+    found = class_scores.classification_metrics(probability, label)
+    assert np.isnan([*found.overall.values()]).all() and np.isnan([*found.per_class.values()]).all()
+
+
+def test_softmax_of_large_logits_is_finite():
+    assert class_scores.softmax(np.array([[1000.0, 0.0, -np.inf], [-2000.0, -2000.0, -2000.0]])).tolist() == [
+        [1, 0, 0], [1 / 3] * 3]
 
 
 def test_threshold_gives_the_positive_class_from_the_threshold_on():
