@@ -22,8 +22,8 @@ from sklearn.preprocessing import StandardScaler
 
 import common
 from evidence import (
-    baseline_models, class_judging, confounding, judging, prediction_tables, score_judging, seen_rows, subject_intervals,
-    verdicts)
+    baseline_models, class_judging, confounding, judging, prediction_tables, rater_agreement, score_judging, seen_rows,
+    subject_intervals, verdicts)
 
 
 def noisy_pair(rows=200, targets=3, seed=0, offset=0.0, missing=0.0):
@@ -380,6 +380,8 @@ def test_identical_confusion_matrices_over_folds():
     assert alarms(4, [0] * 12)[0].startswith("identical confusion matrices in all folds")
     assert not alarms(4, [0, 1, 1] * 4), "each with one error, but far better than chance"
     assert alarms(2, [0] * 6) == alarms(4, None) == alarms(3, [0] * 8 + [1]) == []
+    assert alarms(3, [0, 1, 0, 1, 0, 0, 0, 1, 0]), "one matrix, whichever rows are wrong"
+    assert not alarms(3, [0] * 6 + [1, 1, 0]), "another matrix, though no better than chance"
 
 
 @pytest.mark.parametrize("digits", [1, 2, 3, 4])
@@ -621,6 +623,52 @@ def test_alarms_name_the_flag_of_train_dreamer_beside_that_of_the_others():
     assert len(alarms) == 2 and all("--group_column (probe guidance: --patient_map" in alarm for alarm in alarms)
     rows = [{"target": "x_mm", "r2": -0.5, "pearson_r": 0.6, "pearson_r_low": 0.2, "bias": 2.0, "slope": 0.3}]
     assert "--select r2 where the script has it" in score_judging.slope_alarms(rows)[0]
+
+
+def score_table(predicted, target, ridge):
+    return prediction_tables.ScoreTable(
+        keys={}, names=["a", "b", "c"], target=target, predicted=predicted, baselines={"ridge": ridge})
+
+
+def test_the_table_of_scores_equals_scipy_and_says_what_the_raters_allow():
+    predicted, target = noisy_pair(missing=0.2, offset=3.0)
+    predicted[:, 2] = 0.7
+    ridge = 0.5 * np.nan_to_num(target) + 1
+    table = score_table(predicted, target, ridge)
+    ceiling = rater_agreement.Ceiling(source="", r2=np.array([0.9, 0.6, 0.25]), icc=np.arange(6.0).reshape(3, 2))
+    rows = score_judging.score_rows(table.compare(), table, ceiling)
+    for k, row in enumerate(rows):
+        seen = ~np.isnan(target[:, k])
+        p, t = predicted[seen, k], target[seen, k]
+        slope = stats.linregress(p, t).slope if k < 2 else math.nan
+        expected = {"n": seen.sum(), "bias": np.mean(p - t), "slope": slope, "baseline_r2": r2_score(t, ridge[seen, k]),
+                    "ceiling_r2": ceiling.r2[k], "ceiling_pearson_r": ceiling.r2[k] ** 0.5, "icc_1_1": 2 * k,
+                    "icc_1_k": 2 * k + 1, "share_of_ceiling_r2": r2_score(t, p) / ceiling.r2[k]}
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-7, nan_ok=True)
+
+
+def test_the_scores_of_a_moment_are_those_of_its_rows_alone():
+    predicted, target = noisy_pair(missing=0.2)
+    table = score_table(predicted, target, np.zeros_like(target))
+    moments = np.array(["before", "after", "before", "later"])[np.arange(200) % 4]
+    rows = score_judging.rows_of_scores(table, moments)
+    assert [row["moment"] for row in rows[::3]] == ["all", "after", "before", "later"]
+    for row in rows:
+        k = table.names.index(row["target"])
+        seen = ~np.isnan(target[:, k]) & np.isin(moments, [row["moment"]] if row["moment"] != "all" else moments)
+        assert (row["n"], row["r2"]) == (seen.sum(), pytest.approx(r2_score(target[seen, k], predicted[seen, k])))
+    found = score_judging.estimates_of_moments(table, moments)
+    assert set(found) <= set(score_judging.criteria_names(table.names, moments)) and len(found) == 3 * 5
+    assert found["r2_before"].value == pytest.approx(np.mean([row["r2"] for row in rows if row["moment"] == "before"]))
+
+
+def test_predictions_within_a_thousandth_of_each_scores_sd_are_those_of_the_baseline():
+    _, target = noisy_pair(missing=0.2)
+    ridge = np.nan_to_num(target)
+    sd = np.nanstd(target, axis=0)
+    shifts = {factor: [score_judging.is_baseline(score_table(ridge + factor * sd * one, target, ridge), "ridge")
+                       for one in np.eye(3)] for factor in (0.0009, 0.0011)}
+    assert shifts == {0.0009: [True] * 3, 0.0011: [False] * 3}
 
 
 def test_verdict_with_two_subjects_resolves_nothing_and_with_nine_gives_p():
