@@ -552,9 +552,15 @@ def test_level_priors_find_the_planted_column_and_only_it():
 
 
 def test_level_rates_are_smoothed_and_new_levels_get_the_overall_rate():
-    codes, target = np.array([0, 0, 1, 1, 1, 2]), np.array([1.0, 1, 0, 0, np.nan, 1])[:, None]
-    rates = confounding.smoothed_means(codes, target, np.arange(5), np.array([0, 2, 5]))
-    np.testing.assert_allclose(rates[:, 0], [(2 + 0.5) / 3, (0 + 0.5) / 3, 0.5])
+    codes, target = np.array([0, 0, 1, 1, 1, 1, 2]), np.array([1.0, 1, 0, 0, 0, np.nan, 1])[:, None]
+    rates = confounding.smoothed_means(codes, target, np.arange(6), np.array([0, 2, 6]))
+    np.testing.assert_allclose(rates[:, 0], [(2 + 0.4) / 3, (0 + 0.4) / 4, 0.4])
+
+
+def test_a_column_has_two_levels_or_more_and_up_to_three_for_four_train_rows():
+    levels = {str(n): np.arange(60) % n for n in (1, 2, 30, 31)}
+    rows = confounding.level_priors(levels, np.arange(60) % 2, [np.arange(40)], [np.arange(40, 60)])
+    assert {row["name"] for row in rows} == {"2", "30", "row order"}
 
 
 def test_row_order_is_a_predictor_where_the_file_is_sorted():

@@ -581,6 +581,7 @@ def test_missing_ratings_and_lone_images_do_not_break_the_rater_estimators():
         ([2, 2, 2], [1.5, 5.5, 8.75]), ([2, 2, 1, 2], [1.5, 5.5, 7, 8.75]))]
     assert (1 - lone) / (1 - whole) == pytest.approx(weights[1] / weights[0])
     assert rater_agreement.icc(ratings) == rater_agreement.icc(kept + [[7.0]]) != rater_agreement.icc(kept)
+    assert math.isnan(rater_agreement.split_half(kept[:2])), "two images always correlate by 1 or -1"
     assert math.isnan(rater_agreement.split_half([[1.0, 2.0]])) and math.isnan(rater_agreement.icc([[1.0], [2.0]])[0])
 
 

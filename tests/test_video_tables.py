@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_video_tables.py
 """
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -1196,10 +1197,24 @@ def test_rows_for_priors_go_from_train_to_test_or_into_folds(tmp_path):
     ways = confounding.judged_rows(table)
     (train,), (judged,) = ways.pop("parts")
     assert set(table.parts[train]) == {"train"} and set(table.parts[judged]) == {"test"} and not ways
+    three = dataclasses.replace(table, parts=np.where(np.arange(60) % 2, table.parts, "val"))
+    (train,), (judged,) = confounding.judged_rows(three)["parts"]
+    assert set(three.parts[train]) == {"train"} and set(three.parts[judged]) == {"test"}
     only_train = table.take(table.parts == "train")
     for train, judged in confounding.judged_rows(only_train).values():
         assert sorted(np.concatenate(judged)) == list(range(30))
-        assert all(not set(a) & set(b) and len(a) + len(b) == 30 for a, b in zip(train, judged))
+        assert len(judged) == 5 and all(not set(a) & set(b) and len(a) + len(b) == 30 for a, b in zip(train, judged))
+    of_groups = [dataclasses.replace(only_train, groups=np.arange(30) % n) for n in (4, 5)]
+    assert [list(confounding.judged_rows(own)) for own in of_groups] == [["events"], ["events", "groups"]]
+
+
+def test_a_class_by_which_both_manifests_are_sorted_is_known_from_the_place_in_them(tmp_path):
+    root = put(tmp_path, *(f"v{i}.mp4" for i in range(60)))
+    for part, rows in (("train", range(40)), ("test", range(40, 60))):
+        lines = [f"v{i}.mp4,{'tail' if k >= len(rows) / 2 else 'ear'}\n" for k, i in enumerate(rows)]
+        write(tmp_path / f"{part}.csv", "path,label\n" + "".join(lines))
+    table = event_tables.read_events({part: tmp_path / f"{part}.csv" for part in ("train", "test")}, root)
+    assert {row["name"]: row["auc"] for row in confounding.no_pixel_priors(table, "tail")}["row order"] == 1
 
 
 def test_priors_that_cannot_be_judged_are_left_out(tmp_path):
