@@ -4,13 +4,14 @@
     python predict_assessor.py --checkpoint outputs/run_of_folds --image_dir path/to/images --interval 0.9
     python predict_assessor.py --checkpoint outputs/run_X --image_dir my_images --export model.pt2
 
-Writes one CSV with a row for every input in input order: image, each rating in the unit that the model was trained on,
-<rating>_sd (standard deviation over the members, where there are several), <rating>_low and <rating>_high (with
---interval), seen (train, chose, new or not known: what the members did with the picture), warning (trained on; outside
-the training labels; unlike the training pictures: farther from them than every held-out one), and error (why a picture
-could not be read; its ratings and seen are then empty).
+Writes one CSV with a row for every input in input order: image, each rating in the unit of the ratings file,
+<rating>_sd (standard deviation over the checkpoints, where there are several), <rating>_low and <rating>_high
+(with --interval), seen (what the checkpoints did with the picture in training: train, chose, new or not known),
+warning (trained on; outside the training labels; unlike the training pictures: farther from them than every
+held-out one), and error (why a picture could not be read; its ratings and seen are then empty).
 
-Letters: N images, B batch, R ratings, M members, S side of the square input in pixels.
+Letters: N images, B batch, R ratings, M members (the checkpoints), F features of a backbone, S side of the square
+input in pixels.
 """
 import dataclasses
 import functools
@@ -30,15 +31,16 @@ from train_assessor import explain, load_assessor, mean_over, views_of
 
 @dataclasses.dataclass
 class Member:
+    """One of the checkpoints whose mean is predicted."""
     model: nn.Module  # in eval mode
     settings: dict  # content of its checkpoint
 
-    def read(self, inputs):
-        """(B, 3, S, S) -> on the CPU outputs (B, R) in the unit of the ratings, features (B, F).
+    def ratings_and_features(self, inputs):
+        """(B, 3, S, S) -> on the CPU ratings (B, R) in the unit of the ratings file, features (B, F).
 
-        With flip_average both are means over each picture and its mirror image. The head of a frozen backbone reads the
-        mean of the features, on which it was trained, selected and judged. All others give the mean of their outputs,
-        by which they were selected and judged. The two differ with an mlp head.
+        With flip_average the features are means over each picture and its mirror image. The head of a frozen
+        backbone reads these means, on which it was trained and judged. Any other was judged by the mean of its
+        two outputs; with an mlp head that is another number.
         """
         views = views_of(inputs, self.settings["flip_average"])
         features = [self.model.backbone(view) for view in views]  # (B, 3, S, S) -> (B, F) each
@@ -49,17 +51,16 @@ class Member:
         scaler = self.settings["scaler"]
         return outputs.cpu() * scaler["sd"] + scaler["mean"], mean.float().cpu()
 
-    def outputs(self, pixels, compute):
-        """uint8 (B, S, S, 3) -> what `read` gives."""
-        inputs = common.to_input(
-            pixels, compute, self.settings["pixel_mean"], self.settings["pixel_sd"])  # (B, S, S, 3) -> (B, 3, S, S)
+    def predict(self, pixels, compute):
+        """uint8 (B, S, S, 3) -> ratings (B, R), features (B, F) of ratings_and_features."""
+        inputs = common.to_input(pixels, compute, self.settings["pixel_mean"], self.settings["pixel_sd"])
         with compute.autocast():
-            return self.read(inputs)
+            return self.ratings_and_features(inputs)
 
     def predict_pixels(self, pixels):
-        """uint8 (B, S, S, 3) -> float32 (B, R) in the unit of the ratings, for a file of its own."""
+        """uint8 (B, S, S, 3) -> float32 (B, R): the ratings alone, as the exported file computes them."""
         inputs = exporting.normalise(pixels, self.settings["pixel_mean"], self.settings["pixel_sd"])
-        return self.read(inputs)[0].float()
+        return self.ratings_and_features(inputs)[0].float()
 
 
 def parse_args(argv=None):
@@ -74,8 +75,8 @@ def parse_args(argv=None):
     add("--interval", type=common.bounded(float, 0.01, 0.999), help="coverage of the conformal bounds, such as 0.9")
     exporting.add_argument(add, "the model")
     add("--explain", type=common.bounded(int, 1, 20), metavar="N",
-        help="also write a page of heat maps of the first N pictures (up to 20): where the model looks, beside the same "
-             "with random weights; its name is that of --output with .html")
+        help="also write a page of heat maps of the first N pictures (up to 20): where the model looks, beside "
+             "the same with random weights; its name is that of --output with .html")
     add("--explain_rating", metavar="NAME", help="with --explain: the rating (default: the mean over all)")
     add("--predict_batch_size", type=common.POSITIVE, default=32, help="pictures per batch")
     common.add_compute_arguments(parser)
@@ -142,7 +143,7 @@ def predict(members, loader, compute):
     hashes = []
     errors = []
     for batch in loader:
-        batches.append([member.outputs(batch["pixels"], compute) for member in members])
+        batches.append([member.predict(batch["pixels"], compute) for member in members])
         hashes.append(batch["hashes"])
         errors += batch["error"]
     hashes = torch.cat(hashes).numpy()  # (N, 2)
@@ -151,11 +152,11 @@ def predict(members, loader, compute):
     seen[is_bad] = ""
     answers = []
     for member, own in zip(members, zip(*batches)):
-        outputs, features = (torch.cat(each).numpy() for each in zip(*own))  # (N, R), (N, F)
-        outputs[is_bad] = np.nan
+        ratings, features = (torch.cat(each).numpy() for each in zip(*own))  # (N, R), (N, F)
+        ratings[is_bad] = np.nan
         features[is_bad] = np.nan
-        answers.append((member.settings, features, outputs))
-    predicted = np.stack([outputs for _, _, outputs in answers])
+        answers.append((member.settings, features, ratings))
+    predicted = np.stack([ratings for _, _, ratings in answers])
     return predicted, seen, errors, row_warnings.texts(answers, seen, "pictures", print)
 
 
@@ -200,13 +201,13 @@ def export(path, members, pixels):
     """Write the mean of the members as one file, compared with this script on uint8 pictures (B, S, S, 3)."""
     settings = members[0].settings
     exporting.export(
-        path, members, lambda member, compute: member.outputs(pixels, compute)[0], {"pixels": pixels},
+        path, members, lambda member, compute: member.predict(pixels, compute)[0], {"pixels": pixels},
         about=exporting.about_pictures(settings["names"], settings["image_size"], settings["pixel_range"]),
         unit=settings["label_sd"])
 
 
 def write_heat_maps(args, members, chosen, titles, pixels, compute):
-    """Page of heat maps of pictures uint8 (B, S, S, 3), the mean over the members; chosen: which of the ratings count."""
+    """Page of heat maps of pictures uint8 (B, S, S, 3), mean over the members; chosen: indices of the ratings shown."""
     maps = np.mean([explain(member.model, member.settings, pixels, compute, chosen) for member in members], axis=0)
     cases = [{"image": picture, "title": title} for picture, title in zip(pixels, titles)]
     shown = args.explain_rating or "the mean over the ratings"
@@ -226,7 +227,8 @@ def print_summary(predicted, names, members, widths):
     table[""] = np.where(table["std"] < 0.05 * label_sd, "NEARLY CONSTANT", "")
     print(table.round(3).to_string())
     if widths is not None and np.isinf(widths).any():
-        print(f"interval: infinite for {np.isinf(widths).sum()} ratings, too few residuals in the checkpoint")
+        print(f"interval: infinite for {np.isinf(widths).sum()} ratings, too few residuals: held-out pictures, or "
+              "groups where --group_column named them; a lower --interval needs fewer")
 
 
 def main():

@@ -8,13 +8,13 @@ metrics.json, best_model_per_dimension_performance.csv and its plot, predictions
 .png, splits.json, leakage_report.json, args.json, log.txt. With --folds 5 the same in fold_0/ to fold_4/, pooled above
 them.
 
-Where a score comes from: judge() hands the predictions of the test rows, else of the val rows, to
-evidence/score_judging.py, beside the best baseline on these rows; r, R2, MAE and RMSE of each rating are those of
-common.metrics_from_sums, mean R2 is their mean (of those that are defined), and evidence/subject_intervals.py gives
-each its interval.
+The loop over epochs stands in fit(). Where a score comes from: judge() hands the predictions of the test rows,
+else of the val rows (with folds those of every fold), to evidence/score_judging.py, beside the best baseline on
+these rows; r, R2, MAE and RMSE of each rating are those of common.metrics_from_sums, mean R2 is their mean (of
+those that are defined), and evidence/subject_intervals.py gives each its interval.
 
-Letters: N images, M images scored, B batch, R ratings (columns of the table, such as Valence), F backbone features,
-S side of the input in pixels.
+Letters: N images, M images of some part of them, B batch, R ratings (columns of the table, such as Valence),
+F backbone features, S side of the input in pixels.
 Units: predictions and their metrics are in the unit of the ratings file, the mse loss in squared sds of the training
 ratings; images are uint8 RGB until they reach the device.
 """
@@ -39,12 +39,12 @@ SMALL_DATA = Path(__file__).with_name("configs") / "assessor_small_data.yaml"
 SMALL_DATA_BELOW = 3000  # pictures
 OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm), --head ridge, more pictures"
 NETWORK_FLAGS = "backbone head dropout image_size flip_average".split()  # --init_from takes them from the checkpoint
-CHECKPOINT_FLAGS = [*NETWORK_FLAGS, "freeze_backbone"]
-MODEL_FLAGS = {"config", "backbone", "pretrained", "weights"}  # whoever gives one has chosen a model
+CHECKPOINT_FLAGS = [*NETWORK_FLAGS, "freeze_backbone"]  # stored in best_model.pth
+MODEL_CHOICES = {"config", "backbone", "pretrained", "weights"}  # flags that keep --recipe auto from small_data
 
 
 def parse_args(argv=None, recipe="plain", **network):
-    """The flags; those that are not given are as in network (of network_to_start_from), else as in the recipe."""
+    """The flags. Their defaults are those of network (see network_to_start_from), else those of the recipe."""
     parser = common.Parser(__doc__)
     common.add_shared_arguments(parser)
     data = parser.group("images and ratings")
@@ -59,9 +59,9 @@ def parse_args(argv=None, recipe="plain", **network):
          help="train in the unit of the ratings file")
     model = parser.group("model")
     model("--recipe", choices=("auto", "small_data", "plain"), default="auto", may_change=True,
-          help="defaults of the flags: small_data = those of configs/assessor_small_data.yaml; plain = those listed "
-               f"here; auto = small_data under {SMALL_DATA_BELOW} pictures, where neither --config nor a flag chooses a "
-               "model")
+          help="defaults of the flags: small_data = those of configs/assessor_small_data.yaml; plain = those "
+               f"listed here; auto = small_data under {SMALL_DATA_BELOW} pictures, unless a model is chosen "
+               "(--backbone, --head mlp, --weights, --no_pretrained or a --config)")
     model("--backbone", "--model", "--encoder", nargs="+", action=OneOrSeveral, default="resnet50", metavar="NAME",
           help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ..., or timm:NAME; NAME=FILE or "
                "NAME=SET has weights of its own. Several are compared on one split, with --freeze_backbone")
@@ -97,7 +97,10 @@ class OneOrSeveral(argparse.Action):
 
 
 def network_to_start_from(args):
-    """{flag: value} of the network whose weights --init_from names; {} without it, and for a run that has them."""
+    """{flag: value} of the network that --init_from names; {} without one.
+
+    {} also where --resume names a run: its args.json has the flags already.
+    """
     if not args.init_from or args.resume not in (None, "auto"):
         return {}
     content = common.load_model_file(args.init_from)
@@ -109,8 +112,8 @@ def choose_recipe(args, pictures, network):
     """small_data or plain: what --recipe says, or for auto what suits the network and the number of pictures."""
     if args.recipe != "auto":
         return args.recipe
-    head = args.head if "head" in args.given else network.get("head", "ridge")
-    if pictures >= SMALL_DATA_BELOW or args.given & MODEL_FLAGS or head != "ridge":
+    head = args.head if "head" in args.given else network.get("head")
+    if pictures >= SMALL_DATA_BELOW or args.given & MODEL_CHOICES or head == "mlp":
         return "plain"
     return "small_data"
 
@@ -375,7 +378,7 @@ def train_one_epoch(model, loader, training, compute):
 
 @torch.no_grad()
 def outputs_of(network, loader, compute):
-    """float32 (M, K): what a network in evaluation mode gives for the M rows of a loader."""
+    """float32 (M, K): what a network in evaluation mode gives for the M rows of a loader, K ratings or features."""
     args = loader.dataset.args
     outputs = []
     for batch in loader:
@@ -389,8 +392,8 @@ def outputs_of(network, loader, compute):
 def evaluate(model, loader, scaler, compute):
     """Whole split at once -> (predicted (M, R) float64 in the unit of the ratings, loss in the unit of training)."""
     output = outputs_of(model.eval(), loader, compute)  # (M, R)
-    rows = loader.dataset
-    loss = rating_loss(rows.args.loss, torch.from_numpy(output), rows.target, rows.weight).item()
+    dataset = loader.dataset
+    loss = rating_loss(dataset.args.loss, torch.from_numpy(output), dataset.target, dataset.weight).item()
     return output * scaler["sd"] + scaler["mean"], loss
 
 
@@ -409,7 +412,7 @@ def fit(run, args, study, split, features):
         backbones.start_from(model, args.init_from, args.freeze_backbone)
     model = compute.place(model)
     model.freeze_backbone(args.freeze_backbone)
-    if args.batch_size < 2 * compute.processes.size:  # BatchNorm refuses a single value: tried before any epoch
+    if args.batch_size < 2 * compute.processes.size:  # a batch of one, which some BatchNorm refuse: before any epoch
         example = torch.zeros(1, 3, args.image_size, args.image_size, device=compute.device)
         copy.deepcopy(model)(example)
     optimizer = common.build_optimizer(model, args, model.backbone)
@@ -432,9 +435,9 @@ def fit(run, args, study, split, features):
 
 
 def finish_best_model(training, study, split, loaders, scaler):
-    """Give best_model.pth its ridge head, solved on the tuned backbone's features, known_data and validation residuals.
+    """Complete best_model.pth: residuals of the val rows, known_data, and with --head ridge its solved head.
 
-    Returns {part: predicted (M, R)} of the best epoch.
+    The head is solved on the features of the train rows in the best epoch. Returns {part: predicted (M, R)} of it.
     """
     run = training.run
     args = training.args
@@ -454,11 +457,10 @@ def finish_best_model(training, study, split, loaders, scaler):
         weighting = ", every rating counts the same in it" if args.loss == "weighted" else ""
         run.say("the readout is solved anew on the features of the chosen epoch: val R2 "
                 f"{best['history']['val_r2']:.2f} -> {solved['r2']:.2f}{weighting}")
-    best["known_data"] = row_warnings.known_data(
-        features["train"], features["val"], study.ratings[split["train"]])
     val = split["val"]
     subjects = study.groups_of(val)
     best |= {
+        "known_data": row_warnings.known_data(features["train"], features["val"], study.ratings[split["train"]]),
         "abs_residuals": np.abs(predicted["val"] - study.ratings[val]),
         "residual_subjects": None if subjects is None else list(subjects),
         "residual_rows": list(study.images[val]),
@@ -514,7 +516,10 @@ def predict_baselines(study, features, train, rows):
 # --- where a trained model looks -------------------------------------------------------------
 
 def load_assessor(path, compute):
-    """File of a trained model -> (Assessor in evaluation mode, what the file holds). UserError: its head is not solved."""
+    """File of a trained model -> (Assessor in evaluation mode, content of the file).
+
+    UserError: a ridge head that is not solved yet, as in top_epoch_N.pth.
+    """
     settings = common.load_model_file(path, "train_assessor.py")
     with common.checkpoint_fields(path):
         args = argparse.Namespace(
@@ -529,7 +534,10 @@ def load_assessor(path, compute):
 
 
 def explain(model, settings, pixels, compute, ratings=slice(None)):
-    """Heat maps (2, B, S, S) of heat_maps.explain for uint8 (B, S, S, 3); settings: of load_assessor."""
+    """Heat maps (2, B, S, S) of heat_maps.explain for uint8 (B, S, S, 3); model, settings: of load_assessor.
+
+    ratings: indices of those that count.
+    """
     inputs = common.to_input(torch.from_numpy(pixels), compute, settings["pixel_mean"], settings["pixel_sd"])
     paths = [f"backbone.{path}" for path in backbones.map_paths(model.backbone, inputs[:1])]
     return heat_maps.explain(model, paths, inputs, ratings)
@@ -557,7 +565,7 @@ def judge(run, args, study, split, table, part, alarms, similar, trained_on, bes
     scored rows) for each network.
     """
     rows = prediction_tables.rows_of(table, study.images)
-    # other numbers may be a further rating, which somebody gave who saw the picture
+    # what predicts without a pixel; any other column of numbers may be a further rating, given by looking
     levels = {name: cells for name, cells in study.columns.items()
               if splitting.names_group(name) or len(set(cells)) == 2 or not csv_tables.looks_numeric(cells)}
     confounds = confounding.level_priors(levels, study.ratings, *zip(*trained_on), study.groups)
@@ -700,8 +708,8 @@ def flags_of_backbones(args):
         raise common.UserError(f"--backbone {' '.join(args.backbone)}: several are compared on features that stay as "
                                "published; add --freeze_backbone, or --config configs/assessor_backbones.yaml")
     if len(set(map(comparison_folder, several))) < len(several):
-        raise common.UserError(f"--backbone {' '.join(args.backbone)}: two of them would have the same name; name their "
-                               "files of weights differently")
+        raise common.UserError(f"--backbone {' '.join(args.backbone)}: two of them would have the same name; name "
+                               "their files of weights differently")
     return several
 
 
@@ -744,13 +752,14 @@ def main():
     with common.start_run(args, fixed_shapes=True) as run:
         if not run.resumed:
             named = " ".join(np.atleast_1d(args.backbone))
-            run.say(f"note: recipe {recipe} for {len(table.images)} pictures, unless --recipe says another: --backbone "
-                    f"{named} --head {args.head} --epochs {args.epochs} --select {args.select} ...")
+            run.say(f"note: recipe {recipe} (--recipe {args.recipe}, {len(table.images)} pictures) for the flags that "
+                    f"are not given: --backbone {named} --head {args.head} --epochs {args.epochs} --select "
+                    f"{args.select} ...")
         several = flags_of_backbones(args)
-        for own in several:  # wrong names, weights and checkpoints stop here, before pictures are decoded
+        for flags in several:  # wrong names, weights and checkpoints stop here, before pictures are decoded
             if args.init_from:
-                backbones.starting_content(args.init_from, names=table.names, backbone=own.backbone, head=args.head)
-            build_backbone(own, args.head)
+                backbones.starting_content(args.init_from, names=table.names, backbone=flags.backbone, head=args.head)
+            build_backbone(flags, args.head)
         study = load_study(args, run, table)
         if len(several) > 1:
             compare_backbones(run, several, study)

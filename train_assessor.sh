@@ -45,7 +45,8 @@ if [ "$rc" -ne 75 ]; then rm -f "$progress"; exit "$rc"; fi
 default=outputs
 if [[ $script == *train_detector.py ]]; then default=${OUTPUT_DIR:-outputs}; fi  # it alone reads this
 outputs=$(printf '%s\n' "$default" "$@" | sed -n '1p; s/^--output[_-]dir=//p; /^--output[_-]dir$/{n;p;}' | tail -n 1)
-saved=$(find "$outputs" \( -name last.pth -o -name metrics.json \) -newer "$progress" -exec cksum {} + | sort | cksum) || true  # also where there is no such folder
+newer=(-newer "$progress" \( -name last.pth -o -name metrics.json \))
+saved=$(find "$outputs" "${newer[@]}" -exec cksum {} + | sort | cksum) || true  # no such folder: nothing is saved
 if grep -qxF "$saved" "$progress"; then
     echo "job $job made no progress under $outputs (the --output_dir of the command line, not that of a --config," \
         "--resume or .env): not requeued; sbatch again continues it"

@@ -36,7 +36,8 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
     try:
         model = models.get_model(name, weights=None, **options)
     except AssertionError:
-        raise common.UserError(f"--image_size {image_size}: {name} needs a multiple of {name.rsplit('_', 1)[1]}") from None
+        raise common.UserError(
+            f"--image_size {image_size}: {name} needs a multiple of {name.rsplit('_', 1)[1]}") from None
     last = _last_linear(model, name)
     if family == "models" and image_size != 224:  # which they all take
         _pass_one_picture(model, name, image_size)
@@ -88,8 +89,8 @@ def _timm_backbone(name, pretrained, weights, image_size):
         missing = [layer for layer, value in untrained.named_parameters()
                    if value.min() < value.max() and torch.equal(value, model.get_parameter(layer))]
         if missing:
-            raise common.UserError(f"{weights}: not the weights of this backbone: {len(missing)} layers missing (first: "
-                                   f"{missing[0]})")
+            raise common.UserError(f"{weights}: not the weights of this backbone: {len(missing)} layers missing "
+                                   f"(first: {missing[0]})")
     if pretrained or weights:
         _say_size(name, weights, image_size)
     return model, _pass_one_picture(model, name, image_size).shape[1]
@@ -195,6 +196,7 @@ def load_weights_file(path):
 
 
 def _state_dict(state, path):
+    """{name: float tensor} of what a file of weights holds."""
     for key in ("state_dict", "model", "model_state"):
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -243,14 +245,15 @@ def load_backbone_state(model, state, last, source):
 
 @functools.cache
 def _say_once(text):
-    """A backbone is built several times in a run."""
+    """Print a note the first time alone: a backbone is built several times in a run."""
     print(text)
 
 
 def feature_maps(output):
-    """Output of a layer -> maps (B, C, H, W) or (B, C, T, H, W) of equal height and width; None: it has no such form.
+    """Output of a layer -> maps (B, C, H, W) or (B, C, T, H, W) of equal height and width; None where it holds none.
 
-    The channels of Swin come last; the tokens (B, N, C) of a ViT lie on a square grid, after those of no place.
+    The channels of Swin come last. The last tokens (B, N, C) of a ViT lie on a square grid; those before them, such as
+    the class token, belong to no place.
     """
     if not isinstance(output, torch.Tensor) or output.ndim < 3:
         return None
@@ -266,7 +269,7 @@ def feature_maps(output):
 
 
 def outputs_of(network, paths, images):
-    """What the modules at these paths give in one pass of images: [(path, output)] in the order in which they end."""
+    """One pass of images -> [(path, output)] of the modules at these paths, in the order in which they end."""
     outputs = []
 
     def keep(path, module, inputs, output):
@@ -283,8 +286,8 @@ def stage_ends(backbone, example):
 
     Found by one pass over an example input.
     """
-    outer = {}  # height of an output -> path of the last module that gives it: children, grandchildren
-    inner = {}
+    outer = {}  # width of maps -> path of the last child of the backbone that gives maps of this width
+    inner = {}  # the same of grandchildren
     paths = [path for path, _ in backbone.named_modules() if path and path.count(".") < 2]
     with torch.inference_mode():
         for path, output in outputs_of(backbone.eval(), paths, example):
@@ -294,7 +297,7 @@ def stage_ends(backbone, example):
                 ends[maps.shape[-1]] = path
     for ends in (outer, inner):
         if len(ends) >= 3:
-            return [ends[height] for height in sorted(ends, reverse=True)]
+            return [ends[width] for width in sorted(ends, reverse=True)]
     chains = [[f"{path}.{name}" for name, _ in module.named_children()] for path, module in backbone.named_modules()
               if isinstance(module, (nn.Sequential, nn.ModuleList))]
     blocks = max(chains, key=len, default=[])
@@ -327,10 +330,11 @@ class FeatureMaps(nn.Module):
 
 
 class MotionFeatures(FeatureMaps):
-    """What those maps, of C channels together, say of a clip: F = 4 C features, by frame_features and then pool.
+    """Feature maps of C channels together -> F = 4 C features of a clip, by frame_features and then pool.
 
-    Of each channel appearance, mean and SD over time of its mean over the picture; and motion, how far it rises, and
-    how far it falls, from one frame to the next, at the place where it does so most, as the root mean square over time.
+    Two of each channel are its appearance: mean and SD over time of its mean over the picture. Two are its motion:
+    how far it rises, and how far it falls, from one frame to the next at the place where it does so most, as the
+    root mean square over time.
     """
 
     def __init__(self, backbone, image_size):
@@ -423,7 +427,7 @@ def pooling_matrix(height, width, grid, device):
 
 
 def pool_over_grid(maps, grid):
-    """(B, C, H, W) -> float32 (B, C, cells): adaptive_avg_pool2d, whose own gradient does not repeat exactly on GPUs."""
+    """(B, C, H, W) -> float32 (B, C, cells): adaptive_avg_pool2d, whose own gradient varies on GPUs."""
     matrix = pooling_matrix(*maps.shape[2:], grid, maps.device)
     with torch.autocast(maps.device.type, enabled=False):
         return maps.float().flatten(2) @ matrix  # (B, C, H * W) -> (B, C, cells)
@@ -437,7 +441,7 @@ def map_paths(backbone, example):
 
 
 def freeze_stages(backbone, n_stages, example):
-    """Take the layers of the first n_stages resolutions out of training. Raises UserError where there are fewer."""
+    """Take the layers of the first n_stages resolutions out of training. UserError where there are fewer."""
     if n_stages == 0:
         return
     ends = stage_ends(backbone, example)
@@ -453,7 +457,7 @@ def freeze_stages(backbone, n_stages, example):
 
 
 def batch_norms(model):
-    """Its BatchNorm layers, also those of several GPUs."""
+    """The BatchNorm layers of a model, SyncBatchNorm included."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
@@ -469,9 +473,9 @@ def starting_content(path, **expected):
 
 
 def start_from(model, path, /, is_frozen, **expected):
-    """--init_from: give a model the weights of another run of this script. UserError where a field is not as expected.
+    """--init_from: give a model the weights of another run of this script, after the checks of starting_content.
 
-    is_frozen: features were computed with the model's own backbone, so that another one is refused too.
+    is_frozen: features were computed with the model's own backbone, so a file with another backbone is refused.
     """
     state = starting_content(path, **expected)["model"]
     own = {name: value for name, value in model.state_dict().items() if name.startswith(("backbone.", "encoder."))}

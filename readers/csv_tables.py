@@ -123,13 +123,12 @@ def _names_file(cell):
 
 
 def _is_title(cells, below):
-    """True for a line above the header: a # comment, or one filled cell, and below it several cells that are neither
-    numbers nor files."""
+    """True for a line above the header: a # comment, or a single filled cell; below it comes a line of names."""
     filled = list(filter(None, below))
-    is_header = not any(_names_file(cell) or NUMBER.fullmatch(cell) for cell in filled)
+    are_names = not any(_names_file(cell) or NUMBER.fullmatch(cell) for cell in filled)
     if cells[0].startswith("#"):
-        return below[0].startswith("#") or is_header
-    return sum(map(bool, cells)) == 1 < len(filled) and is_header
+        return below[0].startswith("#") or are_names
+    return sum(map(bool, cells)) == 1 < len(filled) and are_names
 
 
 def _read_head(rows, delimiter):
@@ -143,14 +142,14 @@ def _read_head(rows, delimiter):
 
 
 def _sniff(path, text):
-    """-> the delimiter whose header fits its first row, needs no titles, has most names; blanks where no other is."""
+    """-> the delimiter whose header fits its first row, needs no titles and has most names; blanks if no other does."""
     fits = {}
     for delimiter in "\t;, ":
         rows = _parse(path, text[:100_000], delimiter, strict=False)
         n_titles, names, width = _read_head(rows, delimiter)
         widths = {len(cells) for _, cells in rows[1:100]}
-        stand_below = not n_titles and widths in ({len(names)}, {len(names) + 1})
-        if len(names) > 1 and (delimiter != " " or stand_below):
+        is_even = not n_titles and widths in ({len(names)}, {len(names) + 1})  # one more: R's row names
+        if len(names) > 1 and (delimiter != " " or is_even):
             fits[delimiter] = delimiter != " ", len(names) == width, n_titles == 0, len(names)
     return max(fits, key=fits.get, default=",")  # a table of one column too
 
@@ -238,7 +237,7 @@ def _fit_header(header, rows, delimiter, notes):
         rows = [(line, _split_again(cells, delimiter)) for line, cells in rows]
     wide = [cells for _, cells in rows if len(cells) == len(header) + 1]
     first = {cells[0] for cells in wide}
-    # else each row ends in a delimiter
+    # where the last cells are blank, each row may just end in a delimiter
     is_filled = any(cells[-1].strip() or _names_file(cells[1]) for cells in wide)
     if is_filled and len(first) == len(rows) and not any(map(_names_file, first)):
         header = ["row_names", *header]

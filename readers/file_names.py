@@ -92,8 +92,7 @@ def without_root(name):
 class Fit:
     """The files that fit a name best: several where the name does not decide between them.
 
-    agrees: no folder differs, and no zeros before a number. is_guess: the end of the path, or a base name that is
-    unique, decided.
+    agrees: no folder differs, and no leading zeros do. is_guess: the end of the path, or a unique base name, decided.
     """
     files: list
     agrees: bool
@@ -172,7 +171,7 @@ class NameIndex:
         return stem.split("/")[::-1], suffix
 
     def _tails(self, name):
-        """Keys of a path, the most telling first: all of it, without its first folder, ..., its base name; loose_stem."""
+        """Keys of a path, the most telling first: the whole, without its first folder, ..., base name; loose_stem."""
         parts, _ = self._split(name)
         keys = list(map(str.casefold, parts))
         tails = [tuple(keys[:n]) for n in range(len(keys), 0, -1)]

@@ -194,7 +194,7 @@ class Columns:
             and csv_tables.looks_numeric(self.table[name])]
 
     def possible_answers(self):
-        """The possible ratings of a row that is a single one: no trial number, nothing that describes image or rater."""
+        """Those of them that may be single ratings: no trial number, nothing that describes the image or the rater."""
         chosen = [name for name in self.possible_ratings() if not _words(name) & TRIAL]
         for described in filter(None, (self.image, self.rater)):
             chosen = self.varying(chosen, [described]) or chosen
@@ -223,10 +223,11 @@ class Columns:
         self.find_attribute_and_rating_by_name()
         if self.attribute and self.rating:
             return
-        are_means = any("sd" in roles and len(roles) > 1 for roles in self.of_rating.values())
-        is_repeated = self.table[self.image].duplicated().any()
-        if not self.attribute and (are_means or not is_repeated):
+        if not self.attribute and not self.table[self.image].duplicated().any():
             return
+        are_told = self.rater or self.attribute or duplicates == "ratings"
+        if not are_told and any("sd" in roles and len(roles) > 1 for roles in self.of_rating.values()):
+            return  # means, each beside its sd
         varying = self.varying(self.others, [self.image])
         self.rater = self.rater or next(filter(_names_rater, varying), None)
         answers = self.possible_answers()
@@ -338,7 +339,8 @@ def _note_on_repeated(columns, duplicates, are_means):
         "Are these single ratings? Name who rated, --rater_column, or what was asked, --attribute_column, or say "
         "--duplicates ratings. ")
     if are_means:
-        question = "Does a column say what was asked? --attribute_column (learns the means, without their sds). "
+        question = ("If a column says who rated or what was asked, name it: --rater_column, --attribute_column (the "
+                    "sds are then not used). ")
     raise common.UserError(
         f"{columns.source} lists images twice: {counted}. {question}Delete rows, or average: --duplicates mean.")
 
@@ -415,7 +417,7 @@ def _single_ratings(columns):
 
 
 def _summarise_singles(columns, found, used):
-    """{rating: single ones by line} -> mean, sd (ddof 1, NaN for one rating) and n of each image, and the ratings."""
+    """found: {rating: single ones by line} -> RatingsTable; sd has ddof 1 and is NaN for one single rating."""
     import pandas as pd
     names = list(found)
     table = columns.table
@@ -430,8 +432,8 @@ def _summarise_singles(columns, found, used):
     told = [f"--{flag}_column {getattr(columns, flag)}" for flag in flags if getattr(columns, flag)]
     notes = [
         *columns.notes,
-        f"{singles.count()} single ratings of {len(images)} images ({singles.isna().sum()} blank ones left out): "
-        f"{' '.join(told)} of {common.shorten_list(names)}"]
+        f"{singles.count()} single ratings of {len(images)} images ({singles.isna().sum()} blank ones left out), of "
+        f"{common.shorten_list(names)}: {' '.join(told) or 'no rater named'}"]
     arrays = {key: own.to_numpy() for key, own in grouped}
     return RatingsTable(
         names=names,

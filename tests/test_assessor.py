@@ -542,7 +542,7 @@ def test_mirror_images_are_averaged_as_the_model_was_judged(is_frozen):
     with torch.no_grad():
         of_features = model(sum(views) / 2) * settings["scaler"]["sd"] + settings["scaler"]["mean"]
         of_outputs = sum(map(model, views)) / 2 * settings["scaler"]["sd"] + settings["scaler"]["mean"]
-        found, features = member.outputs(pixels, common.choose_compute("cpu", "off"))
+        found, features = member.predict(pixels, common.choose_compute("cpu", "off"))
         exported = member.predict_pixels(pixels)
     assert (of_features - of_outputs).abs().max() > 0.1
     expected = of_features if is_frozen else of_outputs

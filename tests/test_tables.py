@@ -228,7 +228,7 @@ def test_duplicates(tmp_path):
     assert ratings.sd[:, 0].tolist() == [2, 1] and ratings.n[:, 0].tolist() == [10, 10]
     assert "who" not in ratings.extra and "1 images" in ratings.notes[-1]
     assert "vary within an image" in fails(rating_tables.read_ratings, path, duplicates="mean", group_column="who")
-    assert "what was asked? --attribute_column" in message, "or means of several attributes"
+    assert "what was asked, name it: --rater_column, --attribute_column" in message, "or means of several attributes"
     path = written(tmp_path, "image,a,b_sd,b_n\na.jpg,1,1,5\nb.jpg,5,2,5\na.jpg,3,3,6\n")
     assert any("number of raters: b_sd, b_n" in note
                for note in rating_tables.read_ratings(path, duplicates="mean").notes)
@@ -391,6 +391,15 @@ def test_a_flag_that_names_an_unfit_column_is_one_line(tmp_path, flag):
     path = written(tmp_path, "image,x,y,trait\na,1,2,kind\nb,2,4,calm\nc,3,5,kind\n")
     assert "--rating_column" in fails(rating_tables.read_ratings, path, attribute_column="trait")
     assert f"--{flag}" in fails(rating_tables.read_ratings, path, **{flag: "image"})
+
+
+@pytest.mark.parametrize("flag", [{"rater_column": "who"}, {"duplicates": "ratings"}])
+def test_rows_that_a_flag_calls_single_ratings_are_so_beside_a_column_of_sds(tmp_path, flag):
+    """As in tables of PsychoPy, which has rt_mean and rt_std of each participant and picture."""
+    text = "image,who,Valence,rt_mean,rt_std\na,r,1,2,0\na,s,3,4,0\nb,r,4,1,0\nb,s,8,2,0\n"
+    ratings = rating_tables.read_ratings(written(tmp_path, text), **flag)
+    assert ratings.names == ["Valence"] and ratings.mean[:, 0].tolist() == [2, 6]
+    assert ratings.n[:, 0].tolist() == [2, 2] and ratings.single_ratings["Valence"][1].tolist() == [4, 8]
 
 
 def test_an_attribute_by_flag_needs_no_repeated_image(tmp_path):
