@@ -208,8 +208,8 @@ def _state_dict(state, path):
     for name in overflowed:
         tensors[name] = tensors[name].nan_to_num(math.nan)  # infinite numbers become the largest
     if overflowed:
-        print(f"note: {path}: numbers too large for half precision in {common.shorten_list(overflowed, 3)}; "
-              "65504 is used in their place")
+        _say_once(f"note: {path}: numbers too large for half precision in {common.shorten_list(overflowed, 3)}; "
+                  "65504 is used in their place")
     common.check_weights(tensors, path)
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 

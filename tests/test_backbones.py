@@ -119,6 +119,8 @@ def test_half_precision_that_overflowed_becomes_its_largest_number(tmp_path, cap
     assert loaded.dtype == torch.float32 and loaded[3] == 65504 and (loaded[:3] == 1).all()
     said = capsys.readouterr().out
     assert said.startswith("note: ") and "half.pth" in said and "bn1.running_var" in said and "65504" in said
+    backbones.load_weights_file(tmp_path / "half.pth")
+    assert not capsys.readouterr().out, "a run loads its backbone several times"
     half["conv1.weight"][0] = float("nan")
     torch.save(half, tmp_path / "nan.pth")
     with pytest.raises(common.CheckpointError, match=r"not finite \(conv1.weight\)"):
