@@ -70,9 +70,10 @@ def parse_args(argv=None):
         help="best_model.pth files, or run folders (of folds: every fold)")
     add("--image_dir", type=Path, help="folder of pictures, searched with its subfolders")
     add("--image_list", type=Path, help="text file with one path a line; relative paths start at the file's folder")
-    add("--images", type=Path, nargs="+", default=[], help="single picture files")
+    add("--images", type=Path, nargs="+", default=[], help="single picture files (default: none)")
     add("--output", type=common.new_file, default="predictions.csv", help="CSV to write")
-    add("--interval", type=common.bounded(float, 0.01, 0.999), help="coverage of the conformal bounds, such as 0.9")
+    add("--interval", type=common.bounded(float, 0.01, 0.999),
+        help="share of new pictures, such as 0.9, whose true ratings the (conformal) bounds shall hold")
     exporting.add_argument(add, "the model")
     add("--explain", type=common.bounded(int, 1, 20), metavar="N",
         help="also write a page of heat maps of the first N pictures (up to 20): where the model looks, beside "

@@ -212,7 +212,8 @@ def read_table(path):
 def read_pairs(path, flag, columns):
     """{key: value} of JSON or YAML, also as {value: [keys]}, or of a CSV table with these two columns.
 
-    All is text, '' where there is none. UserError for a key with two values.
+    All is text, '' where there is none. columns: names of the two, looked for in a table of more or fewer. UserError
+    for a key with two values.
     """
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
         table = read_table(path)

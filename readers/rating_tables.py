@@ -176,6 +176,8 @@ class Columns:
 
     def partner(self, name, role):
         """The column of a role that says more of the rating in a column, or None; n may stand there once for all."""
+        if self.roles[name][0] in ABOUT_RATERS:  # an sd that is itself to be learnt
+            return None
         found = self.of_rating[self.key(name)].get(role)
         return found or (self.of_rating[""].get("n") if role == "n" else None)
 

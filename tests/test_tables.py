@@ -464,6 +464,14 @@ def test_traits_are_no_words_of_that_kind_and_what_is_not_used_is_named(tmp_path
     assert rating_tables.read_ratings(path, target_columns=["V"]).notes[-1].endswith("a number of raters: A_sd")
 
 
+def test_an_sd_that_is_to_be_learnt_is_not_its_own_sd(tmp_path):
+    """How far raters disagree may be what is asked: the noise ceiling and --loss weighted would read it as noise."""
+    path = written(tmp_path, "image,x_mean,x_sd,x_n\na,1,1,20\nb,2,3,20\n")
+    ratings = rating_tables.read_ratings(path, target_columns=["x_sd"])
+    assert ratings.names == ["x_sd"] and ratings.mean[:, 0].tolist() == [1, 3]
+    assert ratings.sd is None and ratings.n is None
+
+
 @pytest.mark.parametrize("column", ["num_raters", "Number of raters", "participants", "valsd"])
 def test_what_is_known_of_the_raters_is_no_rating(tmp_path, column):
     path = written(tmp_path, f"image,valmn,{column}\na,1,20\nb,2,25\nc,4,21\n")
