@@ -166,9 +166,9 @@ def read_table(args):
     table = rating_tables.read_ratings(
         args.ratings_file, group_column=args.group_column, **rating_flags.values_of(args))
     verdicts.parse_criteria(args.criteria, score_judging.criteria_names(table.names))
-    if args.loss == "weighted" and table.sd is None:
-        raise common.UserError("--loss weighted needs rater sds: expected X_sd columns or single ratings, "
-                               f"found means alone for {len(table.names)} ratings; use --loss mse")
+    if args.loss == "weighted" and (table.sd is None or np.isnan(table.sd).all()):
+        raise common.UserError("--loss weighted needs rater sds: expected X_sd columns or single ratings of several "
+                               f"raters, found no sd for {len(table.names)} ratings; use --loss mse")
     return table
 
 

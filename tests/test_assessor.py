@@ -743,9 +743,15 @@ def test_choosing_by_a_metric_that_the_val_rows_do_not_have_is_refused(sample, t
     assert "no two different values of any rating, so --select r2 has none" in text and "--select last or loss" in text
 
 
-def test_a_loss_by_the_sds_of_raters_needs_them(sample, tmp_path):
+@pytest.mark.parametrize("is_long", [False, True])
+def test_a_loss_by_the_sds_of_raters_needs_them(sample, tmp_path, is_long):
+    """A long table with one answer to each question has sds of single ratings, which are none."""
     columns = ["image", "subject", "Valence_mean", "Anger_mean"]
-    common.write_table(tmp_path / "means.csv", [{name: row[name] for name in columns} for row in read_csv(sample.ratings)])
+    rows = [{name: row[name] for name in columns} for row in read_csv(sample.ratings)]
+    if is_long:
+        rows = [{"image": row["image"], "subject": row["subject"], "attribute": name, "rating": row[name]}
+                for row in rows for name in columns[2:]]
+    common.write_table(tmp_path / "means.csv", rows)
     flags = ["--ratings_file", tmp_path / "means.csv", "--loss", "weighted"]
     text = run_here("train_assessor.py", *small_run(sample, tmp_path / "out", *flags), code=2).stderr
     assert "--loss weighted needs rater sds: expected X_sd columns or single ratings" in text and "--loss mse" in text
