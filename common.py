@@ -2448,7 +2448,8 @@ class Training:
         """Add a batch's gradient so that every sample of the optimiser step counts the same; step when it is full.
 
         loss: mean over this process's samples of the batch; parts: further tensors to average into the history. A step
-        whose loss or gradient is not finite is not taken, and the next call or the end of the epoch raises NotFinite.
+        whose loss or gradient is not finite is not taken, and the next call or the end of the epoch raises NotFinite;
+        for a gradient in fp16 only where no loss scale above 1 makes it finite.
         """
         current = self.current
         sampler = current.sampler
@@ -2501,7 +2502,8 @@ class Training:
         if not math.isfinite(sums[0]):
             bad = [batch for batch in step.batches if not torch.isfinite(batch.loss)]
             raise self._not_finite("loss", sums[0], bad)
-        if not self.scaler.is_enabled() and not math.isfinite(norm):
+        # the scale of fp16 is halved after each overflow; other precisions have a scale of 1
+        if not math.isfinite(norm) and self.scaler.get_scale() <= 1:
             raise self._not_finite("gradient", norm, step.batches)
         for name, total in zip(step.names, sums):
             self.progress.sums[name] = self.progress.sums.get(name, 0.0) + total

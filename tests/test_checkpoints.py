@@ -99,9 +99,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_one_before_it(tmp_path, 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def make_training(folder, resumed, select="val_loss", **flags):
+def make_training(folder, resumed, select="val_loss", precision="fp32", **flags):
     """A Training of a linear model on 6 numbers in batches of 2, and its loader."""
-    compute = common.Compute(torch.device("cpu"), "fp32", False, "cpu", common.Processes())
+    compute = common.Compute(torch.device("cpu"), precision, False, "cpu", common.Processes())
     defaults = dict(
         seed=1, epochs=2, lr=0.1, weight_decay=0.0, optimizer="adamw", scheduler="step", warmup_epochs=0.5,
         plateau_patience=5, min_lr=0.0, accumulate=1, clip_grad=1.0, patience=0, min_epochs=0, min_delta=0.0,
@@ -126,7 +126,11 @@ class Numbers(torch.utils.data.Dataset):
         return {"x": torch.tensor([float(key[1])])}
 
 
-def train(training, loader, stop_after=None, val_loss=lambda epoch: 0.5):
+def squared_error(output):
+    return (output - 3).pow(2).mean()
+
+
+def train(training, loader, stop_after=None, val_loss=lambda epoch: 0.5, loss=squared_error):
     """Run to the end, or signal before step number `stop_after`."""
     steps = 0
     with training.run:
@@ -134,7 +138,7 @@ def train(training, loader, stop_after=None, val_loss=lambda epoch: 0.5):
             for batch in training.batches(loader):
                 steps += 1
                 training.run.signals.received = signal.SIGTERM if steps == stop_after else 0
-                training.step((training.model(batch["x"]) - 3).pow(2).mean())
+                training.step(loss(training.model(batch["x"])))
             training.end_epoch({**training.epoch_means(), "val_loss": val_loss(epoch)})
     return training
 
@@ -427,6 +431,31 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
         for batch in training.batches(loader):
             training.step(training.model(batch["x"]).mean() * math.nan)
     assert torch.equal(training.model.weight, before)
+
+
+def test_fp16_leaves_out_steps_that_overflow_and_continues_exactly(tmp_path):
+    """As on GPUs of compute capability 7; the stop is between two steps that are left out."""
+    def through_fp16(output):
+        return squared_error(output.half().float())
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    settings = {"precision": "fp16", "epochs": 4}
+    whole = train(*make_training(tmp_path / "whole", False, **settings), loss=through_fp16)
+    assert 1 < whole.scaler.get_scale() < 2 ** 16
+    assert whole.progress.history[3]["train_loss"] < whole.progress.history[0]["train_loss"]
+    with pytest.raises(SystemExit):
+        train(*make_training(tmp_path / "cut", False, **settings), stop_after=2, loss=through_fp16)
+    again = train(*make_training(tmp_path / "cut", True, **settings), loss=through_fp16)
+    assert again.scaler.state_dict() == whole.scaler.state_dict()
+    assert again.progress.history == whole.progress.history and torch.equal(again.model.weight, whole.model.weight)
+
+
+def test_a_gradient_that_no_scale_makes_finite_stops_fp16_too(tmp_path):
+    """GradScaler alone leaves out step after step and halves its scale without end, and nothing is learnt."""
+    def gradient_is_nan(output):
+        return squared_error(output) + (0 * output).sqrt().sum()
+    with pytest.raises(common.NotFinite, match="the gradient is nan in epoch 6, batch 1"):
+        train(*make_training(tmp_path, False, precision="fp16", epochs=9), loss=gradient_is_nan)
 
 
 def test_the_lock_dies_with_its_process_and_not_with_the_workers(tmp_path):
