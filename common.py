@@ -2588,7 +2588,7 @@ class Training:
         """The epoch on a line: the number that chooses, and the first two others."""
         progress = self.progress
         seconds = time.perf_counter() - self.current.started
-        memory = peak_memory(self.run.compute.device) / 2 ** 30
+        memory = peak_memory(self.run.compute.device) / 1e9
         left = seconds * (self.args.epochs * (1 + self.run.folds_after) - progress.epoch)
         samples = self.current.samples  # none of a model that is solved
         rate = f"{samples / seconds:.1f} samples/s, " if samples else ""
