@@ -326,6 +326,8 @@ def load_study(args, files, say, known_parts=None):
         used, parts, args.min_trust,
         groups=part_boxes.read_groups(used, args.group_column),
         keeps_absent=args.absent == "keep")
+    if truth.groups is not None and not args.group_column:
+        notes.append("versions of one picture, by Roboflow's names (.rf.), are one group, which no split parts")
     study = Study(
         truth=truth,
         images=used,
@@ -1082,7 +1084,8 @@ def check_split(run, study, split):
     fields = dict.fromkeys(name for image in study.images for name in image.fields)
     columns = {name: [str(image.fields.get(name, "")) for image in study.images] for name in fields}
     alarms = splitting.record_split(
-        run, split, truth.images, examine_split(study, split), columns=columns, groups=truth.groups)
+        run, split, truth.images, examine_split(study, split), columns=columns,
+        groups=truth.groups if run.args.group_column else None)
     for row in split_rows(truth, split):
         run.say(", ".join(f"{name} {value}" for name, value in row.items()))
     return alarms

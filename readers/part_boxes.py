@@ -24,6 +24,7 @@ BOX_FORMATS = ("xywh", "xyxy", "cxcywh", "fractions")
 SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
 SIDE_WORD = re.compile("(?<![a-z])(left|right)(?![a-z])")
 SIDE_LETTER = re.compile("(?<![a-z])(l|r)(?![a-z])")
+ROBOFLOW_VERSION = re.compile(r"\.rf\.\w{16,}(?=\.\w+$)")  # goat_jpg.rf.1b8f0c....jpg, of which there may be several
 OVER_EDGE = 3  # pixels by which a box may leave its picture before its convention is doubted
 
 
@@ -129,7 +130,13 @@ def read_annotations(path, box_format=None, state_attribute=None):
     if not isinstance(content, dict):
         raise common.UserError(f"{path}: expected {{image: {{parts}}}} or COCO, found a {type(content).__name__}")
     reading = Reading(box_format or "xywh", (state_attribute or "state").lower())
-    coco = content if isinstance(content.get("images"), list) else parts_as_coco(content, reading.faults)
+    is_coco = isinstance(content.get("images"), list)
+    has_parts = any("parts" in entry for entry in content.values() if isinstance(entry, dict))
+    if content and not is_coco and not has_parts:
+        raise common.UserError(
+            f"{path}: expected {{image: {{parts}}}} or COCO (lists of images, annotations and categories), found neither "
+            f"({common.shorten_list(map(clean, content), 5)}). Export it as COCO, or have it converted")
+    coco = content if is_coco else parts_as_coco(content, reading.faults)
     found = read_coco(path, coco, reading)
     names = collections.Counter(image.name for image in found.images)
     reading.faults += [f"{name!r} is listed {count} times" for name, count in names.items() if count > 1]
@@ -426,7 +433,7 @@ def read_state(values, where, faults):
         elif text not in NO_STATE:
             faults.append(
                 f"{where}: state {str(value)[:30]!r} is none of {', '.join(STATES)} or 0 to 3"
-                f"{common.did_you_mean(text, STATES)}")
+                f"{common.did_you_mean(text, STATES)}; a part can have others in its name (ear_up)")
     if len(found) > 1:
         named = ", ".join(STATES[state] for state in sorted(found))
         faults.append(f"{where}: its fields name different states: {named}")
@@ -558,9 +565,12 @@ def as_coco(found_images, category_ids, folder):
 # --------------------------------------------------------------------------------------
 
 def read_groups(images, column):
-    """(N,) group of each image from its entry, or None where the column is None."""
+    """(N,) group of each image from its entry. Where the column is None: the pictures that Roboflow made versions of
+    (turned, lighter ...), or None where there is no second version of any.
+    """
     if column is None:
-        return None
+        originals = [ROBOFLOW_VERSION.sub("", image.name) for image in images]
+        return np.array(originals) if len(set(originals)) < len(images) else None
     values = [image.fields.get(column) for image in images]
     lacking = [image.name for image, value in zip(images, values) if value in (None, "")]
     refuse(lacking, f"--group_column {column}: missing in {len(lacking)} of {len(images)} images:",

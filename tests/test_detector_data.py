@@ -287,7 +287,8 @@ FAULTS = {
     "no box": ({"0.jpg": {"parts": {"bell": {"object_state": "intact"}}}}, ["0.jpg", "bell", "four numbers"]),
     "NaN": (json.dumps({"0.jpg": {"parts": {"bell": part([float("nan"), 1, 2, 2])}}}), ["bell", "four numbers"]),
     "key twice": ('{"0.jpg": {"parts": {}}, "0.jpg": {"parts": {}}}', ["twice"]),
-    "LabelMe": ({"version": "5", "shapes": [], "imagePath": "a.jpg"}, ["or COCO", "'shapes'"]),
+    "LabelMe": ({"version": "5", "shapes": [], "imagePath": "a.jpg"}, ["or COCO", "shapes", "found neither", "Export it as COCO"]),
+    "VIA": ({"0.jpg123": {"filename": "0.jpg", "size": 123, "regions": []}}, ["0.jpg123", "Export it as COCO"]),
     "a list": ("[1, 2]", ["list"]), "empty": ("{}", ["found none"]), "no JSON": ("<html>", ["expected JSON"]),
     "deep": ("[" * 100_000, ["nested too deeply"])}
 
@@ -605,6 +606,26 @@ def test_groups_come_from_the_entries(tmp_path, flags):
     assert list(study_of(tmp_path, flags, content, "--group_column", "street").truth.groups) == ["0", "0", "1"]
     with pytest.raises(common.UserError, match="--group_column owner.* another of .*street"):
         study_of(tmp_path, flags, content, "--group_column", "owner")
+
+
+def test_versions_that_roboflow_made_of_a_picture_stay_together(tmp_path, flags):
+    names = [f"goat{k}_jpg.rf.{version * 32}.jpg" for k in range(3) for version in "ab"]
+    content = {name: {"goat": str(k % 2), "parts": {"bell": part([5, 5, 10, 10])}} for k, name in enumerate(names)}
+    study = study_of(tmp_path, flags, content, names=names)
+    assert list(study.truth.groups) == ["goat0_jpg.jpg"] * 2 + ["goat1_jpg.jpg"] * 2 + ["goat2_jpg.jpg"] * 2
+    assert "versions of one picture, by Roboflow's names (.rf.), are one group, which no split parts" in study.notes
+    assert list(study_of(tmp_path, flags, content, "--group_column", "goat", names=names).truth.groups) == list("010101")
+    single = {name: content[name] for name in names[::2]}
+    assert study_of(tmp_path, flags, single, names=names).truth.groups is None, "one version of each: no groups"
+
+
+def test_groups_by_name_silence_no_alarm_on_a_column_that_repeats(tmp_path, flags):
+    names = [f"a{k}_jpg.rf.{'a' * 32}.jpg" for k in range(10)] + [f"a9_jpg.rf.{'b' * 32}.jpg"]
+    content = {name: {"subject": int(name[1]) // 2, "parts": {"bell": part([5, 5, 10, 10])}} for name in names}
+    study = study_of(tmp_path, flags, content, names=names)
+    run = SimpleNamespace(path=lambda name: tmp_path / name, say=lambda text: None, args=flags(), resumed=False)
+    split = {"train": np.arange(1, 11), "val": np.arange(1), "test": np.arange(0)}
+    assert "--group_column subject" in train_detector.check_split(run, study, split)[0]
 
 
 # --- samples ----------------------------------------------------------------------------
