@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics.functional.classification as torch_classification
-from scipy import special, stats
+from scipy import optimize, special, stats
 from sklearn import metrics as judge
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LinearRegression, LogisticRegression
@@ -669,6 +669,13 @@ def test_temperature_comes_back_and_keeps_accuracy_and_auc(true_temperature):
     assert mended["loss"] < min(losses)
 
 
+def test_temperature_of_few_rows_equals_a_search_by_scipy():
+    logits, _, label = scored_rows(rows=30, classes=3)
+    found = optimize.minimize_scalar(lambda t: judge.log_loss(label, special.softmax(logits / t, 1)), bounds=(0.05, 20),
+                                     method="bounded", options={"xatol": 1e-9})
+    assert calibrating.fit_temperature(logits, label) == pytest.approx(found.x, rel=1e-6)
+
+
 def test_temperature_stays_within_bounds_and_is_one_where_all_are_right():
     logits = np.array([[3.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
     right = np.array([0, 1, 0])
@@ -677,6 +684,14 @@ def test_temperature_stays_within_bounds_and_is_one_where_all_are_right():
     assert calibrating.fit_temperature(logits, 1 - right) == pytest.approx(20.0)
     assert calibrating.fit_temperature(logits * 0.001, two_right) == pytest.approx(0.05)
     assert np.isfinite(calibrating.fit_temperature(logits * 1e4, two_right))
+
+
+@pytest.mark.parametrize("balance, focal_alpha, expected", [
+    ("none", None, [1, 1]), ("weights", None, [0.625, 2.5]), ("none", 0.25, [0.75 / 0.65, 0.25 / 0.65]),
+    ("weights", 0.25, [0.9375, 1.25])])
+def test_class_weights_by_hand(balance, focal_alpha, expected):
+    args = SimpleNamespace(balance=balance, focal_alpha=focal_alpha)
+    assert calibrating.class_weights(args, np.array([0.8, 0.2]), positive=1) == pytest.approx(expected)
 
 
 def test_prior_correction_undoes_a_balanced_sampler():
@@ -711,6 +726,7 @@ def test_threshold_edge_cases():
     one_class = [calibrating.fit_threshold(both, np.full(2, label)) for label in (0, 1)]
     assert one_class == [0.5, 0.5]
     assert calibrating.fit_threshold(both, np.array([0, 1])) == pytest.approx(0.55)
+    assert calibrating.fit_threshold(np.vstack([both, [[np.nan, np.nan]]]), np.array([0, 1, 1])) == 0.5
 
 
 # --- alarms, criteria, verdict -------------------------------------------------------------------

@@ -482,6 +482,7 @@ def test_pure_noise_is_not_measurable_and_never_clipped():
     assert 8 <= refused.sum() <= 32 and not (ceiling[~refused] == 0).any()
     column = int(np.flatnonzero(refused)[0])
     assert math.isnan(rater_agreement.icc(ratings[:, :, column])[1])
+    assert math.isnan(rater_agreement.split_half(ratings[:, :, column]))
 
 
 def test_pictures_of_one_rater_lower_the_ceiling_of_all():
