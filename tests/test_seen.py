@@ -92,6 +92,19 @@ def test_warnings_of_several_models_are_what_all_find_and_what_one_was_trained_o
     assert "does not say" in said[-1]
 
 
+def test_a_warning_begins_beyond_the_farthest_held_out_row_and_beyond_the_labels():
+    """Train rows of mean 0 and variances 1 and 4, to which a hundredth of their mean is added."""
+    known = row_warnings.known_data(
+        np.array([[-1.0, -2], [1, 2]]), np.array([[3.0, 8]]), target=np.array([[1.0], [np.nan], [3]]))
+    assert known["farthest"] == pytest.approx(((9 / 1.025 + 64 / 4.025) / 2) ** 0.5)
+    features = np.array([[3.0, 8]] * 4) * [[1.009], [1.011], [0], [0]]
+    found = row_warnings.find("clips", print, {"known_data": known, "names": ["calm"]}, features,
+                              np.array([[1.0], [3], [0.99], [3.01]]))
+    assert {what: is_so.tolist() for what, is_so in found.items()} == {
+        "unlike the training clips": [False, True, False, False],
+        "calm outside the training labels": [False, False, True, True]}
+
+
 # --- the scripts ------------------------------------------------------------------------------
 
 def assert_not_held_out(folder):

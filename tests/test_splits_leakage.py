@@ -242,6 +242,27 @@ def test_blocks_of_time_lose_no_row_but_the_gaps(rows):
         assert (parts == "").sum() == 2 * gap and parts[-1] == "test"
 
 
+def test_blocks_of_time_are_cut_in_each_sequence_by_its_order():
+    sequences = np.array(list("ab") * 8 + ["a"] * 4)  # 12 rows of a, 8 of b, the last ones first
+    order = np.arange(20)[::-1]
+
+    def places(rows):
+        """Which rows these are in the order of their own sequence."""
+        return {name: sorted(np.searchsorted(np.sort(order[sequences == name]), order[rows[sequences[rows] == name]]).tolist())
+                for name in "ab"}
+    split = splitting.split_by_time(sequences, order, {"train": 0.5, "val": 0.25, "test": 0.25}, 1)
+    assert {part: places(rows) for part, rows in split.items()} == {
+        "train": {"a": [0, 1, 2, 3, 4], "b": [0, 1, 2]}, "val": {"a": [6, 7], "b": [4, 5]}, "test": {"a": [9, 10, 11], "b": [7]}}
+    folds = splitting.folds_by_time(sequences, order, 3, 1)
+    assert [places(fold["val"]) for fold in folds] == [
+        {"a": [0, 1, 2, 3], "b": [0, 1]}, {"a": [4, 5, 6, 7], "b": [2, 3, 4]}, {"a": [8, 9, 10, 11], "b": [5, 6, 7]}]
+    assert [places(fold["train"]) for fold in folds] == [
+        {"a": [5, 6, 7, 8, 9, 10, 11], "b": [3, 4, 5, 6, 7]}, {"a": [0, 1, 2, 9, 10, 11], "b": [0, 6, 7]},
+        {"a": [0, 1, 2, 3, 4, 5, 6], "b": [0, 1, 2, 3]}]
+    assert not any(len(fold["test"]) for fold in folds)
+    assert "--gap 3" in fails(splitting.folds_by_time, np.full(4, "a"), np.arange(4), 2, 3)
+
+
 def test_effective_size():
     rows = {"keys": {}, "names": ["a", "b"], "baselines": {}}
     target = np.array([[1, np.nan], [1, np.nan], [1, 2], [2, 2]])
@@ -308,7 +329,7 @@ def test_similar_pairs_are_the_planted_ones_whatever_the_part_and_unit():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(90, 64))
     for copy, row in ((60, 3), (75, 9), (89, 61), (20, 4)):
-        features[copy] = features[row] + 0.2 * rng.normal(size=64)
+        features[copy] = 3 * features[row] + 0.2 * rng.normal(size=64)
     split = {"train": np.arange(60), "val": np.arange(60, 75), "test": np.arange(75, 90)}
     for scale, shift in ((1, 0), (100, 7)):
         found = splitting.similar_pairs(scale * features + shift, split)
@@ -420,11 +441,13 @@ def test_pairs_agree_with_counting_bit_by_bit():
         flips = np.zeros(256, np.uint8)
         flips[rng.choice(256, n_bits, replace=False)] = 1
         phash[1050 + i] = phash[5 + i] ^ np.packbits(flips).view(np.uint64)
+    phash[1090] = phash[1030] ^ np.uint64(1)  # both beyond the first block of rows
     split = {"train": np.arange(1050), "val": np.arange(1050, 1100)}
     names = [f"{i:04d}" for i in range(1100)]
     report = splitting.leakage_report(split, names, names, phash, {})
     expected = sum(bits_apart(phash[i], phash[j]) <= 40 for i in range(5, 11) for j in range(1050, 1056))
-    assert report["between"]["train-val"]["near_duplicates"]["count"] == expected == 4
+    found = report["between"]["train-val"]["near_duplicates"]
+    assert found["count"] == expected + 1 == 5 and found["examples"][-1] == "1030 = 1090"
 
 
 @pytest.mark.skipif(not OMI.is_dir(), reason="the OMI faces are not beside the repository")
