@@ -6,6 +6,7 @@ import csv
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +52,22 @@ def test_a_checkpoint_gives_back_what_it_has_seen(tmp_path):
     common.save_checkpoint(tmp_path / "c.pth", common.to_plain_types(content))
     found = seen_rows.of_checkpoint(common.read_checkpoint(tmp_path / "c.pth"))
     assert found.fitted.tolist() == [3, 5] and found.chose.tolist() == [4]
+
+
+def test_validation_rows_chose_unless_the_last_epoch_counts_and_a_start_brings_its_own_rows(tmp_path):
+    hashes = np.arange(10).reshape(5, 2)
+    split = {"train": [0, 1], "val": [2]}
+    ours = {"format": common.FORMAT, "seen": {"fitted": np.array([6]), "chose": np.array([9])}}
+    common.save_checkpoint(tmp_path / "ours.pth", common.to_plain_types(ours))
+    common.save_checkpoint(tmp_path / "other.pth", {"weight": 1.0, "seen": {"fitted": [9], "chose": []}})
+
+    def words(select, init_from=None, weights=None):
+        args = SimpleNamespace(select=select, init_from=init_from, weights=weights)
+        return seen_rows.of_run(args, hashes, split).words(hashes).tolist()
+    assert words("r2") == ["train", "train", "chose", "new", "new"]
+    assert words("last") == words("val_last", weights=tmp_path / "other.pth") == ["train", "train", "new", "new", "new"]
+    for start in ("init_from", "weights"):
+        assert words("last", **{start: tmp_path / "ours.pth"}) == ["train", "train", "new", "train", "chose"]
 
 
 def test_hashes_of_the_same_content_are_the_same():
