@@ -114,6 +114,8 @@ def _explain(error):
                            "keep its statistics (--freeze_norm)")
     if isinstance(error, ImportError):
         return EXIT_CRASH, f"error: a package does not load ({reason}); what to do: python verify_setup.py"
+    if "does not have a deterministic implementation" in reason:  # such as the backward pass of VGG's pooling on CUDA
+        return EXIT_USER, f"error: {reason.partition(',')[0]}: leave --deterministic out, or take another network"
     if LOST_PROCESS.search(text) and launched_processes().size > 1:
         cause = one_line(text.rpartition("Last error:")[2])  # of NCCL, after 250 characters that are always the same
         return EXIT_CRASH, f"error: another process of this run has ended, see there, or cannot be reached ({cause})"

@@ -644,6 +644,18 @@ def test_what_nccl_complains_of_is_told(monkeypatch):
     assert message.endswith("(Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000)")
 
 
+def test_an_operation_that_deterministic_refuses_is_named():
+    """CPUs refuse few; on GPUs it is the backward pass of a VGG's pooling, in the same words."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert common._explain(caught.value) == (
+        2, "error: put_ does not have a deterministic implementation: leave --deterministic out, or take another network")
+
+
 def test_programming_mistakes_keep_their_traceback():
     def fail():
         return {}["nothing"]
