@@ -1206,7 +1206,7 @@ def _choose_device(name, processes):
     if torch.backends.mps.is_available():
         known.append("mps")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"  # not mps: nobody has run these scripts there yet
+        name = "cuda" if gpus else "cpu"  # not mps: nobody has run these scripts there yet
     if gpus and processes.size > 1 and re.fullmatch(r"cuda(:\d+)?", name):
         name = gpus[processes.local_rank % len(gpus)]  # srun may show each process its own GPU alone
     if name not in known:
