@@ -369,6 +369,29 @@ def check_positions(poses):
     return []
 
 
+def check_sequences(poses, sequences, unit):
+    """Notes that name sequences which seem to be in other units than the rest.
+
+    Angles: in the other unit their poses compose far better. Positions: below 1, and small beside the angles.
+    """
+    other = "deg" if unit == "rad" else "rad"
+    turned = []
+    ratios = {}  # sequence -> largest position by largest angle
+    for name, rows in common.rows_by_key(sequences).items():
+        own = {key: values[rows] for key, values in poses.items()}
+        if best_miss(in_degrees(own, unit)) > 2 * best_miss(in_degrees(own, other)) + 0.01:
+            turned.append(name)
+        at = np.abs(np.concatenate([own["at1"], own["at2"]]))
+        position, angle = [part[np.isfinite(part)].max(initial=0.0) for part in (at[:, :3], at[:, 3:])]
+        if position and angle:
+            ratios[name] = position / angle, position
+    typical = np.median([ratio for ratio, _ in ratios.values()] or [0.0])
+    small = [name for name, (ratio, position) in ratios.items() if position < 1 and ratio < typical / 100]
+    texts = {f"the angles seem to be in {other}, not in {unit}": turned, "the positions seem to be in metres": small}
+    return [f"WARNING: {text} in {common.shorten_list(names)}: give all in one unit"
+            for text, names in texts.items() if names]
+
+
 def mask_labels(poses, unit):
     """Turn radians into degrees and take out, in place, what is no pose: NaN, infinite, beyond 200. Returns notes."""
     notes = []
@@ -452,6 +475,7 @@ def complete_rows(transitions, asked_unit, asked_composition, asked_order, usual
     poses = {name: np.stack([row.poses[name] for row in transitions]) for name in FIELDS}
     notes = check_positions(poses)
     unit, why = choose_unit(poses, asked_unit, usual.get("angle_unit"))
+    notes += check_sequences(poses, [row.sequence for row in transitions], unit)
     notes += [f"angles are read as {unit} ({why})", *mask_labels(poses, unit)]
     order, reordered = read_order(poses, asked_order, usual.get("euler_order"))
     notes += reordered

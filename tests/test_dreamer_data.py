@@ -266,6 +266,26 @@ def test_metres_are_noticed(tmp_path):
     assert "metres?" in load(tmp_path / "data")[1]
 
 
+@pytest.mark.parametrize("unit, length, said", [
+    (np.pi / 180, 1, "the angles seem to be in rad, not in deg in b_01: give all in one unit"),
+    (1, 0.001, "the positions seem to be in metres in b_01: give all in one unit"), (1, 1, None)])
+def test_a_sequence_in_other_units_than_the_rest_is_named(tmp_path, unit, length, said):
+    """Its poses fit one another, and beside the others it would be a patient whose probe hardly moves."""
+    poses = np.hstack([DRAWS.uniform(-20, 20, (7, 3)), DRAWS.uniform(-40, 40, (7, 3))])
+    nearly_at_rest = poses / 1000  # positions and angles: no other unit
+
+    def edit(rows):
+        write_poses(rows, poses, unit)
+        for row in rows:
+            for key in probe_poses.FIELDS.values():
+                row[key][:3] = [length * value for value in row[key][:3]]
+    for name, change in (("a_01", poses), ("a_02", poses[::-1]), ("c_01", nearly_at_rest)):
+        write_sequence(tmp_path / "data" / name, edit=lambda rows: write_poses(rows, change))
+    write_sequence(tmp_path / "data" / "b_01", edit=edit)
+    warnings = [line for line in load(tmp_path / "data")[1].splitlines() if "give all in one unit" in line]
+    assert warnings == ([f"note: WARNING: {said}"] if said else [])
+
+
 def transitions(poses, unit=1.0, order="zyx", motions="se3_left", labelled=True):
     """Rows of a file as _read_row makes them, without pictures."""
     rows = [{"ft1_image_path": f"{i}.png"} for i in range(len(poses) - 1)]
