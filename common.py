@@ -907,7 +907,7 @@ def _newest_folder(args):
         if record.get("script") != script_name():
             continue
         different = {name for name, value in now.items() if record["flags"].get(name) != value}
-        if different - (args.may_change - args.data_paths):
+        if different - (args.may_change - args.data_paths):  # other mathematics, or other data
             continue
         if job and re.search(rf"_job{job}(_\d+)?$", folder.name):
             return folder
@@ -931,7 +931,7 @@ def is_finished(folder, args):
     pooled = {f"fold_{fold['fold']}" for fold in read_json(folder / "metrics.json").get("folds", [])}
     if args.fold != "all":
         return f"fold_{args.fold}" in pooled
-    parts = read_or_warn(folder / "splits.json")
+    parts = read_or_warn(folder / "splits.json")  # with folds: fold_0, fold_1, ..., test
     return not pooled or bool(parts) and pooled >= parts.keys() - {"test"}
 
 
@@ -1309,7 +1309,7 @@ class EpochBatches(torch.utils.data.Sampler):
         if not self.train:
             first = self.n_samples * self.rank // self.size
             last = self.n_samples * (self.rank + 1) // self.size
-        self.edges = [*range(first, last, self.batch_size), last]
+        self.edges = [*range(first, last, self.batch_size), last]  # batch b takes the samples edges[b]:edges[b + 1]
         if self.train and self.n_samples % self.batch_size == 1 and len(self.edges) > 2:
             del self.edges[-2]
 
@@ -1830,7 +1830,7 @@ def moved_corners(corners, size):
     """Pixels that the perspective moves, clockwise from the top left, and where to: float32 (4, 2) of whole numbers."""
     unit = np.float32([[0, 0], [1, 0], [1, 1], [0, 1]])  # x, y
     reach = int(0.2 * (size // 2)) + 1
-    inward = np.floor(np.float32(corners).reshape(4, 2) * reach) * (1 - 2 * unit)
+    inward = np.floor(np.float32(corners).reshape(4, 2) * reach) * (1 - 2 * unit)  # +1 at 0, -1 at the far side
     before = (size - 1) * unit
     return before, before + inward
 
