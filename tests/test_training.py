@@ -644,6 +644,15 @@ def test_what_nccl_complains_of_is_told(monkeypatch):
     assert message.endswith("(Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000)")
 
 
+def test_a_gpu_that_this_torch_has_no_kernels_for():
+    """As one of compute capability 7.0 or less, and the builds for CUDA 13 that pip installs."""
+    code, message = common._explain(torch.AcceleratorError(
+        "CUDA error: no kernel image is available for execution on the device\nSearch for "
+        "`cudaErrorNoKernelImageForDevice' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for "
+        "more information.\nCUDA kernel errors might be asynchronously reported at some other API call", 209))
+    assert code == 2 and "verify_setup.py" in message and "--device cpu" in message and "\n" not in message
+
+
 def test_an_operation_that_deterministic_refuses_is_named():
     """CPUs refuse few; on GPUs it is the backward pass of a VGG's pooling, in the same words."""
     torch.use_deterministic_algorithms(True)
