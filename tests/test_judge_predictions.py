@@ -3,6 +3,7 @@
     python -m pytest tests/test_judge_predictions.py
 """
 import csv
+import html
 import json
 import re
 import shutil
@@ -397,6 +398,16 @@ def test_to_beat_a_baseline_that_is_worse_than_guessing_is_no_result(tmp_path):
     metrics = json.loads((judge(tmp_path, "--predictions", tmp_path / "p.csv") / "metrics.json").read_text())
     assert metrics["headline"]["verdict"] == "better" and metrics["headline"]["level"] == "caution"
     assert metrics["alarms"] == [] and metrics["doubts"][0].startswith("The model's own R2 is not above 0 for certain, which guessing reaches")
+
+
+def test_every_alarm_and_doubt_stands_on_the_page_and_in_the_log(tmp_path):
+    common.write_table(tmp_path / "p.csv", [{"label": "ab"[k % 2], "prob_a": 0.3, "prob_b": 0.7} for k in range(20)])
+    run = judge(tmp_path, "--predictions", tmp_path / "p.csv")
+    metrics = json.loads((run / "metrics.json").read_text())
+    page, log = html.unescape((run / "report.html").read_text()), (run / "log.txt").read_text()
+    assert len(metrics["alarms"]) == 3 and len(metrics["doubts"]) == 2
+    assert all(f"ALARM: {alarm}" in text for alarm in metrics["alarms"] for text in (page, log))
+    assert all(doubt in page and f"doubt: {doubt}" in log for doubt in metrics["doubts"])
 
 
 def test_rows_of_one_name_are_one_group(tmp_path):
