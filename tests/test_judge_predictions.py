@@ -15,7 +15,7 @@ from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
 import common
 import judge_predictions
 from conftest import only_run, run_here, run_script, small_run
-from evidence import judging, prediction_tables, table_judging
+from evidence import judging, prediction_tables, score_judging, table_judging
 
 
 def scores(rows=60, noise=0.5, seed=0):
@@ -408,6 +408,24 @@ def test_every_alarm_and_doubt_stands_on_the_page_and_in_the_log(tmp_path):
     assert len(metrics["alarms"]) == 3 and len(metrics["doubts"]) == 2
     assert all(f"ALARM: {alarm}" in text for alarm in metrics["alarms"] for text in (page, log))
     assert all(doubt in page and f"doubt: {doubt}" in log for doubt in metrics["doubts"])
+
+
+def test_what_a_run_knows_beside_its_table_joins_its_metrics_and_its_page(tmp_path):
+    common.write_table(tmp_path / "p.csv", scores())
+    table = prediction_tables.labelled(prediction_tables.read_predictions(tmp_path / "p.csv", "subject"))
+    folds = [{"fold": k, "rows": 30, "best_epoch": 3 + k, "r2": 0.25} for k in range(2)]
+    setting = judging.Setting(part="folds", seen=np.full(60, "new"), alarms=("found before training",), folds=folds)
+    args = judge_predictions.parse_args(["--predictions", str(tmp_path / "p.csv"), "--output_dir", str(tmp_path / "out")])
+    with common.start_run(args) as run:
+        metrics = score_judging.judge_scores(run, table, setting)
+    before, equal = metrics["alarms"]
+    assert before == "found before training" and equal.startswith("folds 0 and 1 have identical results")
+    page = (run.folder / "report.html").read_text()
+    assert f"ALARM: {before}" in page and "the folds rows" in page and "before their calibration" not in page
+    different = [folds[0], {"fold": 1, "rows": 30, "best_epoch": 9, "r2": 0.55}]
+    mean, sd = judging.fold_table(different)[2:]
+    assert mean == {"fold": "mean", "r2": pytest.approx(0.4)} and sd == {"fold": "SD", "r2": pytest.approx(0.3 / 2 ** 0.5)}
+    assert judging.identical_fold_alarms(different) == []
 
 
 def test_rows_of_one_name_are_one_group(tmp_path):
