@@ -12,6 +12,10 @@ import common
 from evidence import class_scores, prediction_tables, reporting, splitting, subject_intervals
 from readers import event_tables
 
+NO_CONFOUND = re.compile(
+    "row_order|filename|_time$|_path$|_idx$|"  # the columns hour and video stand for these
+    "^image_index|^behavior_type|^behavioral_cat|^modifier")  # BORIS, The Observer: what the behaviour itself is like
+
 
 def smoothed_means(codes, target, train, test):
     """Train mean of the target in each test row's level: codes (N,), target (N, R) -> (m, R).
@@ -157,8 +161,7 @@ def prior_levels(table):
     """{name: (N,) text} of the metadata columns; video first."""
     levels = {"video": np.array(table.videos, dtype=str)}
     for name, cells in table.extra.items():
-        # the columns hour and video stand for these
-        if not re.search("row_order|filename|_time$|_path$|_idx$", name):
+        if not NO_CONFOUND.search(name):
             levels[name] = np.array(list(map(event_tables.plain_level, cells)), dtype=str)
     return levels
 

@@ -249,8 +249,8 @@ def events_in(windows, table):
     overlapping = {video for (video, label), own in events.groupby(["video", "label"])
                    if (own["end_sec"] - own["start_sec"]).sum() > covered(spans_of(own, video, label)) + SLACK_SEC}
     if overlapping:
-        print(f"note: events of one class overlap in {len(overlapping)} recordings. A bout is paired with one of them and "
-              "the others count as missed: of several observers keep one (--filter \"observer==A\")")
+        print(f"note: events of one class overlap in {len(overlapping)} recordings. A bout is paired with one of them, "
+              "and the others count as missed: of several observers keep one (--filter \"observer==A\")")
     return events
 
 

@@ -134,8 +134,8 @@ def read_annotations(path, box_format=None, state_attribute=None):
     has_parts = any("parts" in entry for entry in content.values() if isinstance(entry, dict))
     if content and not is_coco and not has_parts:
         raise common.UserError(
-            f"{path}: expected {{image: {{parts}}}} or COCO (lists of images, annotations and categories), found neither "
-            f"({common.shorten_list(map(clean, content), 5)}). Export it as COCO, or have it converted")
+            f"{path}: expected {{image: {{parts}}}} or COCO (lists of images, annotations and categories), found "
+            f"neither ({common.shorten_list(map(clean, content), 5)}). Export it as COCO, or have it converted")
     coco = content if is_coco else parts_as_coco(content, reading.faults)
     found = read_coco(path, coco, reading)
     names = collections.Counter(image.name for image in found.images)

@@ -416,6 +416,13 @@ def test_boris_lengths_of_several_players_and_files(tmp_path, monkeypatch, lengt
         assert f"observation o: media_duration_s {length}, expected" in fails(boris, tmp_path, text)
 
 
+def test_columns_that_say_what_the_behaviour_is_are_no_confounds(tmp_path):
+    """BORIS writes STATE or POINT, the category and the modifiers of each behaviour: known once it is."""
+    table = boris(tmp_path, "Media file name,Pen,Behavior,Behavioral category,Modifier #1,Behavior type,Start (s),Stop (s)\n"
+                            "s0.mp4,1,groom,self,left,STATE,1,2\ns1.mp4,2,peck,other,,POINT,5,5\n", "b.csv")
+    assert list(confounding.prior_levels(table)) == ["video", "pen"]
+
+
 def test_states_of_the_observer_become_events_with_start_and_end(tmp_path):
     text = ("Date_dmy;Time_Absolute_hms;Time_Relative_hmsf;Time_Relative_sf;Duration_sf;Observation;Subject;Behavior;"
             "Event_Type;Video\n"
