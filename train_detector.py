@@ -83,6 +83,7 @@ NEEDED_FLAGS = {
     "evaluate": ("checkpoint", "json", "images_dir"),
     "audit": ("json", "images_dir"),
 }
+FURTHER_FLAGS = {"convert": {"images_dir"}, "predict": {"output"}, "audit": {"output"}}  # that may be given
 CHECKPOINT_FLAGS = ("model", "min_size", "max_size", "anchor_sizes", "pixel_range", "absent")  # what --checkpoint decides
 
 
@@ -189,6 +190,11 @@ def check_flags(parser, args):
     missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
         parser.error(f"--mode {args.mode} needs {' and '.join(missing)}")
+    others = {"json", "images_dir", "checkpoint", "output"} - {*needed, *FURTHER_FLAGS.get(args.mode, ())}
+    idle = [f"--{name}" for name in sorted(others & args.given)]
+    if idle:
+        parser.error(f"--mode {args.mode} does not use {' and '.join(idle)}; leave it out (training starts from a "
+                     "checkpoint with --init_from; runs are written to --output_dir)")
     fixed = [f"--{name}" for name in CHECKPOINT_FLAGS if name in args.given]
     if fixed and "checkpoint" in needed:
         parser.error(f"--mode {args.mode} takes {' and '.join(fixed)} from the checkpoint; leave it out")
@@ -419,10 +425,10 @@ class PartImages(common.Samples):
         boxes, labels, states = truth.relative(row)
         generator = common.generator_for(self.seed, epoch, row)
         drawn = common.sample_augmentation(self.augment, generator)
-        factor = 1.0
+        size_factor = 1.0
         if self.augment != "none":
-            factor = 0.8 + 0.4 * torch.rand((), generator=generator).item()
-        size = fit_size(*truth.sizes[row], self.settings["min_size"], self.settings["max_size"], factor)
+            size_factor = 0.8 + 0.4 * torch.rand((), generator=generator).item()
+        size = fit_size(*truth.sizes[row], self.settings["min_size"], self.settings["max_size"], size_factor)
         pixels = picture_files.resize(self.study.picture(row), size)
         if drawn.flip and self.mirrored is not None:
             pixels, boxes = mirror(pixels, boxes)
@@ -456,8 +462,8 @@ def collate(samples):
 
 def collate_alike(samples):
     """Samples -> batches of neighbours padded to the same size, so that none changes what is found in another one."""
-    runs = itertools.groupby(samples, lambda sample: padded_size([sample["pixels"].shape[:2]]))
-    return [collate(list(run)) for _, run in runs]
+    neighbours = itertools.groupby(samples, lambda sample: padded_size([sample["pixels"].shape[:2]]))
+    return [collate(list(alike)) for _, alike in neighbours]
 
 
 # --- model and loss ----------------------------------------------------------------------
@@ -503,7 +509,7 @@ class PartDetector(nn.Module):
         heads.box_roi_pool = PaddedRoIAlign(pool.featmap_names, pool.output_size, pool.sampling_ratio)
         heads.box_predictor = FastRCNNPredictor(n_features, len(settings["parts"]) + 1)
         heads.nms_thresh = settings["nms_iou"]
-        self.roi_heads = heads  # list up to 100 detections of a picture, from a score of .05 on
+        self.roi_heads = heads  # torchvision's limits: 100 detections of a picture, from a score of .05 on
         self.temperature = 1.0  # of the states' probabilities, see finish_best_model
         self.n_states = len(settings["states"])
         if self.n_states:
@@ -526,8 +532,8 @@ class PartDetector(nn.Module):
         return self.roi_heads.box_roi_pool(features, whole, sizes).mean((2, 3)).cpu()
 
     def heads(self, features, inputs, sizes, targets=None):
-        """Losses where there are targets, else detections; eval() is for dropout and BatchNorm."""
-        self.rpn.training = targets is not None
+        """Losses where there are targets, else detections, also after eval(), which is for dropout and BatchNorm alone."""
+        self.rpn.training = targets is not None  # True: losses, and as many proposals as in training
         proposals, losses = self.rpn(detection.image_list.ImageList(inputs, sizes), features, targets)
         if targets is None:
             return self.detections(features, proposals, sizes)
@@ -905,10 +911,10 @@ def fit(run, args, study, split):
 
 
 def finish_best_model(training, val_truth, train_loader, val_loader):
-    """Write best_model.pth of the best epoch.
+    """Write best_model.pth of the best epoch, completed by two things that only the trained model can give.
 
-    New in it are what the features of the train pictures are like, and the temperature of the states of the boxes found
-    in the val pictures.
+    known_data: the features of the train pictures, from which prediction warns of unlike ones; temperature: of the
+    states, fitted on the boxes found in the val pictures.
     """
     model = training.model
     run = training.run
@@ -947,7 +953,7 @@ def detect_rows(run, args, study, rows, models, content):
 
 
 def limit_detections(detections, args):
-    """The detections that are written and judged: all, or with --one_per_part the best of each part."""
+    """The detections that are written and judged: all, or with --one_per_part the best of each part of the object."""
     if not args.one_per_part:
         return detections
     return [detection_tables.best_of_each_part(each, args.score_threshold) for each in detections]
@@ -1125,11 +1131,11 @@ def run_split(run, args, study, split):
     alarms = check_split(run, study, split)
     split = splitting.rows_to_try(split, args)
     check_states(args, study.truth, split)
-    # the validation loss draws by batches, so a resumed run must keep their size
+    # the proposals of the validation loss are drawn batch by batch, so a resumed run must keep their size
     run.write_record(study, split, val_batch_size=args.val_batch_size)
     write_annotations(run, args, study, split)
     if args.baseline == "heads":
-        run.folds_after = 2 * run.folds_after + 1  # each trains twice, which the time left must know
+        run.folds_after = 2 * run.folds_after + 1  # each fold trains twice: for the estimate of the time left
     else:
         run.say("note: only the mean box of each part is there to beat, so the report is amber at "
                 "best; --baseline heads trains a baseline, in about the same time again")

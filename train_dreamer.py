@@ -150,7 +150,7 @@ def check_flags(parser, args):
         parser.error("--manual_splits makes its own split: no --folds, --split_file or --split_by time")
     if args.folds and args.select != "last" and not args.val_ratio:
         parser.error(f"--folds {args.folds} --val_ratio 0: rows of the train part choose the epoch, or --select last")
-    if args.token_type != "none" and not re.search("resnex?t", args.encoder):
+    if args.token_type != "none" and not re.match("(wide_)?resnex?t", args.encoder):
         parser.error(f"--encoder {args.encoder}: --token_type {args.token_type} needs a torchvision ResNet such as "
                      "resnet34")
     if args.patient_map and args.patient_regex:
@@ -952,7 +952,7 @@ def judge(run, args, study, split, rows, table, *, part, use, alarms, best_epoch
         alarms=pose_scores.use_alarms(use, motion, scores_one_block) + alarms,
         data=data_blocks(run, study, split, table),
         cases=judging.case_blocks(table, lambda i: study.picture(study.frames[rows[i], 0])),
-        limits=limits(study),
+        limits=limits(args, study),
         folds=folds)
     pose_judging.judge_poses(
         run, table, setting,
@@ -996,11 +996,13 @@ def split_doubts(args, study):
     return doubts
 
 
-def limits(study):
+def limits(args, study):
     """Sentences on what a reader must not conclude from this run."""
     lines = ["Valid for probes, views and patients like these; nothing else was tested."]
     if study.compose == "additive":
         lines.append("at2 = at1 + motion here: at1 and at2 carry the same information, and the loss on at2 adds none.")
+    if args.mode == "train":  # a checkpoint does not say whether its run began with --init_from
+        lines += judging.limits_of_start(args)
     return lines
 
 

@@ -135,10 +135,12 @@ def check_patients(sequences, patients, has_patients):
     """Who owns which folder."""
     n_folders = collections.Counter(dict(zip(sequences, patients)).values())
     owners = "not known: each folder counts as one"
+    unit = "folders"
     if has_patients:
+        unit = "patients"
         owners = ", ".join(f"{name} ({count})" for name, count in sorted(n_folders.items())) + " (folders)"
     return [check(not has_patients, "patients", owners, "give --patient_map or --patient_regex"),
-            check(len(n_folders) < 2, "several patients", f"{len(n_folders)} patients",
+            check(len(n_folders) < 2, "several patients", f"{len(n_folders)} {unit}",
                   "one patient proves nothing across patients: --split_by time, or more patients")]
 
 

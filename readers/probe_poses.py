@@ -237,7 +237,7 @@ def read_transitions(path, sequence, exact_names):
     for number, entry in enumerate(listed, start=1):
         try:
             rows.append(_read_row(entry, sequence, number))
-        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             faults.append(f"row {number}: {common.one_line(error)}")
     if faults:
         raise common.UserError(
@@ -261,6 +261,8 @@ def _find_pictures(rows, folder, exact_names):
 
 def _read_row(entry, sequence, number):
     """One entry of a file -> Transition. Raises ValueError."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"expected an object with the fields of a transition, found {str(entry)[:60]}")
     frame_t1, ft1 = _read_frame(entry, "t1")
     frame_t2, ft2 = _read_frame(entry, "t2")
     if not ft1:

@@ -977,6 +977,7 @@ FLAG_MISTAKES = {
     "lists in time": (["--split_by", "time", *LISTS], ["own split"]),
     "a broken pattern": (["--patient_regex", "("], ["--patient_regex '('", "unterminated"]),
     "no ResNet": (["--encoder", "vgg11"], ["vgg11", "ResNet"]),
+    "a ResNet of timm": (["--encoder", "timm:resnet18", "--token_type", "channel"], ["timm:resnet18", "torchvision"]),
     "unknown encoder": (["--encoder", "resnet99"], ["resnet99"]),
     "unknown encoder of folds": (["--encoder", "resnet99", "--folds", 3], ["resnet99"]),
     "unknown metric": (["--criteria", "mae_x<3"], ["mae_x_mm"]),

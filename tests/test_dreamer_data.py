@@ -358,6 +358,7 @@ MISTAKES = {
     "a name of two pictures": (lambda rows: rows[2].update(ft1_image_path="ft1/two"), ["ft1/two -> ", "two.jpg"]),
     "a row twice": (lambda rows: rows.append(dict(rows[0])), ["listed twice"]),
     "an empty list": (lambda rows: rows.clear(), ["empty"]),
+    "a row that is a list": (lambda rows: rows.insert(1, [1, 2]), ["row 2", "an object with the fields", "[1, 2]"]),
 }
 
 
@@ -490,6 +491,7 @@ def test_poses_are_audited_without_any_picture(tmp_path):
     found = {check["name"]: check["found"] for check in report["checks"]}
     assert found["missing files"].startswith("6 rows") and "poses are checked" in found["missing files"]
     assert found["data"].startswith("6 transitions") and report["residuals"]
+    assert found["several patients"] == "1 folders", "nobody said whose they are"
 
 
 # --- patients and splits ---------------------------------------------------------------
@@ -630,6 +632,13 @@ def test_scaler_is_fitted_on_train_rows_alone(clinic):
     scaler = train_dreamer.fit_scaler(study, rows)
     assert np.allclose(scaler["at1"]["mean"], study.at1[rows].mean(0)) and np.allclose(
         scaler["motion"]["sd"], study.motion[rows].std(0))
+
+
+def test_a_start_from_random_weights_is_said_of_the_run_that_had_it(clinic):
+    study, _, args = load(clinic, "--no_pretrained")
+    assert "random weights" in train_dreamer.limits(args, study)[-1]
+    for other in ({"pretrained": True}, {"init_from": Path("run_0")}, {"mode": "evaluate"}):
+        assert "random weights" not in str(train_dreamer.limits(common.with_flags(args, **other), study))
 
 
 def test_false_motions_are_a_permutation_without_a_fixed_row(clinic):
