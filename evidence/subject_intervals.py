@@ -265,11 +265,14 @@ def _log_odds(share):
 def _hold_difference(found, model, baseline):
     """Cut a difference to what the intervals of its two sides allow; it has none where a side has none.
 
-    What no resample changes, such as the gain of a perfect model, is as doubtful as its two sides.
+    What no resample changes, such as the gain of a perfect model, is as doubtful as its two sides. Where one side is
+    the same in every resample, such as the AUC of .5 of class shares, the interval is that of the other side, moved.
     """
     size = np.abs(found.value)
     is_rounding = size < 1e-9 * (np.abs(model.value) + np.abs(baseline.value))
     is_certain = (found.high - found.low < 1e-9 * size) & ~is_rounding
+    for side in (model, baseline):
+        is_certain |= side.high - side.low <= 1e-9 * np.abs(side.value)
     widening = np.where(is_certain, np.inf, 0.0)
     found.low = np.maximum(found.low - widening, model.low - baseline.high)
     found.high = np.minimum(found.high + widening, model.high - baseline.low)
