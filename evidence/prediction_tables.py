@@ -520,7 +520,7 @@ def _from_score(table, column, path, notes):
     """(M, 2) probabilities of a column and None; where it is not from 0 to 1 its ranks and the (M, 2) scores."""
     import pandas as pd
     score = _block(table, [column], path)  # (M, 1)
-    if ((score >= 0) & (score <= 1)).all():
+    if not ((score < 0) | (score > 1)).any():  # blank cells are for refuse_useless
         return np.concatenate([1 - score, score], axis=1), None
     rank = pd.DataFrame(score).rank(method="dense", pct=True).to_numpy()
     notes.append(f"{column} is no probability, so its rank stands for it: AUC and average precision are those of the "

@@ -14,6 +14,7 @@ from evidence import (
 
 PREDICTIONS = ("predictions_folds.csv", "predictions_test.csv", "predictions_val.csv")  # the first of a run counts
 FEWEST_SHARED = 5  # rows of two runs that are compared
+RANK_METRICS = ("roc_auc", "average_precision")  # what the order of the rows alone decides
 
 
 def judge_table(run, table, path):
@@ -39,7 +40,11 @@ def read_table(path, args, baseline=None):
         kind = score_judging
         if args.positive_class:
             raise common.UserError("--positive_class is of classes; the table holds scores")
-    verdicts.parse_criteria(args.criteria, kind.criteria_names(table.names))
+    meanings = kind.criteria_names(table.names)
+    for bar in verdicts.parse_criteria(args.criteria, meanings):
+        if kind is class_judging and table.score is not None and meanings[bar["name"]].metric not in RANK_METRICS:
+            raise common.UserError(f"--criteria {bar['name']}: of a score that is no probability only AUC and average "
+                                   "precision mean something")
     judged = prediction_tables.labelled(table)
     if len(judged.truth) < len(table.truth):
         judged.notes.append(f"only {len(judged.truth)} of {len(table.truth)} rows have a true value; no others count")

@@ -366,6 +366,26 @@ def test_the_auc_of_a_sum_score_is_that_of_the_score(tmp_path, unit, offset):
     assert all("so its rank stands for it" in (run / name).read_text() for name in ("report.html", "log.txt"))
 
 
+def test_a_blank_cell_does_not_make_a_probability_a_rank(tmp_path):
+    """A row without a label, and not yet scored, stands beside scored ones."""
+    rows = [{"id": k, "label": k % 2, "score": 0.3 + 0.4 * (k % 2) + 0.01 * k} for k in range(20)]
+    found = table_of(tmp_path, [*rows, {"id": 20, "label": "", "score": ""}])
+    assert found.notes == [] and found.score is None
+    assert found.probability[:20, 1] == pytest.approx([row["score"] for row in rows])
+
+
+def test_no_bar_is_met_by_a_number_that_means_nothing(tmp_path):
+    """Of points, of which only the order counts, an accuracy of .8 was called PASS."""
+    rows = [{"id": k, "label": k % 2, "score": 10 * (k % 2) + k} for k in range(20)]
+    common.write_table(tmp_path / "t.csv", rows)
+    for bar in ("accuracy>0.5", "ece<0.2", "recall_1>0.1"):
+        said = judge(tmp_path, "--predictions", tmp_path / "t.csv", "--criteria", f"auc>0.5,{bar}", code=2)
+        assert f"error: --criteria {bar[:3]}" in said and "only AUC and average precision" in said
+    run = judge(tmp_path, "--predictions", tmp_path / "t.csv", "--criteria", "auc>0.5,ap_1>0.5")
+    criteria = json.loads((run / "metrics.json").read_text())["criteria"]
+    assert [bar["name"] for bar in criteria] == ["auc", "ap_1"]
+
+
 def test_a_table_and_its_captions_are_called_what_they_are(tmp_path):
     """Of ungrouped rows of one model accuracy, recall and precision have the interval of Wilson."""
     common.write_table(tmp_path / "p.csv", classes())
