@@ -389,7 +389,7 @@ def refuse_several_files(rows, extra):
     length = csv_tables.find_column(extra, ("total_length", "media_duration_s"))
     if length is None or "observation_id" not in extra:
         return
-    of_files = extra[length].str.partition("|")[0].str.split(";").explode()
+    of_files = extra[length].str.replace(",", ".").str.partition("|")[0].str.split(";").explode()  # 60,000 of Excel is 60
     seconds = pd.Series(csv_tables.to_numbers(of_files, f"column {length}"), of_files.index)
     totals = seconds.groupby(level=0).sum(min_count=1)
     is_there = [bool(source) and source.exists() for source in rows["source"]]

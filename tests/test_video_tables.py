@@ -403,9 +403,10 @@ def test_a_source_whose_header_has_no_length_is_not_taken_for_one_of_several(tmp
 
 
 @pytest.mark.parametrize("length, is_read", [
-    ("10.000|10.000", True), ("10.000|60.000", True), ("6.000;4.000", True), ("10.000;6.000|10.000;6.000", False)])
+    ("10.000|10.000", True), ("10.000|60.000", True), ("6.000;4.000", True), ("10.000;6.000|10.000;6.000", False),
+    ("10,000", True), ("30,000", False)])
 def test_boris_lengths_of_several_players_and_files(tmp_path, monkeypatch, length, is_read):
-    """As BORIS 8 writes them: | between players at the same time, ; between files one after the other."""
+    """As BORIS 8 writes them: | between players at the same time, ; between files one after the other; or a spreadsheet."""
     monkeypatch.setattr(video_files, "claimed_sec", lambda path: 10.0)
     monkeypatch.setattr(video_files, "probe", lambda path: video_files.VideoInfo(duration_sec=10.0))
     text = ("Observation id\tMedia duration (s)\tMedia file name\tBehavior\tStart (s)\tStop (s)\n"
