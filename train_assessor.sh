@@ -28,7 +28,8 @@ fi
 script=train_assessor.py
 if [[ $1 == *.py ]]; then script=$1; shift; fi
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit --cpus-per-task since Slurm 22.05
-tasks=${SLURM_NTASKS:-$((${SLURM_NTASKS_PER_NODE:-1} * ${SLURM_JOB_NUM_NODES:-1}))}  # else --exclusive starts many
+# srun is told how many, as it would start a task for every core of an --exclusive job
+tasks=${SLURM_NTASKS:-$((${SLURM_NTASKS_PER_NODE:-1} * ${SLURM_JOB_NUM_NODES:-1}))}
 progress=logs/.progress_$job
 mkdir -p logs
 touch "$progress"
@@ -40,8 +41,8 @@ python=${PYTHON:-$(command -v python || command -v python3)}
 srun --ntasks="$tasks" --kill-on-bad-exit=1 "$python" "$script" --resume auto "$@" || rc=$?
 if [ "$rc" -ne 75 ]; then rm -f "$progress"; exit "$rc"; fi
 
-# 75: saved, start again; a job that has saved what an earlier start had saved would be requeued for ever. One start may
-# end before anything is saved, as in the decoding of pictures.
+# 75: saved, start again. A job that has only saved what an earlier start had saved makes no progress and would be
+# requeued for ever. One start may end before anything is saved, as in the decoding of pictures.
 default=outputs
 if [[ $script == *train_detector.py ]]; then default=${OUTPUT_DIR:-outputs}; fi  # it alone reads this
 outputs=$(printf '%s\n' "$default" "$@" | sed -n '1p; s/^--output[_-]dir=//p; /^--output[_-]dir$/{n;p;}' | tail -n 1)
