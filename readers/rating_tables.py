@@ -196,7 +196,7 @@ class Columns:
             and csv_tables.looks_numeric(self.table[name])]
 
     def possible_answers(self):
-        """Those of them that may be single ratings: no trial number, nothing that describes the image or the rater."""
+        """Those of possible_ratings that may be single ones: no trial number, nothing that describes image or rater."""
         chosen = [name for name in self.possible_ratings() if not _words(name) & TRIAL]
         for described in filter(None, (self.image, self.rater)):
             chosen = self.varying(chosen, [described]) or chosen
