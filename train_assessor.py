@@ -752,9 +752,9 @@ def main():
     with common.start_run(args, fixed_shapes=True) as run:
         if not run.resumed:
             named = " ".join(np.atleast_1d(args.backbone))
-            run.say(f"note: recipe {recipe} (--recipe {args.recipe}, {len(table.images)} pictures) for the flags that "
-                    f"are not given: --backbone {named} --head {args.head} --epochs {args.epochs} --select "
-                    f"{args.select} ...")
+            run.say(f"note: recipe {recipe} (--recipe {args.recipe}, {len(table.images)} pictures) for flags that are "
+                    f"not given; this run has --backbone {named} --head {args.head} --epochs {args.epochs} "
+                    f"--select {args.select} ...")
         several = flags_of_backbones(args)
         for flags in several:  # wrong names, weights and checkpoints stop here, before pictures are decoded
             if args.init_from:
