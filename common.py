@@ -115,8 +115,8 @@ def _explain(error):
     if isinstance(error, ImportError):
         return EXIT_CRASH, f"error: a package does not load ({reason}); what to do: python verify_setup.py"
     if "no kernel image is available" in reason:
-        return EXIT_USER, ("error: this build of torch has no kernels for this GPU. python verify_setup.py says which build "
-                           "has them; or run with --device cpu")
+        return EXIT_USER, ("error: this build of torch has no kernels for this GPU. python verify_setup.py says which "
+                           "build has them; or run with --device cpu")
     if "does not have a deterministic implementation" in reason:  # such as the backward pass of VGG's pooling on CUDA
         return EXIT_USER, f"error: {reason.partition(',')[0]}: leave --deterministic out, or take another network"
     if LOST_PROCESS.search(text) and launched_processes().size > 1:

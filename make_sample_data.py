@@ -675,10 +675,8 @@ def make_detector(folder, n_images, seed):
     found = part_boxes.read_annotations(folder / "annotations.json")
     part_boxes.find_pictures(found, folder / "images", exact_names=False)
     held_out = [f"street {street}" for street in range(n_streets - n_streets // 5, n_streets)]
-    parts = {
-        "train": [image for image in found.images if image.fields["street"] not in held_out],
-        "val": [image for image in found.images if image.fields["street"] in held_out]}
-    for part, images in parts.items():
+    for part in ("train", "val"):
+        images = [image for image in found.images if (image.fields["street"] in held_out) == (part == "val")]
         coco, _ = part_boxes.as_coco(images, found.category_ids, folder / "images")
         common.write_json(folder / f"{part}_coco.json", coco)
     return {"quirks": {quirk: f"{row}.jpg" for row, quirk in ANNOTATION_QUIRKS.items()}}
