@@ -127,7 +127,7 @@ def parse_args(argv=None):
 
 
 def add_clip_arguments(data):
-    """What is asked of the events, and how clips are cut from their videos."""
+    """The column of moments, and how clips are cut from the videos and their outputs combined."""
     data("--moment_column", default="moment",
          help="regress: column that says when a sequence was filmed, such as M0 before and M2 "
               "after surgery; each moment is also judged alone")
@@ -515,7 +515,7 @@ class ClipNet(backbones.BackboneModel):
 class MotionReadout(ClipNet):
     """A linear layer on backbones.MotionFeatures: clips (B, T, 3, S, S), mask (B, T) -> (B, K).
 
-    The mask tells real frames that are not the frame before again.
+    mask: True = a frame to read, which is real and does not repeat the one before.
     """
 
     def __init__(self, backbone, n_outputs, image_size):
@@ -553,9 +553,10 @@ class FrameLstm(backbones.BackboneModel):
         return self.backbone(clips.flatten(0, 1)).float().unflatten(0, clips.shape[:2])
 
     def extract(self, clips, mask):
-        """frame_features of the real frames alone, 0 for the others: (B, T, 3, S, S) -> (B, T, F), which stay as they are.
+        """frame_features of the real frames alone, 0 for the others: (B, T, 3, S, S) -> (B, T, F).
 
-        What fills a clip up would change the statistics of a BatchNorm that is trained.
+        Features (B, T, F) stay as they are. The black frames at the end of a short clip would change the statistics of
+        a BatchNorm that is trained.
         """
         if clips.ndim == 3:
             return clips
@@ -907,8 +908,8 @@ def fit(run, args, study, split, features):
 def finish_best_model(training, study, split, loaders, objective):
     """Predict each part with the best epoch, and complete best_model.pth by what is known only then.
 
-    That is what its training data are like, and of classes the calibration on val. Returns {part: outputs (M, K)}, which
-    are logits at the natural class shares or scores.
+    That is what its training data are like, and for classes the calibration on val. Returns {part: outputs (M, K)},
+    which are scores, or logits at the natural class shares.
     """
     run = training.run
     best = training.load_best()
@@ -1292,7 +1293,8 @@ def load_members(args):
             found = getattr(own, name)
             wanted = getattr(first.args, name)
             if found != wanted:
-                raise common.UserError(f"members of one mean must agree: {path} has {name} {found}, {files[0]} {wanted}")
+                raise common.UserError(
+                    f"members of one mean must agree: {path} has {name} {found}, {files[0]} {wanted}")
         if backbones.is_same(model.backbone, first.model.backbone):
             model.backbone = first.model.backbone  # of frozen folds: its features count for all
     return members
@@ -1432,7 +1434,10 @@ def read_windows(recording, members, run, label):
 
 
 def predict_windows(member, frames, compute):
-    """Probabilities (B, C) of B windows; frames: {pixels, is_new or a backbone: (B, T, ...)} of sliding_windows.slide."""
+    """Probabilities (B, C) of B windows by one network.
+
+    frames: of sliding_windows.slide, pixels and is_new (B, T, ...), and under each backbone its features of them.
+    """
     mask = torch.ones_like(frames["is_new"])
     if member.args.model == MOTION_READOUT:  # as Study.mask: the first frame counts, others where they are new
         mask[:, 1:] = frames["is_new"][:, 1:]

@@ -400,9 +400,9 @@ def refuse_several_files(rows, extra):
         is_one_of_unknown_length = len(files) == 1 and (math.isnan(total) or not video_files.claimed_sec(first))
         if not is_one_of_unknown_length and not any(map(has_length, files["source"], files["total"])):
             raise common.UserError(
-                f"observation {name}: {length} {extra[length][own.index[0]] or '(blank)'}, expected the seconds of one of "
-                f"its {len(files)} files (such as {first}). Where it goes over several, export each as an observation of "
-                "its own; else write its length")
+                f"observation {name}: {length} {extra[length][own.index[0]] or '(blank)'}, expected the seconds of one "
+                f"of its {len(files)} files (such as {first}). Where it goes over several, export each as an "
+                "observation of its own; else write its length")
 
 
 def has_length(video, seconds):

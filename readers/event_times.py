@@ -126,14 +126,15 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
 
     A start and an end or a duration, by the names that TIME_COLUMN knows; nothing: the whole clip. A row is in frames
     (both inclusive) where it has no start in seconds, or an end only in frames. time_unit: of columns whose names say
-    none; seconds by default, which is noted. An event shorter than min_event_sec gets a window of that length around it.
+    none; seconds by default, which is noted. An event in seconds that is shorter than min_event_sec gets a window of that
+    length around it; seconds_of does so for those in frames.
     """
     import pandas as pd
     columns = time_columns(rows)
     unsaid = [column.name for column in columns if column.unit is None]
     if unsaid and not time_unit:
         notes.append(f"{source.name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
-                     "--time_unit says otherwise")
+                     "--time_unit names another unit")
     found = {}  # (role, "frame" or "sec") -> (N,) numbers, of the first column that has one
     for column in columns:
         unit = column.unit or time_unit
@@ -145,7 +146,8 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
     if of_starts and of_ends and not of_starts & of_ends:
         named = ", ".join(column.name for column in columns)
         raise common.UserError(
-            f"{source}: expected starts and ends both in frames or both in seconds, found {named}. Rename or correct them")
+            f"{source}: expected starts and ends both in frames or both in seconds, found {named}. "
+            "Rename or correct them")
     nothing = pd.Series(np.nan, range(len(rows)))
 
     def read_windows(unit, one_frame):

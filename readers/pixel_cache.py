@@ -89,7 +89,11 @@ class PixelStore:
         sizes = list(in_threads(self.estimate, rows_of_files))
         self.cache = self._choose_cache(rows_of_files, sizes, cache)
         if sum(sizes) > LARGE:
-            where = {"ram": "in memory", "disk": f"in {self.folder}", "none": "nowhere, each is decoded when it is used"}
+            where = {
+                "ram": "in memory",
+                "disk": f"in {self.folder}",
+                "none": "nowhere, each is decoded when it is used",
+            }
             print(f"note: {n_items} {self.item}s take about {sum(sizes) / 1e9:.1f} GB decoded, "
                   f"kept {where[self.cache]} (--cache). {self.smaller} would take less")
         files = common.with_progress("decoding", in_threads(self._load, rows_of_files), len(rows_of_files))
@@ -114,7 +118,7 @@ class PixelStore:
 
     @property
     def hashes(self):
-        """(N, K + 1) content_hashes of the items: of their files and each of `places`, and of their pixels at this size."""
+        """(N, K + 1) content_hashes of the items: of their file and each of K `places`, and of their decoded pixels."""
         pieces = [[f"{audit.file_sha}{place}" for audit, place in zip(self.audit, each)] for each in self.places]
         return content_hashes(*pieces, [audit.pixel_sha for audit in self.audit])
 

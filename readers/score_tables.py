@@ -106,7 +106,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     names = score_columns(raw, target_columns, path, no_scores)
     target = np.column_stack([csv_tables.to_numbers(raw[name], f"{path}, column {name}") for name in names])  # (N, R)
     others = raw.drop(columns=names)
-    extra = event_tables.keyed_columns(others, path)
+    extra = event_tables.keyed_columns(raw, path)[others.columns.map(csv_tables.column_key)]
     source = csv_tables.find_column(extra, sources, path_column, f"{path} has no column for --path_column")
     group = csv_tables.find_column(extra, GROUP_COLUMNS, group_column, f"{path} has no column for --group_column")
     if source is None:
@@ -144,8 +144,8 @@ def merge_raters(table):
         ratings[i] = block[:1] if is_repeat else block
     rated = sum(len(block) > 1 for block in ratings)
     if len(ratings) < len(table):
-        table.notes.append(f"{len(table)} rows of {len(ratings)} sequences: in {rated} several raters, whose mean is "
-                           "learnt; other rows that repeat one count once")
+        table.notes.append(f"{len(table)} rows of {len(ratings)} sequences: {rated} have several raters, whose mean "
+                           "is learnt; other rows that repeat one count once")
     return dataclasses.replace(
         table.take([rows[0] for rows in rows_of]),
         target=np.stack([common.mean_without_nan(block, axis=0) for block in ratings]),
@@ -153,7 +153,7 @@ def merge_raters(table):
 
 
 def total_and_parts(names, target):
-    """R names, (N, R) scores -> (index of the total or None, indices of its parts, sentence where it is no sum of them).
+    """R names, (N, R) scores -> (index of the total or None, indices of its parts, a sentence where they do not add up).
 
     A name alone makes no total: none where half of the sums miss it by over half an SD of it.
     """

@@ -22,8 +22,8 @@ from readers import file_names, picture_files, pixel_cache
 
 LEAST_RATE = 0.98  # of the grid's frames a second; below it a recording is called slow
 STAMP_SLACK_SEC = 1e-3  # Matroska rounds its stamps to milliseconds
-# FFmpeg's SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND, which PyAV 17 does not name. Without them colours are up to 1.5 of 255
-# too dark, and more so in frames that are scaled than in others.
+# FFmpeg's SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND, which PyAV 17 does not name. Without them colours are up to 1.5
+# of 255 too dark, and more so in frames that are scaled than in others.
 EXACT_COLOURS = 0x2000 | 0x40000
 MOST_GUESSED_FRAMES = 2**20  # what a header may claim before its frames are counted
 # formats that open other files or devices, and text that FFmpeg draws as a picture
@@ -40,8 +40,8 @@ class VideoInfo:
     """What a whole pass over one video found; `error` is one line, or None for a good one.
 
     times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
-    where unknown. duration_sec: until the last frame has been shown. header_fps, header_sec (of the picture): what the
-    file claims, 0 for nothing.
+    where unknown. duration_sec: until the last frame has been shown. By the header, which may lie: header_fps, 25
+    where that says none that could be true; header_sec, the length of the picture, 0 where it says none.
     """
     error: str | None = None
     duration_sec: float = 0.0
@@ -471,7 +471,10 @@ class ClipAudit(pixel_cache.Audit):
     repeats: list | tuple = ()
 
     def even_starts(self, length, count):
-        """Grid frames where `count` clips of `length` frames start, evenly over the window; a single one in its middle."""
+        """Grid frames where `count` clips of `length` frames start, evenly over the window; one alone in its middle.
+
+        Fewer where the window has fewer places.
+        """
         last = self.first + max(self.usable - length, 0)
         places = np.linspace(self.first, last, count) if count > 1 else [(self.first + last) / 2]
         return np.unique(np.round(places).astype(int)).tolist()
@@ -516,9 +519,9 @@ class GridFrames:
 
 
 def places_of(windows):
-    """N windows -> 3 places (N,) of each in its file: the window, and on two grids the middle.
+    """N windows -> 3 places (N,) of each in its file: the window, and its middle rounded to .2 s in two ways.
 
-    A place on a grid is shared by two middles that are less than .1 s apart, and by none that are .2 s apart.
+    The two differ by .1 s. So middles less than .1 s apart are equal in one or both, and those .2 s apart in neither.
     """
     steps = np.round(np.reshape(windows, (-1, 2)).mean(1) / 0.2, 6)
     return windows, np.floor(steps), np.floor(steps + 0.5) - 0.5
@@ -531,7 +534,7 @@ class ClipStore(pixel_cache.PixelStore):
     end_sec), NaN = the whole; grid, fps, n_frames, jitter_sec: see plan_grid; short_side in pixels. A source without a
     clock has fps frames a second. cache: see PixelStore. pixel_range: of folders of pictures of more than 8 bits; None:
     one for all, by choose_pixel_range. `audit` is a list of N ClipAudit; a row with an error raises BadImage when it is
-    asked for. Every file is read once, whatever its number of rows.
+    asked for. All rows of a file are taken from the same pass over it.
     """
     item = "clip"
     smaller = "A smaller --image_size, a lower --fps, shorter events or (scores) fewer --n_frames"
@@ -561,8 +564,9 @@ class ClipStore(pixel_cache.PixelStore):
         again = sorted({found.path for found in self.audit if found.repeats and not found.n_damaged})
         if grid != "rate" or not again:
             return []
-        return [f"{len(again)} videos show some frames twice ({common.shorten_list(again, 3)}): they have fewer than "
-                f"{fps:g} frames a second (--fps), an uneven rate, or are shorter than a clip of {n_frames / fps:.3g} s"]
+        return [
+            f"{len(again)} videos show some frames twice ({common.shorten_list(again, 3)}): they have fewer than {fps:g} "
+            f"frames a second (--fps), an uneven rate, or are shorter than a clip of {n_frames / fps:.3g} s"]
 
     def decode(self, rows):
         """[(ClipAudit, pixels (G, H, W, 3))] of all rows of one file; pixels has no frames when it is bad."""
@@ -638,9 +642,18 @@ class ClipStore(pixel_cache.PixelStore):
     def _clip(self, path, info, plan, grid, file_sha):
         is_repeat = np.diff(plan.indices, prepend=-1) == 0
         audit = ClipAudit(
-            path=str(path), n_frames=info.n_frames, n_damaged=len(info.damaged), damage=info.damage, fault=plan.fault,
-            n_grid=grid.n_grid, first=plan.first, usable=plan.usable, repeats=np.flatnonzero(is_repeat).tolist(), file_sha=file_sha,
-            pixel_sha=grid.digest.hexdigest(), phash=picture_files.perceptual_hash(grid.middle).tolist())
+            path=str(path),
+            file_sha=file_sha,
+            pixel_sha=grid.digest.hexdigest(),
+            phash=picture_files.perceptual_hash(grid.middle).tolist(),
+            n_frames=info.n_frames,
+            n_damaged=len(info.damaged),
+            damage=info.damage,
+            fault=plan.fault,
+            n_grid=grid.n_grid,
+            first=plan.first,
+            usable=plan.usable,
+            repeats=np.flatnonzero(is_repeat).tolist())
         return audit, grid.kept
 
 

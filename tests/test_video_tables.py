@@ -834,7 +834,7 @@ def test_raters_are_averaged_and_kept_for_the_icc(tmp_path):
     of_one = score_tables.read_sequences(tmp_path / "s.csv", row_filter="rater==B")
     assert of_one.target.tolist() == [[2, 6], [1, 8]] and of_one.single_ratings is None, "no mean with what is filtered out"
     twice = score_tables.read_sequences(write(tmp_path / "t.csv", "path,animal,ears\ns0,c,1\ns0,c,1\ns1,d,2\n"))
-    assert len(twice) == 2 and twice.single_ratings is None and "3 rows of 2 sequences: in 0" in twice.notes[-1]
+    assert len(twice) == 2 and twice.single_ratings is None and "3 rows of 2 sequences: 0 have several raters" in twice.notes[-1]
 
 
 def test_total_and_parts_by_name_and_sum():
@@ -918,6 +918,7 @@ def test_rows_without_any_score_and_missing_folders(tmp_path):
 @pytest.mark.parametrize("text, said", [("{", "expected JSON"), ("[]", "list of sequences"), ("7", "list of sequences"),
                                         ('[{"animal": 1, "ears": 1}]', "column of folders"),
                                         ('[{"path": "x", "animal": "b"}]', "columns of scores"), ("[" * 90000, "JSON"),
+                                        ('[{"path": "x", "ears": 1, "Ears": 2}]', "differ only in spelling: ears, Ears"),
                                         ('[{"path": "x", "ears": 1}, "y", null]', "1 of 3 entries")])
 def test_mistakes_in_a_score_file(tmp_path, text, said):
     assert said in fails(score_tables.read_sequences, write(tmp_path / "s.json", text))
