@@ -63,7 +63,8 @@ def test_scores_of_another_program(tmp_path):
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Valence" in page and "Learning curves" not in page and "Leakage" not in page
     sample = "60 rows scored, 60 different sets of labels, 12 groups."
-    assert sample in page and f"effective sample: {sample}" in (run / "log.txt").read_text()
+    log = (run / "log.txt").read_text()
+    assert sample in page and f"effective sample: {sample}" in log and "rows have a true value" not in log
 
 
 @pytest.mark.parametrize("n_subjects, shown", [(4, True), (5, False)])
