@@ -106,6 +106,8 @@ def test_boxes_without_a_state_and_ignored_boxes_count_neither_way():
     values = values_of(truth, found)
     assert values["joint_map"] == pytest.approx(1), "the state of an ignored box is not judged either"
     assert values["map_present"] == pytest.approx(1), "nobody trusts that the part is absent there"
+    missed = values_of(truth, [detections((0, 0.6, 0, BOX))])
+    assert missed["map"] == pytest.approx(1) and missed["recall"] == 1, "nor is it missed where it is not found"
 
 
 def random_case(seed, n_pictures=12, parts=("a", "b", "c")):
@@ -393,6 +395,8 @@ def test_confusion_counts_matched_boxes_and_the_intact_baseline_stands_beside():
     rows = detection_judging.per_state_rows(judged)
     assert [row["found"] for row in rows] == [1, 2, 0, 0]
     assert rows[1]["called occluded"] == 1 and rows[1]["recall"] == 0.5
+    # joint categories with a box: bell-intact and bell-damaged are found, saddle-damaged and saddle-occluded are not
+    np.testing.assert_allclose([row["joint_ap"] for row in rows], [1, 0.5, math.nan, 0])
 
 
 def test_states_are_held_against_those_that_their_parts_usually_have():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 from torch import nn
 
 import common
@@ -768,6 +769,43 @@ def test_results_are_back_in_mm_and_degrees():
     model, baseline = result.each.model["mae"], result.each.baseline["mae"]
     assert result.unit == "patients" and np.allclose(baseline.value, np.abs(table.target).mean(0))
     assert ((model.low < model.value) & (model.value < model.high)).all()
+    assert np.allclose(result.each.model["mse"].value, ((table.predicted - table.target) ** 2).mean(0))
+    assert np.allclose(result.each.model["rmse"].value, result.each.model["mse"].value ** 0.5)
+    assert np.allclose([row["mae_zero"] for row in pose_scores.axis_rows(result, table)], np.abs(table.target).mean(0))
+
+
+def test_the_tables_of_predictors_and_baselines_by_numpy_and_scipy():
+    table, result, sd = small_result()
+    table.target[3, 4] = np.nan
+    known = ~np.isnan(table.target)
+    for row, predicted in zip(pose_scores.predictor_rows(table), (table.predicted, 0 * table.predicted), strict=True):
+        error = np.where(known, predicted - table.target, np.nan)
+        turns = [Rotation.from_euler("ZYX", poses[known.all(1)][:, :2:-1], degrees=True) for poses in (predicted, table.target)]
+        assert row == {"predictor": row["predictor"], **{name: pytest.approx(value) for name, value in {
+            "mae_mm": np.nanmean(np.abs(error[:, :3])), "mae_deg": np.nanmean(np.abs(error[:, 3:])),
+            "distance_mm": np.mean((error[:, :3] ** 2).sum(1) ** 0.5),
+            "geodesic_deg": np.degrees((turns[0].inv() * turns[1]).magnitude()).mean()}.items()}}
+    row, = pose_scores.baseline_rows({"zero": result})
+    difference = result.overall.difference["mae"]
+    assert list(row.values()) == ["zero", result.overall.baseline["mae"].value, difference.value, difference.low,
+                                  difference.high, result.sign_flip_p["mae"], "no motion"]
+    table.baselines["far"] = table.target * 0 + 99
+    numbers = pose_scores.fold_numbers(table, sd)
+    errors = [np.nanmean(np.abs(each - table.target) / sd, axis=0).mean() for each in (table.predicted, 0)]
+    assert (numbers["rows"], numbers["error"], numbers["baseline_error"]) == (120, *map(pytest.approx, errors))
+
+
+def test_the_correlation_time_is_that_of_sums_over_each_lag():
+    errors = np.cumsum(np.random.default_rng(0).normal(size=(2, 60, 6)), axis=1)
+    errors[0, 7, 2] = np.nan
+    times = []
+    for own in errors:
+        centred = own - np.nanmean(own, axis=0)
+        scaled = np.nan_to_num(centred / np.nanmean(centred ** 2, axis=0) ** 0.5)
+        products = np.array([(scaled[lag:] * scaled[:60 - lag]).sum() for lag in range(60)])
+        first_zero = np.flatnonzero(products <= 0)[0]
+        times.append(1 + 2 * (products / products[0])[1:first_zero].sum())
+    assert pose_scores.correlation_time(errors) == pytest.approx(max(times)) and min(times) > 3
 
 
 # --- learning ------------------------------------------------------------------------------------
