@@ -144,7 +144,7 @@ def key_figures(result, positive):
     name = result.names[positive]
     estimates = {
         auc_label(result.names, name): result.overall.model["roc_auc"],
-        "Average precision": result.each.model["average_precision"].at(positive),
+        f"Average precision of {name}": result.each.model["average_precision"].at(positive),
         f"Recall of {name}": result.each.model["recall"].at(positive),
         f"AUC of the {result.baseline_label}": result.overall.baseline["roc_auc"],
     }
@@ -170,7 +170,7 @@ def metric_blocks(run, setting, result):
         *(reporting.html_image(run.path(file), text) for file, text in plots.items()),
         reporting.html_table(subject_intervals.overall_rows(result), caption=caption),
         reporting.html_table(per_class, caption=f"Each class against the rest; {method}. AUC: how often a row of the class "
-                             "is ranked above another, .5 = by chance; average precision: mean over recalls"),
+                             "is ranked above one of another, .5 = by chance; average precision: mean over all recalls"),
     ]
 
 

@@ -33,8 +33,8 @@ def smoothed_means(codes, target, train, test):
 def _level_codes(levels, n_rows, n_train, position):
     """{name: (N,) codes} of the columns that can tell anything, and `row order`.
 
-    Columns have 2 levels or more, up to three for four train rows; row order is cut into up to 20
-    blocks of neighbouring rows, of 10 train rows or more.
+    Columns have 2 levels or more, up to three for four train rows; row order is cut into 2 to 20
+    blocks of neighbouring rows, one for 10 train rows.
     """
     codes = {}
     for name, values in levels.items():

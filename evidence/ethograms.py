@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import common
-from evidence import plotting, subject_intervals
+from evidence import metric_names, plotting, subject_intervals
 from readers import video_files
 
 IOUS = (0.25, 0.5)
@@ -270,9 +270,10 @@ def judge_folder(folder, read_table, output):
     output = output or folder / "bout_scores.csv"
     common.write_table(output, rows)
     for row in rows:
+        f1_at_25, f1_at_50, kappa = [metric_names.number_text(row[name]) for name in ("f1_at_0.25", "f1_at_0.5", "kappa")]
+        interval = "" if np.isnan(row["kappa_low"]) else f" [{row['kappa_low']:.3f}, {row['kappa_high']:.3f}]"
         print(f"{row['label']}: {row['bouts']} bouts, {row['events']} events; "
-              f"F1 at IoU .25 {row['f1_at_0.25']:.3f}, at .5 {row['f1_at_0.5']:.3f}; "
-              f"kappa {row['kappa']:.3f} [{row['kappa_low']:.3f}, {row['kappa_high']:.3f}]")
+              f"F1 at IoU .25 {f1_at_25}, at .5 {f1_at_50}; kappa {kappa}{interval}")
     print(f"{method}; written to {output}")
     print("note: whether the model was trained on these events is not known here; --mode predict with this --manifest "
           "says it (column seen)")

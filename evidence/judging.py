@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 import common
-from evidence import prediction_tables, reporting, seen_rows, verdicts
+from evidence import metric_names, prediction_tables, reporting, seen_rows, verdicts
 
 
 METRICS_SCHEMA = 1  # of metrics.json; docs/judging.md
@@ -155,9 +155,12 @@ def comparison_sentence(row):
     """What one dict of table_judging.compare_tables says, and what the two models had done with the rows."""
     verb = "" if row["better"].startswith("not ") else " is better"
     worst = seen_rows.worst([row["seen_first"], row["seen_second"]])
+    first = metric_names.number_text(row["value_of_first"])
+    second = metric_names.number_text(row["value_of_second"])
+    difference = metric_names.number_text(row["difference"], "+.3f")
     return (f"{row['first']} (rows: {row['seen_first']}) against {row['second']} (rows: {row['seen_second']}): "
-            f"{row['better']}{verb}, {row['metric']} {row['value_of_first']:.3f} and {row['value_of_second']:.3f}, "
-            f"difference {row['difference']:+.3f} {verdicts.interval_text(row['low'], row['high'], row['method'])}"
+            f"{row['better']}{verb}, {row['metric']} {first} and {second}, difference {difference} "
+            f"{verdicts.interval_text(row['low'], row['high'], row['method'])}"
             f"{verdicts.ENDINGS[worst]}")
 
 

@@ -198,7 +198,7 @@ def _draw_target_bars(axis, rows, metric):
     axis.set_xlim(left, right)
     beside = axis.get_yaxis_transform()
     for y, number in zip(place, value):
-        axis.text(1.02, y, f"{number:.2f}", transform=beside, va="center", fontsize=8)
+        axis.text(1.02, y, metric_names.number_text(number, ".2f"), transform=beside, va="center", fontsize=8)
     known = metric_names.METRICS.get(metric)
     set_title(axis, known.label if known else metric)
     axis.axvline(0, color=SOFT, linewidth=0.9)
@@ -274,7 +274,7 @@ def plot_scatter(predicted, target, names, path):
         _draw_diagonal(axis, [min(both), max(both)])
         axis.locator_params(nbins=4)
         set_title(axis, names[j][:18])
-        facts = f"r {pearson_r[j]:.2f}\nn {len(x)}"
+        facts = f"r {metric_names.number_text(pearson_r[j], '.2f')}\nn {len(x)}"
         axis.text(0.03, 0.97, facts, transform=axis.transAxes, va="top", fontsize=7)
     figure.supxlabel("true", fontsize=9, color=SOFT)
     figure.supylabel("predicted", fontsize=9, color=SOFT)

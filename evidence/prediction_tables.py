@@ -54,7 +54,7 @@ class Rows:
         }
 
     def fold_numbers(self):
-        """What the fold table says of one fold: the model's metrics, and the best baseline's one of the verdict."""
+        """What the fold table says of one fold: the model's metrics, and R2 or AUC of the baseline that is best in it."""
         baseline = self.quality(self.baselines[self.best_baseline])
         return {"rows": len(self.truth), **self.main_metrics(), f"baseline_{self.metric}": baseline}
 

@@ -204,7 +204,7 @@ def command_blocks(args=None):
         for name, value in common.flags_of(args).items():
             if value is not None:
                 flags += [f"--{name}", *(public_word(str(each)) for each in np.atleast_1d(value))]
-        blocks += [html_text("With all flags that are set:"), html_code(" ".join(flags))]
+        blocks += [html_text("All settings, as in args.json:"), html_code(" ".join(flags))]
     return [*blocks, html_list(versions)]
 
 

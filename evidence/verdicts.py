@@ -185,9 +185,9 @@ def select_column(name, columns, meanings):
 
 
 def history_to_plot(history, columns, names, positive):
-    """The history of C classes without what no one looks at: of other classes than the positive one, like metrics.
+    """The history without the columns of other classes than the positive one, and without metrics that resemble others.
 
-    columns: {column: MetricOf}; positive: index of the class, or None for scores.
+    columns: {column: MetricOf}; names: C classes or scores; positive: index of the class, or None for scores.
     """
     others = [name for c, name in enumerate(names) if c != positive]
     left_out = {f"val_{column}" for column, (metric, name) in columns.items()

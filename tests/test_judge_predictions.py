@@ -232,6 +232,16 @@ def test_no_page_says_nan(tmp_path):
         assert not re.search(r"\bnan\b", re.sub(r"base64,[^\"]+", "", page))
 
 
+def test_no_comparison_says_nan(tmp_path):
+    """Two runs may share rows of one class alone, as --runs compares them: then there is no AUC."""
+    common.write_table(tmp_path / "p.csv", [
+        {"clip_id": k, "true_label": "a", "prob_a": 0.5 + k / 20, "prob_b": 0.5 - k / 20} for k in range(9)])
+    table = prediction_tables.read_predictions(tmp_path / "p.csv")
+    [row] = table_judging.compare_tables([table, table], ["one", "two"])
+    sentence = judging.comparison_sentence(row)
+    assert "AUC undefined and undefined, difference undefined [no interval" in sentence and "nan" not in sentence
+
+
 def test_all_runs_at_a_glance(tmp_path):
     """runs.csv has a row for each finished run; --runs compares them on the rows that both predicted. Judge: scikit-learn."""
     tables = [scores(noise=0.3), scores(noise=1.2)[:40]]

@@ -180,6 +180,21 @@ def test_bouts_are_judged_as_short_frames_are():
     assert np.isnan([rear["precision_at_0.5_low"], rear["recall_at_0.5_low"], rear["kappa_low"]]).all(), "of one video"
 
 
+def test_bouts_of_few_videos_are_told_without_nan(tmp_path, capsys):
+    """A class without bouts and events has no F1 and no kappa, and two videos give no interval."""
+    (tmp_path / "windows.csv").write_text(
+        "video,start_sec,end_sec,pred_label,prob_bite,prob_rear\n/v,0,10,bite,1,0\n/w,0,10,bite,1,0\n")
+    (tmp_path / "bouts.csv").write_text("video,label,start_sec,end_sec,mean_probability\n/v,bite,0,4,1\n")
+    events = SimpleNamespace(
+        windows=np.array([(0, 4), (0, 5)], float), sources=[Path("/v"), Path("/w")], names=["bite", "rear"],
+        label=np.zeros(2, int), notes=[], skipped=[])
+    ethograms.judge_folder(tmp_path, lambda names: events, None)
+    said = capsys.readouterr().out
+    assert "bite: 1 bouts, 2 events; F1 at IoU .25 0.667, at .5 0.667; kappa 0.468\n" in said
+    assert "rear: 0 bouts, 0 events; F1 at IoU .25 undefined, at .5 undefined; kappa undefined\n" in said
+    assert "no interval: only 2 videos" in said
+
+
 def test_events_past_what_was_watched_are_cut(capsys):
     """What lies past the end, and points of which no bout can hold a part, are said and do not count as missed."""
     windows = table_of({"/v": {"": [(0, 10)]}})
