@@ -380,8 +380,12 @@ def load_study(args, table, say):
     usable = table.without(reasons)
     for reason, count in collections.Counter(row["reason"] for row in usable.skipped).items():
         say(f"skipped: {count} rows, {reason}")
-    if not len(usable):
-        raise common.UserError(f"none of {len(table)} rows can be used (first: {usable.skipped[0]['reason']})")
+    n_outside = sum(bool(found.fault) for found in store.audit)
+    if not len(usable) or n_outside > max(0.5, args.max_missing) * len(table):
+        raise common.UserError(
+            f"{len(usable) or 'none'} of {len(table)} rows can be used (first: {usable.skipped[0]['reason']}). Are their "
+            "times seconds (--time_unit) from the start of the file? Spreadsheets take 1:05, one minute, for an hour. "
+            "--max_missing lets more be lost")
     say(f"data: {len(usable)} rows, {len(set(usable.events))} events; {len(usable.skipped)} rows skipped; "
         f"{store.description}")
     stored = np.flatnonzero([not reason for reason in reasons])
