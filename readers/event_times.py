@@ -156,6 +156,9 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
         end = end.fillna(start + duration - one_frame)
         return start, end.fillna(start) + one_frame, end.notna()
     start, end, has_end = read_windows("sec", 0)
+    if unsaid and start.nunique() > 1 and start.max() < 1:
+        notes.append(f"WARNING: {source.name}: no event starts after {start.max():.2g} s. Parts of a day, as spreadsheets "
+                     "keep times? Format the cells as h:mm:ss")
     first, stop, has_stop = read_windows("frame", 1)
     is_frame = first.notna() & (start.isna() | (has_stop & ~has_end))
     start = start.mask(is_frame, first)

@@ -417,6 +417,16 @@ def test_boris_lengths_of_several_players_and_files(tmp_path, monkeypatch, lengt
         assert f"observation o: media_duration_s {length}, expected" in fails(boris, tmp_path, text)
 
 
+@pytest.mark.parametrize("header, starts, is_noted", [
+    ("Start;End", ("0.000055287", "0.000101817"), True), ("Start (s);Stop (s)", ("0.1", "0.2"), False),
+    ("Start;End", ("0", "0"), False), ("Start;End", ("0", "1"), False)])
+def test_parts_of_a_day_are_noticed(tmp_path, header, starts, is_noted):
+    """A spreadsheet holds 0:00:05 as 5 / 86400; read as seconds, all events would be the first second of their file."""
+    rows = [f"s{k}.mp4;{name};{start};{float(start) + 0.00005}\n" for k, (name, start) in enumerate(zip("ab", starts))]
+    notes = boris(tmp_path, f"Video;Behaviour;{header}\n{''.join(rows)}").notes
+    assert any("Parts of a day" in note for note in notes) is is_noted
+
+
 def test_columns_that_say_what_the_behaviour_is_are_no_confounds(tmp_path):
     """BORIS writes STATE or POINT, the category and the modifiers of each behaviour: known once it is."""
     table = boris(tmp_path, "Media file name,Pen,Behavior,Behavioral category,Modifier #1,Behavior type,Start (s),Stop (s)\n"
