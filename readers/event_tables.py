@@ -556,16 +556,18 @@ def merge_repeats(table):
     kept.clip_ids = unique_ids(kept)
     if len(kept) < len(table):
         kept.notes.append(
-            f"{len(table) - len(kept)} rows repeat another one ({(kept.repeats > 1).sum()} events were "
-            "repeated on purpose): each is counted once in every evaluation")
+            f"{len(table) - len(kept)} rows repeat another one, of {(kept.repeats > 1).sum()} events: each event is "
+            "counted once in every evaluation")
     return kept
 
 
 def unique_ids(table):
-    """(N,) clip ids; where one clip stands in several parts, or holds several events, its part and event are added."""
+    """(N,) clip ids; where one clip stands in several parts, or holds several events or classes, these are added."""
     import pandas as pd
     ids = pd.Series(table.clip_ids)
-    for details in (table.parts, table.events, table.label.astype(str)):
+    events = np.where(table.events == table.clip_ids, "", table.events)
+    labels = np.array([*table.names, ""])[table.label]  # -1: the last one
+    for details in (table.parts, events, labels):
         is_shared = ids.duplicated(keep=False) & (details != "")
         ids = ids.mask(is_shared, ids + " [" + details + "]")
     return ids.to_numpy(str)

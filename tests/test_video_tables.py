@@ -652,6 +652,11 @@ def test_rows_repeated_on_purpose_are_counted_and_stand_once(tmp_path):
     assert len(set(table.clip_ids)) == 3, "two events in one window stay two"
 
 
+def test_two_behaviours_in_one_window_are_told_apart_by_their_names(tmp_path):
+    path = write(put(tmp_path, "a.mp4") / "m.csv", "path,label,start_sec,end_sec\na.mp4,walk,1,3\na.mp4,eat,1,3\n")
+    assert list(event_tables.read_events({"": path}).clip_ids) == ["a.mp4@1-3 [walk]", "a.mp4@1-3 [eat]"]
+
+
 def test_ids_do_not_depend_on_the_order_of_the_rows(tmp_path):
     root = put(tmp_path, "a.mp4")
     rows = [event(video_path="a.mp4", initiator_id=i, behavior=label, start_time=f"6:0{t}:00", event_offset_sec=60 * t)
