@@ -11,8 +11,8 @@
 Training and evaluation write outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first),
 metrics.json, per_part.csv, per_state.csv, detections_<part>.json (COCO results) and .csv,
 failures.jpg, pictures/, args.json, log.txt; training also best_model.pth, last.pth,
-training_history.csv and .png, splits.json, leakage_report.json, <part>_coco.json, and with
---baseline heads baseline/. With --folds K the same in each fold_K/, pictures left out in turn, and
+training_history.csv and .png, splits.json, leakage_report.json, <part>_coco.json, skipped.csv, and
+with --baseline heads baseline/. With --folds K the same in each fold_K/, pictures left out in turn, and
 what the K detectors found in them judged as one. Prediction writes --output (COCO results), the
 same as CSV beside it, and --visualize pictures.
 
@@ -83,8 +83,10 @@ NEEDED_FLAGS = {
     "evaluate": ("checkpoint", "json", "images_dir"),
     "audit": ("json", "images_dir"),
 }
-FURTHER_FLAGS = {"convert": {"images_dir"}, "predict": {"output"}, "audit": {"output"}}  # that may be given
-CHECKPOINT_FLAGS = ("model", "min_size", "max_size", "anchor_sizes", "pixel_range", "absent")  # what --checkpoint decides
+# of the same flags, those that may be given
+OPTIONAL_FLAGS = {"convert": {"images_dir"}, "predict": {"output"}, "audit": {"output"}}
+# what --checkpoint decides
+CHECKPOINT_FLAGS = ("model", "min_size", "max_size", "anchor_sizes", "pixel_range", "absent")
 
 
 def parse_args(argv=None):
@@ -190,7 +192,7 @@ def check_flags(parser, args):
     missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
         parser.error(f"--mode {args.mode} needs {' and '.join(missing)}")
-    others = {"json", "images_dir", "checkpoint", "output"} - {*needed, *FURTHER_FLAGS.get(args.mode, ())}
+    others = {"json", "images_dir", "checkpoint", "output"} - {*needed, *OPTIONAL_FLAGS.get(args.mode, ())}
     idle = [f"--{name}" for name in sorted(others & args.given)]
     if idle:
         parser.error(f"--mode {args.mode} does not use {' and '.join(idle)}; leave it out (training starts from a "
@@ -532,7 +534,7 @@ class PartDetector(nn.Module):
         return self.roi_heads.box_roi_pool(features, whole, sizes).mean((2, 3)).cpu()
 
     def heads(self, features, inputs, sizes, targets=None):
-        """Losses where there are targets, else detections, also after eval(), which is for dropout and BatchNorm alone."""
+        """Losses where there are targets, else detections; train() and eval() decide on dropout and BatchNorm alone."""
         self.rpn.training = targets is not None  # True: losses, and as many proposals as in training
         proposals, losses = self.rpn(detection.image_list.ImageList(inputs, sizes), features, targets)
         if targets is None:
@@ -953,7 +955,7 @@ def detect_rows(run, args, study, rows, models, content):
 
 
 def limit_detections(detections, args):
-    """The detections that are written and judged: all, or with --one_per_part the best of each part of the object."""
+    """The detections that are written and judged: all, or with --one_per_part the best of each part."""
     if not args.one_per_part:
         return detections
     return [detection_tables.best_of_each_part(each, args.score_threshold) for each in detections]

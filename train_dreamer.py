@@ -8,9 +8,9 @@ the frame that a world model imagines after a known motion.
     python train_dreamer.py --mode predict --checkpoint outputs/run_X/best_model.pth --data_dir new_frames
 
 Reads every transitions_dataset.json under --data_dir, one a sequence. Writes outputs/run_YYYYMMDD_HHMMSS/: report.html
-(open it first), best_model.pth, metrics.json, predictions_<part>.csv, per_patient_error.csv and .png,
-dataset_stats.json, dataset_statistics.png, training_summary.png, training_history.csv and .png, splits.json,
-leakage_report.json, args.json, log.txt. With --folds K the same in each fold_K/, patients left out in turn.
+(open it first), best_model.pth, final_model.pth, metrics.json, predictions_<part>.csv, per_axis_error.csv,
+per_patient_error.csv and .png, skipped.csv, dataset_stats.json, dataset_statistics.png, training_summary.png,
+training_history.csv and .png, splits.json, leakage_report.json, args.json, log.txt. With --folds K the same in each fold_K/, patients left out in turn.
 
 Where a score comes from: judge() hands the predictions of at1 for the test rows, else for the val rows, to
 evidence/pose_judging.py: the mean absolute error of each axis in mm or degrees, angles wrapped at 180, and its mean
@@ -60,7 +60,8 @@ def parse_args(argv=None):
     add_data_arguments(parser.group("transitions and patients"))
     add_model_arguments(parser.group("model"))
     add_world_model_arguments(parser.group("world model: --token_type channel or spatial"))
-    parser.set_defaults(**dependent_defaults(common.parse_arguments(parser, argv)))
+    first = common.parse_arguments(parser, argv)
+    parser.set_defaults(**dependent_defaults(first))
     args = common.parse_arguments(parser, argv)
     splitting.check_flags(parser, args)
     check_flags(parser, args)
@@ -317,7 +318,7 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
 
 
 def decode_frames(args, run, rows):
-    """Transitions -> (ImageStore of their frames, (n, 2) index in it of each one's two, (n,) True = both can be read)."""
+    """n Transitions -> (ImageStore of their frames; (n, 2) index in it of t1 and t2; (n,) bool, True = both are read)."""
     paths, frames = probe_poses.different_frames(rows)
     run.say(f"decoding {len(paths)} different frames")
     store = picture_files.ImageStore(paths, args.image_size, args.cache, args.pixel_range)
@@ -415,7 +416,10 @@ def to_grey(frames):
 # --- model and loss ----------------------------------------------------------------------
 
 class Imagined(NamedTuple):
-    """What one pass gives: poses (B, 6) in mm and degrees; maps (B, F, G), or grids (B, P), of t1, and t2 imagined."""
+    """What one pass gives: poses (B, 6) in mm and degrees, and features of t1 and of t2 as imagined.
+
+    Features are maps (B, F, G); of a FrameReadout grids (B, P) at t1 and None at t2.
+    """
     at1: torch.Tensor
     at2: torch.Tensor
     features_t1: torch.Tensor
@@ -423,9 +427,9 @@ class Imagined(NamedTuple):
 
 
 class GreyEncoder(nn.Module):
-    """Base of what turns grey frames (B, 1, S, S) into features; those that were computed before stay as they are.
+    """Base class: grey frames, uint8 (B, 1, S, S) -> features; features that were computed before pass unchanged.
 
-    pixel_scale: mean and sd from 0 to 255 that the weights expect of a picture; the middle without weights.
+    pixel_scale: mean and sd of the pixels, from 0 to 255, that the weights expect; without weights both are 127.5.
     """
 
     def __init__(self, args):
@@ -824,8 +828,8 @@ def use_of_inputs(model, loader, numbers, loss_function, compute, study, trained
 
     False motions are those of other rows of the split; they enter the imagination only, while the composition keeps
     the true one: otherwise a model that adds and subtracts the same motion would look as if it ignored it. A
-    FrameReadout imagines nothing, and only the share of rows outside the range of the trained ones is said. numbers:
-    what evaluate found of these rows.
+    FrameReadout imagines nothing: of it there is only the share of rows outside the range of the training poses.
+    numbers: what evaluate found of these rows; trained: rows that the model was trained on.
     """
     use = pose_scores.outside_share(study.at1, trained, rows)
     if not model.imagines:
@@ -879,9 +883,9 @@ def with_features(study, rows, args, compute, encoder=None):
 def solve_readout(study, rows):
     """baseline_models.Readout of at1 in mm and degrees on the grids of the frames at t1 of these rows."""
     centre = probe_poses.centre_and_spread(study.at1[rows])[0]
-    apart = probe_poses.difference(study.at1[rows], centre)  # (n, 6)
+    deviation = probe_poses.difference(study.at1[rows], centre)  # (n, 6)
     readout = baseline_models.fit_readout(
-        study.grids_at_t1(rows), apart, study.inner_groups(rows), blocks=study.blocks)
+        study.grids_at_t1(rows), deviation, study.inner_groups(rows), blocks=study.blocks)
     return dataclasses.replace(readout, intercept=readout.intercept + centre)
 
 
@@ -889,7 +893,7 @@ def predict_baselines(study, train, rows, readout=None, centre=None):
     """{name: (M, 6)} of what trains no network; without train rows (other data) only those that need none.
 
     readout: of solve_readout on the train rows. centre: (6,) mean of at1 over the rows that a checkpoint was trained
-    on, for data without train rows. What is fitted is fitted to the difference from the mean.
+    on, for data without train rows. What is fitted is fitted to the deviation from the mean.
     """
     if len(train):
         centre, _ = probe_poses.centre_and_spread(study.at1[train])
@@ -900,17 +904,17 @@ def predict_baselines(study, train, rows, readout=None, centre=None):
     }
     if not len(train):
         return predicted
-    apart = probe_poses.difference(study.at1, centre)  # (N, 6)
+    deviation = probe_poses.difference(study.at1, centre)  # (N, 6)
     near = baseline_models.place_weights(study.place, study.sequences, train, rows)  # (M, N_train)
-    motion_ridge = baseline_models.fit_readout(study.motion[train], apart[train], study.inner_groups(train))
+    motion_ridge = baseline_models.fit_readout(study.motion[train], deviation[train], study.inner_groups(train))
     found = {
-        "frame_index": near @ np.nan_to_num(apart[train]),
+        "frame_index": near @ np.nan_to_num(deviation[train]),
         "motion_ridge": motion_ridge.predict(study.motion[rows]),
-        **baseline_models.time_baselines(apart, study.order, study.sequences, train, rows),
+        **baseline_models.time_baselines(deviation, study.order, study.sequences, train, rows),
     }
     same = study.patients[rows][:, None] == study.patients[train]  # (M, N_train), one patient
     if same.any() and not same.all():  # several patients, of whom one without train rows gets the train mean
-        found["patient_mean"] = same / same.sum(1, keepdims=True).clip(1) @ np.nan_to_num(apart[train])
+        found["patient_mean"] = same / same.sum(1, keepdims=True).clip(1) @ np.nan_to_num(deviation[train])
     predicted |= {name: centre + values for name, values in found.items()}
     if readout:
         predicted["grid_readout"] = readout.predict(study.grids_at_t1(rows))
@@ -942,14 +946,14 @@ def judge(run, args, study, split, rows, table, *, part, use, alarms, best_epoch
 
     part: val, test, folds, or what evaluate scores; use: of use_of_inputs.
     """
-    motion = np.nanmean(np.abs(study.motion[rows]) / study.label_sd)
+    motion_size = np.nanmean(np.abs(study.motion[rows]) / study.label_sd)
     scores_one_block = args.mode == "train" and args.split_by == "time" and not args.folds
     setting = judging.Setting(
         title="Probe guidance",
         part=part,
         seen=table.seen,
         best_epoch=best_epoch,
-        alarms=pose_scores.use_alarms(use, motion, scores_one_block) + alarms,
+        alarms=pose_scores.use_alarms(use, motion_size, scores_one_block) + alarms,
         data=data_blocks(run, study, split, table),
         cases=judging.case_blocks(table, lambda i: study.picture(study.frames[rows[i], 0])),
         limits=limits(args, study),
@@ -988,8 +992,8 @@ def split_doubts(args, study):
     """Sentences on a split that does not tell how the model does on another patient."""
     doubts = []
     if args.split_by == "time":
-        doubts.append("The parts are blocks of time of the same sequences: nothing is said about another patient. Where "
-                      "there are several, split by them (--split_by patient)")
+        doubts.append("The parts are blocks of time of the same sequences: nothing is said about another patient. "
+                      "Where there are several, split by them (--split_by patient)")
     if not study.has_patients:
         doubts.append("Nobody said which patient a folder belongs to: two folders of one patient count as two, and may "
                       "stand on two sides of the split. Give --patient_map or --patient_regex")
@@ -1220,9 +1224,10 @@ def load_checkpoint(args, run):
 
 
 def rows_to_score(run, args, study, seen):
-    """(part, its rows, rows to fit): test, else val, of the checkpoint's split where the data are its own, else all.
+    """(part to score, its rows, rows to fit baselines to).
 
-    seen: seen_rows.SeenRows of the checkpoint: names alone may be those of another study.
+    Of the data that the checkpoint was trained on, the test part of its split, else the val part; of other data all rows,
+    and none to fit. seen: seen_rows.SeenRows of the checkpoint, since other data may have the same names.
     """
     path = args.checkpoint.with_name("splits.json")
     listed = splitting.listed_parts(path) if path.is_file() else {}

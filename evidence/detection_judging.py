@@ -28,8 +28,8 @@ def read_coco_results(truth_json, detections_json, group_column=None, box_format
     part_boxes.refuse([image.name for image in images if image.size is None],
                       f"{truth_json}: images without width and height:", "Add them.")
     part_boxes.refuse_other_convention(
-        images, truth_json, None, "Write them as COCO with train_detector.py --mode convert --json FILE --output NEW.json "
-        "--box_format")
+        images, truth_json, None,
+        "Write them as COCO with train_detector.py --mode convert --json FILE --output NEW.json --box_format")
     parts, detections, seen, notes = detection_tables.read_results(detections_json, found, box_format)
     truth, without_area, box_notes = part_boxes.as_truth(
         images, parts, min_trust=0.5, groups=part_boxes.read_groups(images, group_column))
@@ -146,8 +146,8 @@ def general_limits(judged):
     """What a reader must not conclude from detections of these pictures."""
     limits = [
         "Valid for pictures like these, taken and annotated by people like these; nothing else was tested.",
-        "Few pictures make AP and joint AP too high, and intervals do not show it: hold an AP against those of about as "
-        "many pictures.",
+        "Few pictures make AP and joint AP too high, and intervals do not show it: hold an AP against those of about "
+        "as many pictures.",
     ]
     if judged.has_states:
         limits.append("States are judged on the parts that were found; one that is missed counts "
@@ -212,7 +212,7 @@ def calibration_rows(judged):
     rows = []
     if np.isin(found.probabilities, (0, 1)).all():
         return rows
-    for name, probability in (("model", found.probabilities), ("rates of the part", judged.usual)):
+    for name, probability in (("model", found.probabilities), ("rates of the part", judged.part_rates)):
         scores = class_scores.classification_metrics(probability, found.true).overall
         rows.append({
             "states of": name,
@@ -270,8 +270,8 @@ def key_figures(result):
     model = result.overall.model
     baseline = result.overall.baseline
     estimates = {"AP": model["map"], "Joint AP": model.get("joint_map")}
-    usual = baseline.get("balanced_accuracy")
-    if usual and usual.value != 1:  # with one state nothing to tell
+    of_rates = baseline.get("balanced_accuracy")
+    if of_rates and of_rates.value != 1:  # 1: the parts' usual states are always right, so there is nothing to tell
         estimates["State balanced accuracy"] = model["balanced_accuracy"]
     estimates[f"AP of the {result.baseline_label}"] = baseline["map"]
     estimates["Hallucination rate anywhere"] = model["hallucination_rate_anywhere"]
@@ -289,14 +289,14 @@ def metric_blocks(run, setting, result, part_rows, threshold):
     return [
         reporting.html_table(
             subject_intervals.overall_rows(result),
-            caption=f"On {setting.rows_judged.replace('rows', 'pictures')}; precision, recall and hallucinations at score "
-                    f"{threshold:g}; baseline of AP: the {result.baseline_label}, of states: the usual one "
+            caption=f"On {setting.rows_judged.replace('rows', 'pictures')}; precision, recall and hallucinations at "
+                    f"score {threshold:g}; baseline of AP: the {result.baseline_label}, of states: the usual one "
                     f"of the part; {result.method}"),
         reporting.html_table(
             part_rows, columns,
-            caption="Each part: n boxes, COCO AP (mean precision over recalls) over IoU .50 to .95 with its interval, AP "
-                    "of the baseline; claimed: found, though absent in that picture, and the binomial interval of their "
-                    "share"),
+            caption="Each part: n boxes, COCO AP (mean precision over recalls) over IoU .50 to .95 with its interval, "
+                    "AP of the baseline; claimed: found, though absent in that picture, and the binomial interval of "
+                    "their share"),
         reporting.html_image(
             run.path("per_part.png"), "AP and AP50 of each part that has boxes here, and the baseline's"
             f"{plotting.note_if_cut(sum(row['boxes'] > 0 for row in part_rows), 'parts')}"),

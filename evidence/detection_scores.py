@@ -108,7 +108,10 @@ def coco_entries(picture, boxes, labels, states, kind, **fields):
 
 
 def average_precision(matching, pictures):
-    """(T, C) AP over these pictures (repeats count), NaN for a category without a box there."""
+    """(T, C) AP over these pictures (repeats count), NaN for a category without a box there.
+
+    What coco_match found in each of them is put together anew; nothing is matched again.
+    """
     categories = matching.params.catIds
     cells = np.array(matching.evalImgs, object)  # pycocotools' order: category x area (one here) x image
     drawn = copy.copy(matching)
@@ -227,12 +230,13 @@ class Judged:
         self.matching = {kind: coco_match(truth, detections, kind) for kind in kinds}
         self.found = found_states(self.matching["map"], detections)
         self.confusions = self.count_states(self.found.probabilities)
-        self.of_baseline = {}
+        self.baseline_matching = {}
         if baseline is not None:
             shared = kinds[:2] if baseline[0].states is not None else ["map"]  # without map_present
-            self.of_baseline = {kind: coco_match(truth, baseline, kind) for kind in shared}
-            self.usual = state_rates[self.found.pictures, self.found.labels]  # (n, S) rates of each part found
-            self.usual_confusions = self.count_states(self.usual)
+            self.baseline_matching = {kind: coco_match(truth, baseline, kind) for kind in shared}
+            # (n, S) rates of the states in the part of each box found
+            self.part_rates = state_rates[self.found.pictures, self.found.labels]
+            self.baseline_confusions = self.count_states(self.part_rates)
         matched = count_matches(self.matching["map"], len(truth.parts), threshold)
         self.counts = matched | count_hallucinations(truth, detections, threshold)
 
@@ -258,9 +262,9 @@ class Judged:
 
     def baseline_values(self, pictures):
         """As values, of the baseline; its states: the model's boxes, each called as its part is most often."""
-        overall, each = average_precisions(self.of_baseline, pictures)
+        overall, each = average_precisions(self.baseline_matching, pictures)
         if self.has_states:
-            overall |= state_scores(self.usual_confusions[pictures].sum(0))
+            overall |= state_scores(self.baseline_confusions[pictures].sum(0))
         return overall, each
 
     def support(self, statistic, owners):
@@ -286,7 +290,7 @@ class Judged:
         model = over_draws(self.values)
         return subject_intervals.estimate(
             model,
-            over_draws(self.baseline_values) if self.of_baseline else None,
+            over_draws(self.baseline_values) if self.baseline_matching else None,
             len(units),
             "images" if groups is None else "groups",
             draws=N_DRAWS,

@@ -1,7 +1,7 @@
 """Annotations of parts, in their own JSON or in COCO -> one list of boxes with part and state.
 
-Part annotations become COCO first, so that one reader reads both. Units: boxes are x1 y1 x2 y2 in pixels of the
-upright picture; in a file left, top, width, height.
+Part annotations become COCO first, so that one reader reads both. Letters: N pictures, K boxes of one picture, P parts.
+Units: boxes are x1 y1 x2 y2 in pixels of the upright picture; in a file left, top, width, height.
 """
 import collections
 import dataclasses
@@ -18,6 +18,7 @@ from readers import csv_tables, file_names, picture_files
 STATES = ("intact", "damaged", "absent", "occluded")
 ABSENT = 2
 UNKNOWN = -1
+# what a file may write -> number: "damaged" and "1" are 1
 STATE_NUMBERS = {word: number for number, state in enumerate(STATES) for word in (state, str(number))}
 NO_STATE = ("", "unknown", "none", "undefined", "__undefined__")  # the last is what CVAT writes
 BOX_FORMATS = ("xywh", "xyxy", "cxcywh", "fractions")
@@ -36,7 +37,7 @@ class AnnotatedImage:
     absent: dict  # part that is absent and has no box -> trust of the annotators
     fields: dict  # all that the file says of the image
     objects: list = dataclasses.field(default_factory=list)  # of PartObject
-    origin: str = ""  # train, val or test: the part that its file is given for
+    origin: str = ""  # train, val or test: the split whose file names it
     path: Path | None = None  # of its picture, once it is found
 
 
@@ -212,20 +213,21 @@ def coco_content(images, annotations, category_ids):
 def read_coco(path, content, reading):
     """images, annotations, categories -> Annotations; what cannot be read is appended to reading.faults."""
     categories = read_records(content, "categories", reading)
-    parts = {own: clean(category.get("name", "")) for own, category in categories.items()}
+    parts = {category_id: clean(category.get("name", "")) for category_id, category in categories.items()}
     if "" in parts.values():
         reading.faults.append(f"categories: expected names, found {', '.join(parts.values())}")
-    category_ids = {part: categories[own]["id"] for own, part in parts.items()}
+    category_ids = {part: categories[category_id]["id"] for category_id, part in parts.items()}
     reading.counts["categories share a name and are one part"] = len(parts) - len(category_ids)
-    images = {own: read_image(fields, reading) for own, fields in read_records(content, "images", reading).items()}
+    images = {image_id: read_image(fields, reading)
+              for image_id, fields in read_records(content, "images", reading).items()}
     unused = collections.defaultdict(collections.Counter)  # attribute -> how often each value
-    for own, fields in read_records(content, "annotations", reading).items():
+    for annotation_id, fields in read_records(content, "annotations", reading).items():
         image = images.get(read_id(fields.get("image_id")))
-        category = read_id(fields.get("category_id"))
-        found = read_object(own, fields, image, parts.get(category), reading)
+        category_id = read_id(fields.get("category_id"))
+        found = read_object(annotation_id, fields, image, parts.get(category_id), reading)
         if found is None:
             continue
-        category_ids[found.part] = categories[category]["id"]  # where categories share a name: one that a box uses
+        category_ids[found.part] = categories[category_id]["id"]  # where categories share a name: one that a box uses
         for name, value in found.attributes.items():
             if name.lower() != reading.state_attribute:
                 unused[name][str(value)] += 1
@@ -246,10 +248,10 @@ def read_coco(path, content, reading):
 
 
 def read_id(value):
-    """An id, a number or text, as text: 0, '0' and 0.0 are one; None where it is none."""
+    """The text of an id, which is a number or text: 0, '0' and 0.0 are one id; None for anything else."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value) if type(value) in (int, str) else None  # true is none
+    return str(value) if type(value) in (int, str) else None  # a bool is none
 
 
 def read_records(content, key, reading):
@@ -268,50 +270,51 @@ def read_records(content, key, reading):
         if not isinstance(record, dict):
             reading.faults.append(f"{key}[{place}]: expected an object, found {str(record)[:60]}")
             continue
-        own = record.get("id")
-        if own is None and key == "annotations":
-            own = nameless.setdefault(str(record), f"number {place}")
-        own = read_id(own)
-        if own is None:
+        record_id = record.get("id")
+        if record_id is None and key == "annotations":
+            record_id = nameless.setdefault(str(record), f"number {place}")
+        record_id = read_id(record_id)
+        if record_id is None:
             reading.faults.append(f"{key}[{place}]: expected an id, a number or text, found {str(record)[:60]}")
-        elif own not in records:
-            records[own] = record
-        elif records[own] == record or (key == "categories" and records[own].get("name") == record.get("name")):
+        elif record_id not in records:
+            records[record_id] = record
+        elif records[record_id] == record or (
+                key == "categories" and records[record_id].get("name") == record.get("name")):
             reading.counts[f"{key} are listed more than once"] += 1
         elif key == "annotations":
-            records[f"{own} (number {place})"] = record
+            records[f"{record_id} (number {place})"] = record
             reading.counts["annotations have an id that another one has"] += 1
         else:
-            reading.faults.append(f"{key}[{place}]: the id {own!r} is used twice")
+            reading.faults.append(f"{key}[{place}]: the id {record_id!r} is used twice")
     return records
 
 
 def read_image(fields, reading):
     """One entry of images -> AnnotatedImage."""
-    own = fields["id"]
+    image_id = fields["id"]
     name = clean(fields.get("file_name", ""))
     if not name:
-        reading.faults.append(f"image {own!r}: no file_name")
-    where = f"image {own!r} ({name})"
+        reading.faults.append(f"image {image_id!r}: no file_name")
+    where = f"image {image_id!r} ({name})"
     absent = fields.get("absent_parts")
     if isinstance(absent, list):
         absent = dict.fromkeys(map(clean, absent))
     absent = read_attributes(absent)
     return AnnotatedImage(
         name=name,
-        id=own,
+        id=image_id,
         size=read_size(fields, where, reading),
         absent={clean(part): read_trust(trust, where, reading.faults) for part, trust in absent.items()},
         fields=fields)
 
 
-def read_object(own, fields, image, part, reading):
+def read_object(annotation_id, fields, image, part, reading):
     """One entry of annotations -> PartObject; None where its image or part is unknown (None), or it has no box.
 
     The state stands in state, state_id or an attribute, or nowhere.
     """
-    is_coco = "entry" not in fields
-    key = clean(fields.get("entry", f"annotation {own}"))
+    is_coco = "entry" not in fields  # the field that part annotations and results are given here
+    key = clean(fields.get("entry", f"annotation {annotation_id}"))
     ids = fields.get("image_id"), fields.get("category_id")
     name = image.name if image else ""
     reading.counts["ids are text or have a fraction"] += sum(
@@ -453,9 +456,9 @@ def read_trust(value, where, faults):
 def refuse_other_convention(images, path, box_format, way="Say which: --box_format"):
     """UserError where boxes, read as left, top, width, height, look like those of another of BOX_FORMATS.
 
-    images: AnnotatedImages; box_format: what the flag says; where it is given, nothing is refused; way: what to do, up to
-    the name of a convention. More than a tenth leave their picture and half as many at most would by another convention,
-    or no number is above 1, or the corners' convention alone gives the areas that the file has.
+    images: AnnotatedImages; box_format: what the flag says; where it is given, nothing is refused; way: what to do,
+    up to the name of a convention. One of these signs is enough: no number is above 1; more than a tenth of the boxes leave
+    their picture, and half as many at most in another convention; the areas in the file are those of corners alone.
     """
     known = [[*each.box, *image.size, read_number(each.fields.get("area"))]
              for image in images if image.size for each in image.objects if any(each.box)]
@@ -496,8 +499,8 @@ def cut_box(box, size):
 
 
 def cut_boxes(images):
-    """AnnotatedImages -> (of each the PartObjects with area in the picture, cut to it; dicts of the others; how many
-    were cut). An absent part without area there becomes one of the image's `absent`.
+    """AnnotatedImages -> (a list for each of its PartObjects, cut to the picture; dicts of those left out, which have no
+    area in it; how many were cut). An absent part without area goes to the image's `absent` instead.
     """
     kept = []
     skipped = []
@@ -526,7 +529,7 @@ def cut_boxes(images):
 
 def number_parts(parts, category_ids):
     """{part: its id} as a COCO file has it; parts that it lacks get the smallest free ids from 1."""
-    free = (own for own in itertools.count(1) if own not in category_ids.values())
+    free = (number for number in itertools.count(1) if number not in category_ids.values())
     return {part: category_ids[part] if part in category_ids else next(free) for part in parts}
 
 
@@ -670,7 +673,7 @@ def used_parts(found, images, known):
 
     found: Annotations of several files; images: those of theirs that are used; known: parts of a checkpoint, or None.
     """
-    used = {own.part for image in images for own in image.objects}
+    used = {each.part for image in images for each in image.objects}
     if known:
         unknown = [name + common.did_you_mean(name, known) for name in sorted(used - set(known))]
         refuse(unknown, "the checkpoint does not know these parts:",
