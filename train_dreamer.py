@@ -1211,6 +1211,11 @@ def load_checkpoint(args, run):
     content = common.load_model_file(path)
     with common.checkpoint_fields(path):
         settings = {name: content["settings"][name] for name in MODEL_FLAGS}
+        others = [f"--{name} {getattr(args, name)}" for name, value in settings.items()
+                  if name in args.given and getattr(args, name) != value]
+        if others:
+            raise common.UserError(f"{' '.join(others)}: --mode {args.mode} takes this from the checkpoint, which has "
+                                   "another value; leave it out")
         settings["pretrained"] = content["pretrained"]
         settings["pixel_range"] = args.pixel_range or content["settings"]["pixel_range"]
         args = common.with_flags(args, **settings)

@@ -913,6 +913,9 @@ def test_what_belongs_to_the_files_is_not_that_of_the_checkpoint(as_script, tmp_
         *_, args = train_dreamer.load_checkpoint(asked, run)
         assert (args.angle_unit, list(args.pixel_range)) == (unit, pixel_range)
         assert (args.encoder, args.compose, args.image_size) == ("resnet18", "additive", 64)
+    asked = train_dreamer.parse_args([*map(str, own), "--compose", "se3_left", "--image_size", "64"])
+    with pytest.raises(common.UserError, match="^--compose se3_left: --mode evaluate takes this from the checkpoint"):
+        train_dreamer.load_checkpoint(asked, run)
 
 
 @pytest.mark.parametrize("given, found", [
