@@ -83,8 +83,13 @@ NEEDED_FLAGS = {
     "evaluate": ("checkpoint", "json", "images_dir"),
     "audit": ("json", "images_dir"),
 }
-# of the same flags, those that may be given
-OPTIONAL_FLAGS = {"convert": {"images_dir"}, "predict": {"output"}, "audit": {"output"}}
+OPTIONAL_FLAGS = {
+    "train": {"folds", "fold"},
+    "convert": {"images_dir"},
+    "predict": {"output"},
+    "evaluate": set(),
+    "audit": {"output"},
+}
 # what --checkpoint decides
 CHECKPOINT_FLAGS = ("model", "min_size", "max_size", "anchor_sizes", "pixel_range", "absent")
 
@@ -192,7 +197,7 @@ def check_flags(parser, args):
     missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
         parser.error(f"--mode {args.mode} needs {' and '.join(missing)}")
-    others = {"json", "images_dir", "checkpoint", "output"} - {*needed, *OPTIONAL_FLAGS.get(args.mode, ())}
+    others = {"json", "images_dir", "checkpoint", "output", "folds", "fold"} - {*needed, *OPTIONAL_FLAGS[args.mode]}
     idle = [f"--{name}" for name in sorted(others & args.given)]
     if idle:
         parser.error(f"--mode {args.mode} does not use {' and '.join(idle)}; leave it out (training starts from a "
@@ -200,8 +205,6 @@ def check_flags(parser, args):
     fixed = [f"--{name}" for name in CHECKPOINT_FLAGS if name in args.given]
     if fixed and "checkpoint" in needed:
         parser.error(f"--mode {args.mode} takes {' and '.join(fixed)} from the checkpoint; leave it out")
-    if args.mode != "train" and args.given & {"folds", "fold"}:
-        parser.error(f"--mode {args.mode} --folds {args.folds} --fold {args.fold}: only training has folds")
     if args.compile:
         parser.error("--compile: the detector's inputs vary in size; leave it out")
     anchors = args.anchor_sizes or []

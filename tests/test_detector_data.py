@@ -861,7 +861,7 @@ MISTAKES = {
     "heavy": ([*DATA, "--augment", "heavy"], ["--augment: invalid choice", "none", "light"]),
     "two splits": ([*DATA, "--val_json", "v", "--val_images", "w", "--split_ratio", "0.5"], ["--split_ratio"]),
     "two splits, folds": ([*DATA, "--val_json", "v", "--val_images", "w", "--folds", "3"], ["--folds"]),
-    "folds of an evaluation": ([*EVALUATE, "--folds", "5"], ["only training has folds"]),
+    "folds of an evaluation": ([*EVALUATE, "--folds", "5"], ["--mode evaluate does not use --folds"]),
     "no fold": ([*DATA, "--val_json", "v", "--val_images", "w", "--fold", "0"], ["--fold 0", "--val_json"]),
     "file and share": ([*DATA, "--split_file", "s.json", "--split_ratio", "0.5"], ["--split_ratio", "--split_file"]),
     "two shares": ([*DATA, "--split_ratio", "0.8", "--val_ratio", "0.3"], ["--split_ratio", "--val_ratio"]),
