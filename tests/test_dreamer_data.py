@@ -3,6 +3,7 @@
     python -m pytest tests/test_dreamer_data.py
 """
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -566,6 +567,17 @@ def test_manual_lists_take_folders_or_patients_and_refuse_an_overlap(clinic):
     _, _, args = load(clinic, *flags, "--train_patients", "p0,p9", "--val_patients", "p1")
     with pytest.raises(common.UserError, match="p9"):
         train_dreamer.make_split(args, study)
+
+
+def test_a_listed_name_of_two_patients_folders_is_refused():
+    """The later one was taken, and the other one left out without a word."""
+    folders = np.array(["north/scan_1", "south/scan_1", "north/scan_2"])
+    study = types.SimpleNamespace(sequences=folders, patients=folders)
+    args = types.SimpleNamespace(manual_splits=True, train_patients="scan_1", val_patients="scan_2", test_patients=None)
+    with pytest.raises(common.UserError, match="no such group: scan_1 "):
+        train_dreamer.make_split(args, study)
+    study.patients = np.array(["a", "a", "b"])
+    assert [rows.tolist() for rows in train_dreamer.make_split(args, study).values()] == [[0, 1], [2], []]
 
 
 def test_blocks_of_time_keep_their_gap(tmp_path):
