@@ -1066,7 +1066,7 @@ def test_planted_leaks_are_counted_exactly(tmp_path):
     assert counts(report["between"]["train-test"]) == dict.fromkeys(kinds, 1)
     shared = report["between"]["train-test"]
     assert shared["renamed_copies"]["examples"] == ["c.mp4 = copied/c2.mp4"]
-    assert report["seen_events"]["test"]["count"] == 1
+    assert report["seen_events"]["test"]["count"] == 1 and list(report["seen_events"]) == ["val", "test"]
     assert shared["exact_duplicates"]["examples"] == ["c.mp4@5-7 = copied/c2.mp4@5-7"]
     assert shared["overlapping_windows"]["examples"] == ["a.mp4@2-6 = a.mp4@5-9"]
     assert shared["near_windows"]["examples"] == ["a.mp4@0-4 = a.mp4@5-9"]
@@ -1105,7 +1105,7 @@ def test_audit_text_says_it_in_ascii(tmp_path):
 
 
 def test_windows_against_every_pair_of_rows(tmp_path):
-    """Random windows, seconds and whole clips, in three videos of which two are the same file: by brute force."""
+    """Random windows, seconds, frames and whole clips, in three videos of which two are the same file: by brute force."""
     draw = np.random.default_rng(1)
     put(tmp_path, "a.mp4", "b.mp4")
     (tmp_path / "a2.mp4").write_bytes((tmp_path / "a.mp4").read_bytes())
@@ -1114,6 +1114,7 @@ def test_windows_against_every_pair_of_rows(tmp_path):
                    for i, s in enumerate(starts))
     table = event_tables.read_events({"": write(tmp_path / "m.csv", "path,label,start_sec,end_sec\n" + text)})
     table.windows[7] = np.nan
+    table.unit[::5] = "frame"
     pairs = event_audit.window_pairs(table, event_audit.content_keys(table.sources), 5.0)
     overlapping, near = (set(map(frozenset, pairs[kind])) for kind in ("overlapping_windows", "near_windows"))
     expected = {"overlap": set(), "near": set()}
@@ -1121,8 +1122,8 @@ def test_windows_against_every_pair_of_rows(tmp_path):
     for i in range(len(table)):
         for j in range(i):
             (a, b), (c, d) = bounds[i], bounds[j]
-            same = table.sources[i].stem[0] == table.sources[j].stem[0]
-            if same and (a, b) != (c, d) and max(a, c) - min(b, d) < 5:
+            same = table.sources[i].stem[0] == table.sources[j].stem[0] and (table.unit[i] == table.unit[j] or 7 in (i, j))
+            if same and (a, b) != (c, d) and max(a, c) - min(b, d) < (5 if table.unit[i] == "sec" else 0):
                 expected["overlap" if max(a, c) < min(b, d) else "near"].add(frozenset((i, j)))
     assert overlapping == expected["overlap"] and near == expected["near"] and len(near) > 5
 
@@ -1214,6 +1215,13 @@ def test_priors_across_events_and_across_groups(tmp_path):
     auc = {(row["name"], row["across"]): row["auc"] for row in report["priors"]}
     assert auc["pair", "events"] > 0.75 and auc["pair", "groups"] == 0.5
     assert "no-pixel prior on pair across events: AUC of tail 0." in splitting.leakage_text(report)
+
+
+@pytest.mark.parametrize("name, auc, is_told", [("pair", 0.95, True), ("pair", 0.949, False), ("row order", 1.0, False)])
+def test_a_column_that_tells_the_class_is_a_warning_in_the_audit(name, auc, is_told):
+    prior = {"what": "tail", "across": "parts", "name": name, "auc": auc, "low": 0.9, "high": 0.99, "subjects": 9}
+    [note] = event_audit.audit_notes({"parts": {}, "seen_events": {}, "priors": [prior]})
+    assert note.startswith("WARNING: no-pixel prior on pair" if is_told else f"no-pixel prior on {name} across parts: AUC")
 
 
 def test_rows_for_priors_go_from_train_to_test_or_into_folds(tmp_path):
