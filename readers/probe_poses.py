@@ -355,7 +355,7 @@ def choose_unit(poses, asked, usual):
 
 
 def check_positions(poses):
-    """UserError where most positions of an axis are beyond 200: these are no outliers; returns notes on the unit."""
+    """UserError where most positions of an axis are beyond 200: these are no outliers."""
     at = np.concatenate([poses["at1"], poses["at2"]])
     n_far = (np.abs(at) > LARGEST_LABEL).sum(0)
     n_known = (~np.isnan(at)).sum(0)
@@ -364,33 +364,30 @@ def check_positions(poses):
         raise common.UserError(
             f"{', '.join(far)} of at1 and at2 are beyond {LARGEST_LABEL:g}: poses in the frame of the tracker? Give "
             "them relative to the target view, in mm and degrees from -180 to 180.")
-    positions = np.abs(at[:, :3])
-    largest = positions[np.isfinite(positions)].max(initial=0.0)
-    if 0 < largest < 1:
-        return [f"WARNING: no position is beyond {largest:.3g} mm: metres? Give them in mm"]
-    return []
 
 
 def check_sequences(poses, sequences, unit):
-    """Notes that name sequences which seem to be in other units than the rest.
+    """Notes that name sequences which seem to be in other units than mm and the one in which angles are read.
 
-    Angles: in the other unit their poses compose far better. Positions: below 1, and small beside the angles.
+    Positions: below 1 as they usually are, or far smaller than usual beside the angles. Angles: the poses compose in
+    the other unit alone.
     """
     other = "deg" if unit == "rad" else "rad"
     turned = []
-    ratios = {}  # sequence -> largest position by largest angle
+    scales = {}  # sequence -> largest position, and how large it is beside the largest angle
     for name, rows in common.rows_by_key(sequences).items():
         own = {key: values[rows] for key, values in poses.items()}
         if best_miss(in_degrees(own, unit)) > 2 * best_miss(in_degrees(own, other)) + 0.01:
             turned.append(name)
         at = np.abs(np.concatenate([own["at1"], own["at2"]]))
         position, angle = [part[np.isfinite(part)].max(initial=0.0) for part in (at[:, :3], at[:, 3:])]
-        if position and angle:
-            ratios[name] = position / angle, position
-    typical = np.median([ratio for ratio, _ in ratios.values()] or [0.0])
-    small = [name for name, (ratio, position) in ratios.items() if position < 1 and ratio < typical / 100]
-    texts = {f"the angles seem to be in {other}, not in {unit}": turned, "the positions seem to be in metres": small}
-    return [f"WARNING: {text} in {common.shorten_list(names)}: give all in one unit"
+        if position:
+            scales[name] = position, position / (angle or 1.0)
+    usual, usual_ratio = np.median([*scales.values()] or [(0, 0)], axis=0)
+    small = [name for name, (position, ratio) in scales.items()
+             if position < 1 and (usual < 1 or ratio < usual_ratio / 100)]
+    texts = {"positions in metres?": small, f"angles in {other}, not in {unit}?": turned}
+    return [f"WARNING: {text} Give all in mm and degrees: {common.shorten_list(names)}"
             for text, names in texts.items() if names]
 
 
@@ -475,9 +472,9 @@ def complete_rows(transitions, asked_unit, asked_composition, asked_order, usual
     the same three of these data, residuals (of composition_residuals) and notes.
     """
     poses = {name: np.stack([row.poses[name] for row in transitions]) for name in FIELDS}
-    notes = check_positions(poses)
+    check_positions(poses)
     unit, why = choose_unit(poses, asked_unit, usual.get("angle_unit"))
-    notes += check_sequences(poses, [row.sequence for row in transitions], unit)
+    notes = check_sequences(poses, [row.sequence for row in transitions], unit)
     notes += [f"angles are read as {unit} ({why})", *mask_labels(poses, unit)]
     order, reordered = read_order(poses, asked_order, usual.get("euler_order"))
     notes += reordered

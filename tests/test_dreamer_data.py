@@ -264,12 +264,12 @@ def test_metres_are_noticed(tmp_path):
             for key in ("at1_6dof", "action_change_6dof", "at2_6dof"):
                 row[key][:3] = [value / 1000 for value in row[key][:3]]
     write_sequence(tmp_path / "data" / "a_01", edit=edit)
-    assert "metres?" in load(tmp_path / "data")[1]
+    assert "positions in metres? Give all in mm and degrees: a_01" in load(tmp_path / "data")[1]
 
 
 @pytest.mark.parametrize("unit, length, said", [
-    (np.pi / 180, 1, "the angles seem to be in rad, not in deg in b_01: give all in one unit"),
-    (1, 0.001, "the positions seem to be in metres in b_01: give all in one unit"), (1, 1, None)])
+    (np.pi / 180, 1, "angles in rad, not in deg? Give all in mm and degrees: b_01"),
+    (1, 0.001, "positions in metres? Give all in mm and degrees: b_01"), (1, 1, None)])
 def test_a_sequence_in_other_units_than_the_rest_is_named(tmp_path, unit, length, said):
     """Its poses fit one another, and beside the others it would be a patient whose probe hardly moves."""
     poses = np.hstack([DRAWS.uniform(-20, 20, (7, 3)), DRAWS.uniform(-40, 40, (7, 3))])
@@ -283,7 +283,7 @@ def test_a_sequence_in_other_units_than_the_rest_is_named(tmp_path, unit, length
     for name, change in (("a_01", poses), ("a_02", poses[::-1]), ("c_01", nearly_at_rest)):
         write_sequence(tmp_path / "data" / name, edit=lambda rows: write_poses(rows, change))
     write_sequence(tmp_path / "data" / "b_01", edit=edit)
-    warnings = [line for line in load(tmp_path / "data")[1].splitlines() if "give all in one unit" in line]
+    warnings = [line for line in load(tmp_path / "data")[1].splitlines() if "Give all in mm and degrees" in line]
     assert warnings == ([f"note: WARNING: {said}"] if said else [])
 
 
