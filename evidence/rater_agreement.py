@@ -52,7 +52,8 @@ def split_half(ratings, halves=100):
     """Reliability of the mean rating (= its R2 ceiling) of one target: N 1-D arrays -> float.
 
     Each image's raters are cut in two at random, the halves' means correlated over images (those
-    with 2 raters or more), stepped up by Spearman-Brown 2r / (1 + r) and averaged over `halves`.
+    with 2 raters or more), stepped up by Spearman-Brown 2r / (1 + r), for an odd number of raters
+    as Horst 1951 does for unequal halves, and averaged over `halves`.
     Images of one rater count with the noise of the others' single ratings. Not above 0: NaN, not measurable.
     """
     values, image, counts = _stack_ratings(ratings, 2)
@@ -60,6 +61,8 @@ def split_half(ratings, halves=100):
         return math.nan
     generator = np.random.default_rng(0)
     n_first = counts // 2
+    n_second = counts - n_first
+    evenness = np.mean(4 * n_first * n_second / counts ** 2)  # 1 for equal halves
     place = np.arange(len(values)) - (np.cumsum(counts) - counts)[image]
     is_first = place < n_first[image]  # (M,)
     total = np.bincount(image, values)
@@ -68,8 +71,8 @@ def split_half(ratings, halves=100):
         order = np.argsort(image + generator.random(len(values)))  # shuffled within each image
         first = np.bincount(image[is_first], values[order[is_first]])
         second = total - first
-        r = np.corrcoef(first / n_first, second / (counts - n_first))[0, 1]
-        reliability.append(2 * r / (1 + r))
+        r = np.corrcoef(first / n_first, second / n_second)[0, 1]
+        reliability.append(2 * r / (r + np.sqrt(r ** 2 + evenness * (1 - r ** 2))))
     weight = _weight_of_noise(*_stack_ratings(ratings, 1)) / _weight_of_noise(values, image, counts)
     r2 = 1 - (1 - np.mean(reliability)) * weight
     return r2 if r2 > 0 else math.nan
