@@ -227,6 +227,19 @@ def test_results_of_another_program_are_judged_as_pycocotools_does(tmp_path):
     assert "mean boxes are those of these very pictures" in page and not (folder / "failures.jpg").exists()
 
 
+def test_the_baseline_of_the_highest_ap_counts_and_limits_of_a_run_stand_on_its_page(tmp_path):
+    truth, found = random_case(3)
+    setting = judging.Setting(limits=["Of one observer."])
+    args = train_detector.parse_args(["--mode", "audit", "--json", "x", "--images_dir", "y", "--output_dir", str(tmp_path)])
+    trained = {"heads": found, "other": [detections()] * len(found)}
+    with common.start_run(args) as run:
+        priors = [detection_judging.mean_boxes(truth)] * len(found)
+        metrics = detection_judging.judge_detections(run, truth, found, setting, priors, trained)
+    assert metrics["baseline_name"] == "heads" and list(metrics["baselines"]) == ["mean box", "heads", "other"]
+    assert metrics["baselines"]["heads"] == metrics["model"]["map"]["value"] > metrics["baselines"]["mean box"]
+    assert "Of one observer." in (run.folder / "report.html").read_text()
+
+
 RESULT = {"image_id": "picture 0", "category_id": 10, "bbox": [1, 2, 3, 4], "score": 0.5}
 def test_the_file_name_of_a_result_decides_where_its_image_id_is_of_the_other_program(tmp_path):
     """Ultralytics writes the name of the picture without its ending, as a number where it is one."""
@@ -584,6 +597,27 @@ def test_alarms_name_their_remedy():
     for said, remedy in (("highest is 0.30", "--score_threshold"), ("saddle", "--test_ratio"), ("are intact", "annotate")):
         own, = [alarm for alarm in alarms if said in alarm and remedy in alarm]
         assert said == "are intact" or "train_detector.py" in own, "judge_predictions.py has no such flag"
+
+
+def test_a_detector_that_answers_alike_everywhere_is_an_alarm():
+    truth = annotated(*[[(0, 0, BOX), (1, 0, OTHER)]] * 4)
+    same, shifted, more = (detections((0, 0.9, 0, BOX), (1, 0.9, 0, place)) for place in (OTHER, [51, 10, 90, 40], FAR))
+
+    def repeats(*found):
+        return [alarm for alarm in detection_judging.find_alarms(judge(truth, found), found, 0.5) if "same boxes" in alarm]
+    [alarm] = repeats(same, shifted, same, same)
+    assert alarm.startswith("exactly the same boxes in 3 of 4 pictures. ")
+    assert repeats(same, shifted, same, more) == repeats(*[detections()] * 4) == []
+
+
+@pytest.mark.parametrize("confusion, words", [
+    ([[5, 0, 0, 0], [3, 0, 0, 0]], ["one state only is ever predicted: intact. "]), ([[5, 0, 0, 0], [0, 3, 0, 0]], []),
+    ([[0, 0, 0, 0], [1, 18, 0, 0]], ["95 % or more of the found parts are damaged: "]), ([[0, 0, 0, 0]] * 2, []),
+    ([[18, 0, 0, 0], [0, 1, 0, 0]], []), ([[5, 0, 0, 0], [0] * 4], ["95 % or more of the found parts are intact: "]),
+    ([[19, 0, 0, 0], [0, 1, 0, 0]], ["95 % or more of the found parts are intact: "])])
+def test_alarms_on_states_by_their_confusion(confusion, words):
+    alarms = detection_judging.state_alarms(np.array(confusion + [[0] * 4] * 2))
+    assert [alarm[:len(word)] for alarm, word in zip(alarms, words, strict=True)] == words
 
 
 def test_a_validation_loss_above_twice_the_train_loss_is_an_alarm():
