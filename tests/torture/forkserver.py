@@ -148,6 +148,7 @@ def become(request):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
+    sys.modules["triton"] = None  # compiles for GPUs; its newest says at the exit of a run what gc.freeze() keeps alive
     for name in (*HEAVY, *SCRIPTS):
         importlib.import_module(name)
     gc.freeze()  # what is loaded is not searched for garbage again at the exit of every run
