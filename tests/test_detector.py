@@ -289,7 +289,9 @@ def test_file_names_decide_by_all_of_their_folders_and_then_by_unique_base_names
 
 
 def test_boxes_over_the_edge_are_cut_on_both_sides_and_those_without_area_are_listed(tmp_path):
-    truth = annotated([(0, 0, [80, 10, 120, 30])], [(0, 0, BOX), (1, 0, [5, 5, 5, 50])], *[[(0, 0, BOX)]] * 10)
+    by_less_than_a_pixel = [(0, 0, [70, 10, 100.9, 30])]
+    truth = annotated([(0, 0, [80, 10, 120, 30])], [(0, 0, BOX), (1, 0, [5, 5, 5, 50])], by_less_than_a_pixel,
+                      *[[(0, 0, BOX)]] * 9)
     as_files(tmp_path, truth, [detections((0, 0.9, 0, [80, 10, 120, 30])), *[detections((0, 0.8, 0, BOX))] * 11])
     judged, found, *_ = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")
     assert found[0].boxes.tolist() == judged.boxes[0].tolist() == [[80, 10, 100, 30]]

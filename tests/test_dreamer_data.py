@@ -521,6 +521,11 @@ def test_patients_by_regex_by_json_and_by_csv(clinic, tmp_path):
         assert [owner[s] for s in study.sequences] == study.patients.tolist() and "WARNING" not in text
 
 
+@pytest.mark.parametrize("regex, patient", [(r"(p\d)_(s\d)", "p1"), (r"p\d_s", "p1_s"), (r"_(s\d)", "s2")])
+def test_the_first_group_of_a_regex_is_the_patient_and_without_one_all_that_it_matches(regex, patient):
+    assert probe_poses.patients_of(["site/p1_s2"], None, regex) == {"site/p1_s2": patient}
+
+
 def test_without_a_map_folders_are_suspected(clinic):
     study, text, _ = load(clinic)
     assert not study.has_patients and "a folder is not a patient" in text

@@ -126,6 +126,15 @@ def test_the_right_convention_is_found_and_its_residual_is_zero(name):
     assert all(row[other]["mm"] + row[other]["deg"] > 0.01 for other in row if other != name)
 
 
+@pytest.mark.parametrize("missed, asked, is_poor", [
+    ((1.0, 2, 3), "auto", False), ((1.01, 2, 3), "auto", True), ((0.4, 0.2, 3), "additive", False),
+    ((0.42, 0.2, 3), "additive", True)])
+def test_a_poor_fit_is_above_1_or_twice_the_best_one(missed, asked, is_poor):
+    residuals = [{"mm": each / 4, "deg": 3 * each / 4} for each in missed]
+    name, text = probe_poses.choose_composition(asked, residuals, None)
+    assert name == "additive" and (": a poor fit; check" in text) is is_poor
+
+
 @pytest.mark.parametrize("motions", CONVENTIONS)
 def test_the_audit_picks_the_convention_that_the_data_were_made_in(motions, tmp_path):
     run_script("make_sample_data.py", "--task", "dreamer", "--output_dir", tmp_path, "--n_samples", 48)
