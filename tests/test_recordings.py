@@ -407,6 +407,19 @@ def test_events_in_frames_are_judged_at_the_rate_of_their_recording(made, tmp_pa
     assert [row for row in read_csv(run / "bout_scores.csv") if int(row["bouts"])] == found
 
 
+@pytest.mark.parametrize("n_frames, expected", [
+    (4, [0]), (5, [0, 1]), (10, [0, 3, 6]), (11, [0, 3, 6, 7]), (12, [0, 3, 6, 8]), (13, [0, 3, 6, 9])])
+def test_windows_slide_by_their_step_and_the_last_one_ends_with_the_recording_once(n_frames, expected):
+    grid = [SimpleNamespace(pixels=np.full((8, 8, 3), k, np.uint8), is_new=k > 0) for k in range(n_frames)]
+    found = []
+    for places, windows in sliding_windows.slide(grid, 4, 3, 2, 8, lambda pixels: {"level": pixels[1:, 0, 0, 0]}):
+        assert len(places) <= 2 and windows["pixels"].shape == (len(places), 4, 8, 8, 3)
+        assert windows["level"].tolist() == [[place + k for k in range(4)] for place in places]
+        assert windows["is_new"].tolist() == [[place + k > 0 for k in range(4)] for place in places]
+        found += places
+    assert found == expected
+
+
 @pytest.mark.parametrize("second, is_noted", [((4, 9), True), ((5, 9), False)])
 def test_events_of_one_class_that_overlap_are_noted(capsys, second, is_noted):
     """Two observers in one table: each bout can be paired with an event of one of them alone."""
