@@ -1455,7 +1455,8 @@ def judge_bouts(args):
     data = common.read_or_warn(file).get("data", {})
     if "fps" not in args.given and "fps" in data:  # a training run has none, and is refused below
         args = common.with_flags(args, fps=data["fps"])
-    ethograms.judge_folder(args.predictions, lambda names: read_table(args, names), args.output)
+    ethograms.judge_folder(
+        args.predictions, lambda names: read_table(args, names), args.output, by_group=bool(args.group_column))
 
 
 def judge_predictions(args):

@@ -254,10 +254,10 @@ def events_in(windows, table):
     return events
 
 
-def judge_folder(folder, read_table, output):
+def judge_folder(folder, read_table, output, by_group=False):
     """Judge the bouts in a run folder of predict --video by the EventTable that read_table(names of classes) gives.
 
-    Says it and writes it: output, else bout_scores.csv in the folder.
+    Says it and writes it: output, else bout_scores.csv in the folder. by_group: intervals over the table's groups.
     """
     windows = read_spans(folder / "windows.csv")
     table = read_table([name.removeprefix("prob_") for name in windows if name.startswith("prob_")])
@@ -266,7 +266,10 @@ def judge_folder(folder, read_table, output):
     for entry in table.skipped:
         print(f"skipped: {entry['row']}, {entry['video']}: {entry['reason']}")
     bouts = read_spans(folder / "bouts.csv")
-    rows, method = judge_bouts(windows, bouts, events_in(windows, table), table.names)
+    group_of = {}
+    if by_group:
+        group_of = {str(source.resolve()): group for source, group in zip(table.sources, table.groups)}
+    rows, method = judge_bouts(windows, bouts, events_in(windows, table), table.names, group_of)
     output = output or folder / "bout_scores.csv"
     common.write_table(output, rows)
     for row in rows:
@@ -314,12 +317,13 @@ def bout_metrics(sums):
     return metrics
 
 
-def judge_bouts(windows, bouts, events, names):
+def judge_bouts(windows, bouts, events, names, group_of=None):
     """(rows of a table, one for each class; how their intervals are made).
 
     windows, bouts, events: DataFrames with video, start_sec and end_sec, the last two also label. Of all videos that
     have windows: precision, recall and F1 of bouts that are paired with events at each IoU, and Cohen's kappa over
-    time, that of infinitely short frames. Intervals over videos: none where under 5 have what a number is about.
+    time, that of infinitely short frames. Intervals over videos, or over the groups of group_of {video: group} (others
+    are their own): none where under 5 have what a number is about.
     """
     import pandas as pd
     counts = []
@@ -327,16 +331,19 @@ def judge_bouts(windows, bouts, events, names):
         watched_sec = rows["end_sec"].max() - rows["start_sec"].min()
         counts += [compare_spans(spans_of(bouts, video, name), spans_of(events, video, name), watched_sec)
                    for name in names]
-    numbers = {key: column.to_numpy().reshape(-1, len(names))
-               for key, column in pd.DataFrame(counts).items()}  # (V, C) each
+    groups = [(group_of or {}).get(video, video) for video in windows["video"].unique()]
+    keys = [np.repeat(groups, len(names)), len(groups) * list(names)]
+    summed = pd.DataFrame(counts).groupby(keys, sort=False).sum()
+    numbers = {key: column.to_numpy().reshape(-1, len(names)) for key, column in summed.items()}  # (V, C) each
     n_videos = len(numbers["bouts"])
 
     def statistic(weights):
         return {}, bout_metrics({key: weights @ values for key, values in numbers.items()})  # (D, C) each
     n_events = numbers["events"].sum(0)  # (C,)
     support = subject_intervals.support_alone(statistic, n_videos)
+    unit = "groups" if group_of else "videos"
     result = subject_intervals.estimate(
-        statistic, None, n_videos, "videos", names=names, n=n_events, rows=n_videos, support=support)
+        statistic, None, n_videos, unit, names=names, n=n_events, rows=n_videos, support=support)
     columns = {"label": names, "bouts": numbers["bouts"].sum(0), "events": n_events}
     for metric, found in result.each.model.items():
         columns |= found.columns(metric)

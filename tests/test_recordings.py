@@ -420,6 +420,30 @@ def test_windows_slide_by_their_step_and_the_last_one_ends_with_the_recording_on
     assert found == expected
 
 
+def test_bouts_of_two_cameras_are_judged_over_their_sessions(tmp_path, capsys):
+    """What both cameras filmed is one case: the numbers are those of all videos, the interval that of the sessions."""
+    videos = [f"/s{s}_cam{cam}" for s in range(6) for cam in "ab"]
+    windows = table_of({video: {"": [(0, 20)]} for video in videos})
+    bouts = table_of({video: {"bite": [(1, 5), (8, 9 + k // 2)]} for k, video in enumerate(videos)})
+    events = table_of({video: {"bite": [(1, 4), (8, 12)]} for video in videos})
+    sessions = {video: video[:3] for video in videos}
+    [each], method = ethograms.judge_bouts(windows, bouts, events, ["bite"])
+    [own], method_of_groups = ethograms.judge_bouts(windows, bouts, events, ["bite"], sessions)
+    assert "12 videos" in method and "6 groups" in method_of_groups
+    assert (own["kappa"], own["recall_at_0.5"]) == pytest.approx((each["kappa"], each["recall_at_0.5"]))
+    assert own["kappa_high"] - own["kappa_low"] > 1.2 * (each["kappa_high"] - each["kappa_low"])
+
+    (tmp_path / "windows.csv").write_text("video,start_sec,end_sec,pred_label,prob_bite\n" + "".join(
+        f"{video},0,20,bite,1\n" for video in videos))
+    bouts.assign(mean_prob=1).to_csv(tmp_path / "bouts.csv", index=False)
+    table = SimpleNamespace(windows=events[["start_sec", "end_sec"]].to_numpy(), sources=[Path(v) for v in events["video"]],
+                            names=["bite"], label=np.zeros(24, int), notes=[], skipped=[],
+                            groups=events["video"].map(sessions).to_numpy())
+    for by_group, said in ((True, "over 6 groups"), (False, "over 12 videos")):
+        ethograms.judge_folder(tmp_path, lambda names: table, None, by_group)
+        assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("second, is_noted", [((4, 9), True), ((5, 9), False)])
 def test_events_of_one_class_that_overlap_are_noted(capsys, second, is_noted):
     """Two observers in one table: each bout can be paired with an event of one of them alone."""
