@@ -415,7 +415,8 @@ def _probabilities(table, prefix, names, path):
         row = is_bad.argmax()
         raise common.UserError(
             f"{path}, row {row + 1}: expected probabilities from 0 to 1 with sum 1 in {columns[0]} and its like, found "
-            f"{block[row].tolist()} ({is_bad.sum()} such rows); turn logits into probabilities (softmax) first")
+            f"{block[row].tolist()} ({is_bad.sum()} such rows); divide percentages by 100, or turn logits into "
+            "probabilities (softmax) first")
     return block
 
 

@@ -77,7 +77,7 @@ def looks_numeric(cells):
 def read_text(path):
     """Text of a file, unpacked where it is gzip: UTF-8 or UTF-16 (BOM), Windows-1252 as the last resort."""
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
+        found = "a folder; join its tables in one" if path.is_dir() else "no such file"
         raise common.UserError(f"{path}: expected a table or list, found {found}.")
     data = path.read_bytes()
     if data.startswith(b"\x1f\x8b"):
@@ -163,10 +163,10 @@ def _clean_cells(values):
 def read_table(path):
     """CSV table -> DataFrame of str cells, '' where blank, NA or NaN; its index holds the line numbers in the file.
 
-    Comma, semicolon, tab or blanks; BOM; .gz; CRLF; Excel's sep= line, titles and # comments above the header, rows
-    quoted as one field and rows without their last blank cells; R's row names. Without a header the column of files is
-    `path`, the others column_2 and so on. attrs: delimiter, notes. Raises UserError: no such file, binary, empty, rows
-    wider than the header, repeated column names.
+    Comma, semicolon, tab or blanks; BOM; .gz; CRLF; Excel's sep= line, titles and # comments above the header, what
+    Qualtrics writes below it, rows quoted as one field and rows without their last blank cells; R's row names. Without
+    a header the column of files is `path`, the others column_2 and so on. attrs: delimiter, notes. Raises UserError: no
+    such file, binary, empty, rows wider than the header, repeated column names.
     """
     import pandas as pd
     text = read_text(path)
@@ -187,6 +187,9 @@ def read_table(path):
         _, first = rows.pop(0)
         if len(first) != len(header):
             notes.append("the quoted header line was parsed again")
+    if any(cell.startswith('{"ImportId":') for _, cells in rows[1:2] for cell in cells):
+        notes.append("the two lines below the header, in which Qualtrics describes the columns, were skipped")
+        rows = rows[2:]
     if not rows:
         raise common.UserError(
             f"{path}: expected a header and rows, found {min(len(header), 1)} line(s) with content. Check the file.")

@@ -20,13 +20,16 @@ ROLES = {
     "se": "se", "sem": "se"}
 ABOUT_RATERS = ("sd", "n", "se")  # roles that say how many raters a mean has and how far they agree
 NO_RATING = set("id index unnamed names rt latency".split())
-TRIAL = set("block blocknum order trial trialnum".split())  # when in the experiment a single rating was given
+# where and when in the experiment a single rating was given, and where the mouse was
+TRIAL = set("block blocknum order trial trialnum row screen time timestamp started stopped onset duration elapsed "
+            "mouse coordinate".split())
 RATER = set("rater participant subject respondent observer judge coder worker user pid".split())
 ATTRIBUTE = "attribute trait question scale item measure dimension".split()
 ANSWER = set("rating response score value answer".split())
-# Written for a missing answer: 99, -99, 999 and so on, and -9; a 9 may be an answer.
+# Written for a missing answer: 99, -99, 999 and so on, and -9.
 MISSING_CODES = [int(digit * count) for digit in "789" for count in (2, 3, 4)]
-MISSING_CODES += [-code for code in (7, 8, 9, *MISSING_CODES)]
+DIGIT_CODES = [7, 8, 9]  # answers too, unless they are very far from the others, as beside 0, 1 and 2
+MISSING_CODES += [-code for code in (*DIGIT_CODES, *MISSING_CODES)]
 
 
 @dataclasses.dataclass
@@ -61,7 +64,8 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
     image = named("image", image_column, table.columns, IMAGE_COLUMNS)
     if image is None:
         raise common.UserError(
-            f"{source} has no image column (found: {common.shorten_list(table.columns)}). Name it with --image_column.")
+            f"{source} has no image column (found: {common.shorten_list(table.columns)}). Name it with --image_column; "
+            "where each picture has columns of its own, write a row for each picture, or rater and picture.")
     csv_tables.refuse_blank(table, source, image)
     same_image = table[image].map(file_names.clean_name)
     table[image] = table[image].groupby(same_image).transform("first")  # one spelling each
@@ -222,17 +226,19 @@ class Columns:
 
     def find_single_ratings(self, duplicates):
         """Set rater, attribute and rating where each row is a single rating. UserError where it is unclear."""
+        varying = self.varying(self.others, [self.image])
+        rater = self.rater or next(filter(_names_rater, varying), None)
         self.find_attribute_and_rating_by_name()
         if self.attribute and self.rating:
+            self.rater = rater
             return
         if not self.attribute and not self.table[self.image].duplicated().any():
             return
         are_told = self.rater or self.attribute or duplicates == "ratings"
         if not are_told and any("sd" in roles and len(roles) > 1 for roles in self.of_rating.values()):
             return  # means, each beside its sd
-        varying = self.varying(self.others, [self.image])
-        self.rater = self.rater or next(filter(_names_rater, varying), None)
-        answers = self.possible_answers()
+        self.rater = rater
+        answers = [self.rating] if self.rating else self.possible_answers()
         if self.rater:
             varying = self.varying(varying, [self.image, self.rater])
         if not self.attribute:
@@ -309,7 +315,8 @@ def _wide_ratings(columns, duplicates):
     notes = columns.notes
     if unused:
         notes.append(f"not used, though by name an sd or a number of raters: {common.shorten_list(unused)}")
-    raters = [name for name in chosen if name.rstrip("0123456789 _").lower() in RATER | {"r", "p"}]
+    last_words = {name: WORD_BORDER.split(name.rstrip("0123456789 _"))[-1].lower() for name in chosen}
+    raters = [name for name, word in last_words.items() if word in RATER | {"obs", "r", "p"}]
     if len(raters) > 1:
         notes.append(
             f"{common.shorten_list(raters)} are learnt as {len(raters)} ratings. If they are people who "
@@ -390,15 +397,20 @@ def _without_codes(columns, found, are_counts=False):
 
 def _code_faults(name, values):
     """A line for each number that is written for a missing answer and far from all the others."""
-    is_code = values.isin(MISSING_CODES)
-    others = values[~is_code]
-    low = others.min()
-    high = others.max()
-    is_far = (values < 2 * low - high) | (values > 2 * high - low)
-    if low >= 0:
-        is_far |= values < 0
-    return [f"{name} is {code:g} in {len(cells)} cells (line {common.shorten_list(cells.index, 3)}), the others "
-            f"{low:g} to {high:g}" for code, cells in values[is_code & is_far].groupby(values)]
+    faults = []
+    digits = [code for code in DIGIT_CODES if (values == code).sum() > 1 and values.nunique() > 2]
+    for codes, n_ranges in ((MISSING_CODES, 1), (digits, 2)):
+        is_code = values.isin(codes)
+        others = values[~is_code]
+        low = others.min()
+        high = others.max()
+        margin = n_ranges * (high - low)
+        is_far = (values < low - margin) | (values > high + margin)
+        if low >= 0:
+            is_far |= values < 0
+        faults += [f"{name} is {code:g} in {len(cells)} cells (line {common.shorten_list(cells.index, 3)}), the others "
+                   f"{low:g} to {high:g}" for code, cells in values[is_code & is_far].groupby(values)]
+    return faults
 
 
 def _single_ratings(columns):
@@ -419,13 +431,20 @@ def _single_ratings(columns):
 
 
 def _summarise_singles(columns, found, used):
-    """found: {rating: single ones by line} -> RatingsTable; sd has ddof 1 and is NaN for one single rating."""
+    """found: {rating: single ones by line} -> RatingsTable; sd has ddof 1 and is NaN for one single rating.
+
+    Several of one rater are first averaged: they agree more than those of different raters.
+    """
     import pandas as pd
     names = list(found)
     table = columns.table
     image_of = table[columns.image]
     images = image_of.unique()
-    singles = pd.concat({name: values.set_axis(image_of[values.index]) for name, values in found.items()})
+    line = pd.Series([f"line {number}" for number in table.index], table.index)
+    rater_of = table[columns.rater].mask(lambda rater: rater == "", line) if columns.rater else line
+    answers = pd.concat(found)
+    singles = pd.concat({name: values.groupby([image_of, rater_of], sort=False).mean().droplevel(1)
+                         for name, values in found.items()})
     grouped = singles.dropna().groupby(level=[1, 0])
     moments = grouped.agg(["mean", "std", "count"]).reindex(pd.MultiIndex.from_product([images, names]))
     mean, sd, n = moments.to_numpy().T.reshape(3, len(images), len(names))  # (statistic, image, rating)
@@ -434,8 +453,14 @@ def _summarise_singles(columns, found, used):
     told = [f"--{flag}_column {getattr(columns, flag)}" for flag in flags if getattr(columns, flag)]
     notes = [
         *columns.notes,
-        f"{singles.count()} single ratings of {len(images)} images ({singles.isna().sum()} blank ones left out), of "
+        f"{answers.count()} single ratings of {len(images)} images ({answers.isna().sum()} blank ones left out), of "
         f"{common.shorten_list(names)}: {' '.join(told) or 'no rater named'}"]
+    n_repeated = answers.count() - singles.count()
+    if n_repeated:
+        differing = columns.varying(columns.others, [columns.image, columns.rater])
+        notes.append(
+            f"{n_repeated} single ratings are further ones of the same rater and image: their mean counts once. Does "
+            f"a column say what was asked? --attribute_column (they differ in {common.shorten_list(differing)})")
     arrays = {key: own.to_numpy() for key, own in grouped}
     return RatingsTable(
         names=names,

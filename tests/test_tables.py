@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
+from evidence import rater_agreement
 from readers import csv_tables, file_names, rating_tables
 
 pytestmark = pytest.mark.fault("tables, COCO, JSON: quirks and mistakes")
@@ -82,6 +83,16 @@ def test_header_with_commas_in_a_semicolon_file(tmp_path):
 def test_a_delimiter_that_needs_no_title_above_the_header_wins(tmp_path):
     table = csv_tables.read_table(written(tmp_path, "image,x\na;b,5\nc;d,6\n"))
     assert list(table.columns) == ["image", "x"] and table["x"].tolist() == ["5", "6"]
+
+
+def test_lines_in_which_qualtrics_describes_the_columns(tmp_path):
+    text = ('image,Q1\nWhich face?,"How calm is ""she""?\n- 1 to 7"\n'
+            '"{""ImportId"":""image""}","{""ImportId"":""QID1_1""}"\na.png,3\nb.png,4\n')
+    table = csv_tables.read_table(written(tmp_path, text))
+    assert table["Q1"].tolist() == ["3", "4"] and table.index.tolist() == [5, 6]
+    assert any("Qualtrics" in note for note in table.attrs["notes"])
+    with pytest.raises(common.UserError, match="expected a header and rows"):
+        csv_tables.read_table(written(tmp_path, text.split("a.png")[0]))
 
 
 def test_single_column_and_quoted_line_break(tmp_path):
@@ -194,7 +205,10 @@ def test_long_table_against_pandas(tmp_path):
     frame["family"] = "f" + (frame["stimulus"] % 3).astype(str)
     frame.to_csv(tmp_path / "long.csv", index=False)
     ratings = rating_tables.read_ratings(tmp_path / "long.csv")
-    wide = frame.pivot_table(index="stimulus", columns="attribute", values="rating", aggfunc=["mean", "std", "count"])
+    of_raters = frame.groupby(["stimulus", "attribute", "rater"])["rating"].mean().reset_index()
+    assert len(of_raters) < 400, "some answer twice"
+    wide = of_raters.pivot_table(
+        index="stimulus", columns="attribute", values="rating", aggfunc=["mean", "std", "count"])
     wide = wide.loc[[int(name) for name in ratings.images]]
     for mine, what in ((ratings.mean, "mean"), (ratings.sd, "std"), (ratings.n, "count")):
         np.testing.assert_allclose(mine, wide[what][ratings.names].to_numpy(), rtol=1e-12)
@@ -204,6 +218,35 @@ def test_long_table_against_pandas(tmp_path):
     assert list(ratings.extra.columns) == ["family"] and any("rater" in note for note in ratings.notes)
     assert ratings.extra["family"].tolist() == ["f" + str(int(name) % 3) for name in ratings.images]
     assert rating_tables.read_ratings(tmp_path / "long.csv", target_columns=["sad"]).names == ["sad"]
+
+
+@pytest.mark.parametrize("head", ["image,rater,calm", "image,rater,calm,seen", "stimulus,rater,rating,attribute"])
+def test_a_rater_who_answers_twice_counts_once(tmp_path, head):
+    """Two sessions of two raters: the raters differ by 4, each from himself by 2."""
+    rows = ["a,A,1", "a,A,3", "a,B,5", "a,B,7", "b,A,2", "b,,3", "b,,4"]
+    ends = {"attribute": ",calm", "seen": ",first"}
+    end = ends.get(head.split(",")[-1], "")
+    path = written(tmp_path, f"{head}\n" + "".join(f"{row}{end}\n" for row in rows))
+    ratings = rating_tables.read_ratings(path)
+    assert ratings.names == ["calm"] and ratings.n.tolist() == [[2], [3]], "blank names are nobody's"
+    assert [each.tolist() for each in ratings.single_ratings["calm"]] == [[2, 6], [2, 3, 4]]
+    assert ratings.mean.tolist() == [[4], [3]]
+    np.testing.assert_allclose(ratings.sd, [[math.sqrt(8)], [1]])
+    note = next(note for note in ratings.notes if "their mean counts once" in note)
+    assert note.startswith("2 single ratings are further ones of the same rater") and "--attribute_column" in note
+
+
+def test_the_ceiling_is_not_raised_by_raters_who_answer_twice(tmp_path):
+    """Classical test theory: pictures, raters of pictures and answers of one rater vary by 1, 1 and .01."""
+    rng = np.random.default_rng(0)
+    own = rng.normal(size=(400, 1)) + rng.normal(size=(400, 3))
+    frame = pd.DataFrame(
+        [(f"{i}.png", f"p{p}", own[i, p] + .1 * rng.normal()) for i in range(400) for p in range(3) for _ in "12"],
+        columns=["image", "rater", "calm"])
+    frame.to_csv(tmp_path / "twice.csv", index=False)
+    ratings = rating_tables.read_ratings(tmp_path / "twice.csv")
+    ceiling = rater_agreement.measure_ceiling(ratings.names, ratings.mean, single_ratings=ratings.single_ratings)
+    assert abs(ceiling.r2[0] - 1 / (1 + 1 / 3)) < .05
 
 
 def test_long_table_with_gaps(tmp_path):
@@ -246,7 +289,8 @@ def test_two_spellings_of_one_picture_are_one_image(tmp_path):
 
 
 @pytest.mark.parametrize("text, options, words", [
-    ("stimulus_no,Valence\n1,2\n", {}, ["has no image column (found: stimulus_no, Valence)", "--image_column"]),
+    ("stimulus_no,Valence\n1,2\n", {}, ["has no image column (found: stimulus_no, Valence)", "--image_column",
+                                            "rater and picture"]),
     ("image,Valence\na,2\nb,3\n", {"image_column": "imagee"}, ["--image_column", "did you mean image?"]),
     ("image,Valence\na,2\nb,3\n", {"target_columns": ["valense", "q"]}, ["did you mean Valence?", "q"]),
     ("image,Valence\na,2\nb,3\n", {"group_column": "subject"}, ["--group_column subject", "Valence"]),
@@ -343,7 +387,36 @@ def test_one_row_per_rater_gives_mean_sd_n_and_the_ratings(tmp_path, rater):
     assert any(f"--rater_column {rater}" in note for note in ratings.notes)
 
 
+PSYCHOPY = ["thisRow.t", "face.started", "slider_calm.rt", "slider_calm.started", "slider_calm.stopped", "mouse.x",
+            "mouse.leftButton"]
+GORILLA = ["UTC Timestamp", "Spreadsheet Row", "Trial Number", "Screen Number", "Reaction Time", "X Coordinate"]
+OTHERS = ["time_elapsed", "Duration (in seconds)", "Slide.OnsetTime"]  # jsPsych, Qualtrics, E-Prime
+
+
+@pytest.mark.parametrize("others, answer", [
+    (PSYCHOPY, "slider_calm.response"), (GORILLA, "Response"), (OTHERS, "Q5_1")])
+def test_times_and_places_of_an_experiment_are_no_ratings(tmp_path, others, answer):
+    makes = {name: lambda i, p, k=k: round(spread(i + k, p) * 1.37, 3) for k, name in enumerate(others)}
+    frame = rated_by({"Participant ID": lambda i, p: f"p{p}", **makes, answer: spread})
+    frame.to_csv(tmp_path / "raw.csv", index=False)
+    assert rating_tables.read_ratings(tmp_path / "raw.csv").names == [answer]
+    wanted = rating_tables.read_ratings(tmp_path / "raw.csv", target_columns=[others[0]])
+    assert wanted.names == [others[0]]
+
+
+@pytest.mark.parametrize("further", [{}, {"rating_column": "y"}])
+def test_what_was_asked_is_told_apart_beside_times_and_a_named_rating(tmp_path, further):
+    frames = [rated_by({"participant": lambda i, p: f"p{p}", "Reaction Time": spread, "Screen Name":
+                        lambda i, p, name=name: name, "y": lambda i, p, k=k: 10 * k + spread(i, p),
+                        **({"x": spread} if further else {})}) for k, name in enumerate(["smart", "calm"])]
+    pd.concat(frames).to_csv(tmp_path / "raw.csv", index=False)
+    ratings = rating_tables.read_ratings(tmp_path / "raw.csv", **further)
+    assert ratings.names == ["smart", "calm"] and (ratings.n == 4).all()
+    np.testing.assert_allclose(ratings.mean[:, 1] - ratings.mean[:, 0], 10)
+
+
 @pytest.mark.parametrize("names, is_said", [(["rater1", "rater2", "Rater3"], True), (["P1", "P2", "P3"], True),
+                                            (["Ears_Obs1", "Ears_Obs2", "EyesObs 3"], True),
                                             (["warm1", "warm2", "rater1"], False)])
 def test_a_column_for_each_rater_is_said_to_be_learnt_as_a_rating(tmp_path, names, is_said):
     frame = pd.DataFrame({"image": [f"{i}.png" for i in range(9)], **{name: np.arange(9.0) for name in names}})
@@ -411,7 +484,8 @@ def test_an_attribute_by_flag_needs_no_repeated_image(tmp_path):
 
 # missing codes
 
-@pytest.mark.parametrize("code, scale", [(-9, 7), (-99, 100), (99, 9), (999, 100), (9999, 100), (88, 7), (-7, 5)])
+@pytest.mark.parametrize("code, scale", [(-9, 7), (-99, 100), (99, 9), (999, 100), (9999, 100), (88, 7), (-7, 5),
+                                         (9, 2), (8, 2), (7, 2)])
 def test_codes_for_missing_answers_stop_the_run_or_are_missing(tmp_path, code, scale):
     values = [1 + (scale - 1) * i / 9 for i in range(10)]
     values[3] = values[7] = code
@@ -425,7 +499,8 @@ def test_codes_for_missing_answers_stop_the_run_or_are_missing(tmp_path, code, s
 
 
 def test_high_ratings_are_no_codes(tmp_path):
-    for values in ([0, 50, 77, 88, 99, 100], [1, 5, 9, 8, 7], [-40, -9, 3, 80], [300, 999, 700, 880]):
+    for values in ([0, 50, 77, 88, 99, 100], [1, 5, 9, 8, 7], [-40, -9, 3, 80], [300, 999, 700, 880],
+                   [0, 1, 2, 9], [1, 7, 7, 1], [0, 1, 4, 9, 9]):
         text = "image,x,n\n" + "".join(f"{i},{value},{99 if i else 3}\n" for i, value in enumerate(values))
         assert rating_tables.read_ratings(written(tmp_path, text)).mean[:, 0].tolist() == values
 

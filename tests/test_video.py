@@ -1152,6 +1152,7 @@ def test_bounded_scores_do_not_start_from_a_head_without_bounds(made, scores, tm
 def test_predictions_that_cannot_be_evaluated(tmp_path):
     for text, words in (("clip_id,a\n1,2\n", "NAME_predicted"), ("clip_id,prob_a\n1,1\n", "true_label"),
                         ("clip_id,true_label,prob_a\n1,b,1\n", "no column prob_"),
+                        ("clip_id,true_label,prob_a,prob_b\n1,a,70,30\n", "divide percentages by 100, or turn logits"),
                         ("clip_id,true_label,prob_a,prob_b\n1,a,.7,.6\n", "sum 1"),
                         ("clip_id,true_label,prob_a,prob_b\n1,a,.7,.3\n2,b,1.4,-.4\n", "row 2: expected probabilities"),
                         ("clip_id,true_label,prob_a,prob_b,x_prob_a,x_prob_b\n1,a,1,0,3,4\n", "x_prob_a"),
