@@ -5,6 +5,7 @@ Letters: N pictures, R ratings.
 import collections
 import dataclasses
 import re
+import shlex
 
 import numpy as np
 
@@ -105,7 +106,7 @@ def _refuse_useless(ratings, source):
             "Fill or delete these rows.")
     is_constant = mean.nunique() < 2
     if is_constant.any():
-        others = " ".join(mean.columns[~is_constant])
+        others = shlex.join(mean.columns[~is_constant])
         remedy = f" Leave them out: --target_columns {others}" if others else ""
         raise common.UserError(
             f"{source}: constant rating columns (nothing to learn): "

@@ -346,6 +346,11 @@ def test_image_column_by_name(tmp_path):
     assert ratings.names == ["Valence"] and "columns that are no ratings: image" in ratings.notes
 
 
+def test_ratings_with_blanks_in_their_names_are_quoted_in_what_to_type(tmp_path):
+    path = written(tmp_path, "image,Ear position,pain,flat\na,1,2,3\nb,2,3,3\n")
+    assert "Leave them out: --target_columns 'Ear position' pain" in fails(rating_tables.read_ratings, path)
+
+
 def test_the_rating_column_of_a_table_with_one_row_an_image(tmp_path):
     path = written(tmp_path, "image,age,rating\na,20,1\nb,30,2\n")
     assert rating_tables.read_ratings(path, rating_column="rating").names == ["rating"]
