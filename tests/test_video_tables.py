@@ -1274,6 +1274,12 @@ def test_groups_on_two_sides_stop_a_run_that_could_keep_them_apart(tmp_path, mon
     assert ("--group_column pen has one value, a, so" in str(stopping)) == (groups == "aaaa")
 
 
+def test_scores_are_stratified_by_their_mean_in_sds():
+    target = np.array([[0.0, 1], [100, 3], [200, np.nan]])  # their sds: 81.65 and 1
+    found = event_tables.strata_of(SimpleNamespace(target=target))
+    np.testing.assert_allclose(found, [0.5, (100 / 81.65 + 3) / 2, 200 / 81.65], rtol=1e-5)
+
+
 def test_an_audit_of_scores_needs_no_classes(scores):
     doubled = scores.take([0, 1, 2, 3, 3, 4, 5])
     report = event_audit.audit_table(doubled, {"train": np.arange(4), "test": np.arange(4, 7)})
