@@ -230,7 +230,8 @@ def test_results_of_another_program_are_judged_as_pycocotools_does(tmp_path):
 def test_the_baseline_of_the_highest_ap_counts_and_limits_of_a_run_stand_on_its_page(tmp_path):
     truth, found = random_case(3)
     setting = judging.Setting(limits=["Of one observer."])
-    args = train_detector.parse_args(["--mode", "audit", "--json", "x", "--images_dir", "y", "--output_dir", str(tmp_path)])
+    args = train_detector.parse_args(
+        ["--mode", "audit", "--json", "x", "--images_dir", "y", "--output_dir", str(tmp_path)])
     trained = {"heads": found, "other": [detections()] * len(found)}
     with common.start_run(args) as run:
         priors = [detection_judging.mean_boxes(truth)] * len(found)

@@ -780,7 +780,8 @@ def test_the_tables_of_predictors_and_baselines_by_numpy_and_scipy():
     known = ~np.isnan(table.target)
     for row, predicted in zip(pose_scores.predictor_rows(table), (table.predicted, 0 * table.predicted), strict=True):
         error = np.where(known, predicted - table.target, np.nan)
-        turns = [Rotation.from_euler("ZYX", poses[known.all(1)][:, :2:-1], degrees=True) for poses in (predicted, table.target)]
+        turns = [Rotation.from_euler("ZYX", poses[known.all(1)][:, :2:-1], degrees=True)
+                 for poses in (predicted, table.target)]
         assert row == {"predictor": row["predictor"], **{name: pytest.approx(value) for name, value in {
             "mae_mm": np.nanmean(np.abs(error[:, :3])), "mae_deg": np.nanmean(np.abs(error[:, 3:])),
             "distance_mm": np.mean((error[:, :3] ** 2).sum(1) ** 0.5),

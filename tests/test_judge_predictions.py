@@ -446,7 +446,8 @@ def test_what_a_run_knows_beside_its_table_joins_its_metrics_and_its_page(tmp_pa
     table = prediction_tables.labelled(prediction_tables.read_predictions(tmp_path / "p.csv", "subject"))
     folds = [{"fold": k, "rows": 30, "best_epoch": 3 + k, "r2": 0.25} for k in range(2)]
     setting = judging.Setting(part="folds", seen=np.full(60, "new"), alarms=("found before training",), folds=folds)
-    args = judge_predictions.parse_args(["--predictions", str(tmp_path / "p.csv"), "--output_dir", str(tmp_path / "out")])
+    args = judge_predictions.parse_args(
+        ["--predictions", str(tmp_path / "p.csv"), "--output_dir", str(tmp_path / "out")])
     with common.start_run(args) as run:
         metrics = score_judging.judge_scores(run, table, setting)
     before, equal = metrics["alarms"]

@@ -248,11 +248,13 @@ def test_blocks_of_time_are_cut_in_each_sequence_by_its_order():
 
     def places(rows):
         """Which rows these are in the order of their own sequence."""
-        return {name: sorted(np.searchsorted(np.sort(order[sequences == name]), order[rows[sequences[rows] == name]]).tolist())
-                for name in "ab"}
+        own = {name: rows[sequences[rows] == name] for name in "ab"}
+        return {name: sorted(np.searchsorted(np.sort(order[sequences == name]), order[each]).tolist())
+                for name, each in own.items()}
     split = splitting.split_by_time(sequences, order, {"train": 0.5, "val": 0.25, "test": 0.25}, 1)
     assert {part: places(rows) for part, rows in split.items()} == {
-        "train": {"a": [0, 1, 2, 3, 4], "b": [0, 1, 2]}, "val": {"a": [6, 7], "b": [4, 5]}, "test": {"a": [9, 10, 11], "b": [7]}}
+        "train": {"a": [0, 1, 2, 3, 4], "b": [0, 1, 2]}, "val": {"a": [6, 7], "b": [4, 5]},
+        "test": {"a": [9, 10, 11], "b": [7]}}
     folds = splitting.folds_by_time(sequences, order, 3, 1)
     assert [places(fold["val"]) for fold in folds] == [
         {"a": [0, 1, 2, 3], "b": [0, 1]}, {"a": [4, 5, 6, 7], "b": [2, 3, 4]}, {"a": [8, 9, 10, 11], "b": [5, 6, 7]}]

@@ -950,6 +950,8 @@ def test_filter(scores):
     assert np.flatnonzero(event_tables.filter_rows(scores, "moment==M1")).tolist() == [1, 3, 5]
     assert np.flatnonzero(event_tables.filter_rows(scores, "Moment != 'm1' and nrs_1_10 >= 3")).tolist() == [2, 4]
     assert np.flatnonzero(event_tables.filter_rows(scores, "VAS (0-100)<20 and animal == 0")).tolist() == [0, 1]
+    kept = {sign: event_tables.filter_rows(scores, f"animal {sign} 1").sum() for sign in ("<", "<=", ">", ">=", "==")}
+    assert kept["<="] == kept["<"] + kept["=="] and kept[">="] == kept[">"] + kept["=="] and kept["=="] > 0
     assert "keeps none" in fails(event_tables.filter_rows, scores, "moment==M9")
     assert "did you mean moment" in fails(event_tables.filter_rows, scores, "momnet==M1")
     for hostile in ("moment", "__import__('os')", "moment==", "moment=M1", "moment==M1 and"):
@@ -1122,8 +1124,9 @@ def test_windows_against_every_pair_of_rows(tmp_path):
     for i in range(len(table)):
         for j in range(i):
             (a, b), (c, d) = bounds[i], bounds[j]
-            same = table.sources[i].stem[0] == table.sources[j].stem[0] and (table.unit[i] == table.unit[j] or 7 in (i, j))
-            if same and (a, b) != (c, d) and max(a, c) - min(b, d) < (5 if table.unit[i] == "sec" else 0):
+            same = table.sources[i].stem[0] == table.sources[j].stem[0]
+            alike = table.unit[i] == table.unit[j] or 7 in (i, j)
+            if same and alike and (a, b) != (c, d) and max(a, c) - min(b, d) < (5 if table.unit[i] == "sec" else 0):
                 expected["overlap" if max(a, c) < min(b, d) else "near"].add(frozenset((i, j)))
     assert overlapping == expected["overlap"] and near == expected["near"] and len(near) > 5
 
