@@ -13,7 +13,8 @@ import common
 from readers import csv_tables, file_names
 
 IMAGE_COLUMNS = "image filename file stimulus path".split()
-WORD_BORDER = re.compile(r"([\W_]+|(?<=[a-z])(?=[A-Z])|(?<=.)(?=(?i:sd)$))")  # valsd: val sd
+# val sd are the words of valsd; price_usd and ptsd end in one word
+WORD_BORDER = re.compile(r"([\W_]+|(?<=[a-z])(?=[A-Z])|(?<=.)(?=SD$)|(?<=[a-z\d]{3})(?=sd$))")
 ROLES = {
     "mean": "mean", "mn": "mean", "avg": "mean", "m": "mean",
     "sd": "sd", "std": "sd", "stdev": "sd",
@@ -130,7 +131,7 @@ def role_of(name):
     place = 2 * last
     del parts[max(place - 1, 0):place + 1]  # the word, and the border before it
     base = "".join(parts).strip(" _.-()[]")
-    if role == "n" and _names_rater(base):  # n_raters: of every rating
+    if role == "n" and _names_rater(base.removesuffix("s")):  # n_raters: of every rating
         base = ""
     return role, base
 
@@ -140,9 +141,8 @@ def _words(name):
 
 
 def _names_rater(name):
-    """True for participant, user_id and num_raters, not for user_rating."""
-    words = _words(name.removesuffix("s"))
-    return bool(words & RATER) and not words & ANSWER
+    """True for participant and user_id, not for user_rating, nor for num_raters and participants, which count them."""
+    return bool(_words(name) & RATER) and not _words(name) & ANSWER
 
 
 @dataclasses.dataclass
@@ -193,11 +193,11 @@ class Columns:
         return pd.Series(csv_tables.to_numbers(cells, f"{self.source}, column {name}"), cells.index)
 
     def possible_ratings(self):
-        """The columns that look numeric and are by name no sd, n, id, image or rater."""
+        """The columns that look numeric and are by name no sd, n, id, image, rater or number of raters."""
         return [
             name for name, (role, _) in self.roles.items()
             if role not in ABOUT_RATERS and csv_tables.column_key(name) not in IMAGE_COLUMNS
-            and not (_words(name) & NO_RATING or _names_rater(name))
+            and not (_words(name) & NO_RATING or _names_rater(name.removesuffix("s")))
             and csv_tables.looks_numeric(self.table[name])]
 
     def possible_answers(self):

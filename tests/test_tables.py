@@ -558,6 +558,23 @@ def test_what_is_known_of_the_raters_is_no_rating(tmp_path, column):
     assert rating_tables.read_ratings(path).names == ["valmn"]
 
 
+@pytest.mark.parametrize("column", ["ptsd", "price_usd"])
+def test_a_word_that_ends_in_sd_is_no_sd(tmp_path, column):
+    path = written(tmp_path, f"image,fear,{column}\na,1,20\nb,2,25\nc,4,21\n")
+    assert rating_tables.read_ratings(path).names == ["fear", column]
+
+
+@pytest.mark.parametrize("column", ["num_raters", "n_raters", "participants"])
+def test_a_number_of_raters_that_varies_within_an_image_says_not_who_rated(tmp_path, column):
+    """Else means would be read as single ratings, and have a noise ceiling made of nothing."""
+    text = f"image,trait,score,{column}\na,kind,1,20\na,calm,2,21\nb,kind,3,22\nb,calm,5,19\n"
+    ratings = rating_tables.read_ratings(written(tmp_path, text))
+    assert ratings.names == ["kind", "calm"] and ratings.mean.tolist() == [[1, 2], [3, 5]]
+    text = f"image,score,{column}\na,1,20\na,2,21\nb,3,22\nb,5,19\n"
+    ratings = rating_tables.read_ratings(written(tmp_path, text), duplicates="mean")
+    assert ratings.names == ["score"] and ratings.mean.tolist() == [[1.5], [4]] and not ratings.single_ratings
+
+
 def test_damaged_cells_are_missing_percent_or_an_error(tmp_path):
     path = written(tmp_path, "image,x,y\na,.,12%\nb,NULL,13%\nc,-,n.a.\nd,4,#N/A\ne,5,1\n")
     ratings = rating_tables.read_ratings(written(tmp_path, path.read_text().replace("c,-,n.a.", "c,-,3%")))
