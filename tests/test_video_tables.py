@@ -861,6 +861,15 @@ def test_total_and_parts_by_name_and_sum():
     assert score_tables.total_and_parts(names[:2], scores[:, :2])[:2] == (None, [])
     scores[:, 4] = np.arange(20)
     assert score_tables.total_and_parts(names, scores)[:2] == (None, []), "a name alone makes no sum"
+    scores[:, 4] = scores[:, :2].sum(1) - 100
+    assert score_tables.total_and_parts(names, scores)[:2] == (None, []), "nor does one that is far below"
+
+
+def test_rows_of_one_sequence_that_differ_once_are_all_raters(tmp_path):
+    put(tmp_path, "a.mp4", "b.mp4")
+    text = "path,ears,mouth\na.mp4,1,2\na.mp4,1,2\na.mp4,4,2\nb.mp4,3,1\nb.mp4,3,1\n"
+    table = score_tables.read_sequences(write(tmp_path / "s.csv", text))
+    assert table.target.tolist() == [[2, 2], [3, 1]] and list(map(len, table.single_ratings)) == [3, 1]
 
 
 def test_a_total_of_something_else_is_named(tmp_path):
