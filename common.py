@@ -100,11 +100,10 @@ def is_out_of_memory(error):
 
 def _explain(error):
     """(exit code, text for the user) of an exception; (None, None) for a programming mistake."""
-    text = str(error)
-    reason = one_line(error)
+    text = IN_WORKER.sub("", str(error)).rstrip()
+    reason = one_line(text)
     if isinstance(error, UserError):
-        message = IN_WORKER.sub("", text).rstrip()
-        return error.code, "" if error.said_by_first else f"error: {message}"
+        return error.code, "" if error.said_by_first else f"error: {text}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPT, "interrupted"
     if is_out_of_memory(error):
@@ -120,8 +119,9 @@ def _explain(error):
     if "does not have a deterministic implementation" in reason:  # such as the backward pass of VGG's pooling on CUDA
         return EXIT_USER, f"error: {reason.partition(',')[0]}: leave --deterministic out, or take another network"
     if LOST_PROCESS.search(text) and launched_processes().size > 1:
-        cause = one_line(text.rpartition("Last error:")[2])  # of NCCL, after 250 characters that are always the same
-        return EXIT_CRASH, f"error: another process of this run has ended, see there, or cannot be reached ({cause})"
+        cause = one_line(text.rpartition("Last error:")[2])  # NCCL's own words, which may be none
+        return (EXIT_CRASH, "error: another process of this run has ended, see there, or cannot be reached "
+                f"({cause or reason})")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return EXIT_CRASH, f"error: {reason}: a full drive, or a full /dev/shm (then try --num_workers 0)"
     if LOST_WORKER.search(text):
@@ -1204,7 +1204,8 @@ def announce_compute(args, fp32_on_cpu=False):
 
 
 def _choose_device(name, processes):
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # those of a driver too old are counted
+    gpus = [f"cuda:{index}" for index in range(n_gpus)]
     known = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
     if torch.backends.mps.is_available():
         known.append("mps")

@@ -642,6 +642,9 @@ def test_what_nccl_complains_of_is_told(monkeypatch):
         "library.\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000"))
     assert code == 1
     assert message.endswith("(Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000)")
+    _, message = common._explain(torch.distributed.DistBackendError(
+        "NCCL error in: NCCLUtils.hpp:317, remote process exited\nncclRemoteError: A call failed.\nLast error:\n"))
+    assert "ncclRemoteError: A call failed." in message, "NCCL may have no last error"
 
 
 def test_a_gpu_that_this_torch_has_no_kernels_for():
@@ -749,6 +752,8 @@ def test_an_error_in_a_loader_worker_is_told_as_it_is():
     assert explained(KeyError("a mistake of ours")) == (None, None)
     told = "error: my faces/a: 1.jpg: no such file"
     assert explained(pixel_cache.BadImage("my faces/a: 1.jpg: no such file")) == (2, told)
+    for error in (ImportError("libxcb.so.1: no such file"), RuntimeError("Insufficient memory for 9 bytes")):
+        assert f"({error})" in explained(error)[1]
 
 
 # --- precision --------------------------------------------------------------------------

@@ -281,6 +281,15 @@ def test_device_of_a_process_on_two_gpus(monkeypatch, name, processes, expected)
             common._choose_device(name, processes)
 
 
+def test_gpus_that_the_driver_counts_and_torch_cannot_use(monkeypatch):
+    """As under a driver that is too old for this torch, or a container without its libcuda."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert common._choose_device("auto", common.Processes()) == torch.device("cpu")
+    with pytest.raises(common.UserError, match="sees 0 CUDA GPUs.*verify_setup.py"):
+        common._choose_device("cuda:0", common.Processes())
+
+
 @pytest.mark.parametrize("env", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}])
 def test_a_rank_that_is_none(env):
     with pytest.raises(common.UserError, match="RANK=. and WORLD_SIZE=2 are no rank"):
