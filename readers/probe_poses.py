@@ -328,10 +328,13 @@ def in_degrees(poses, unit):
     return {name: np.where(np.abs(values) <= LARGEST_LABEL, values, np.nan) for name, values in found.items()}
 
 
-def best_miss(poses):
-    """What the best convention misses at2 by, mm and degrees together; infinite where no row has all three poses."""
+def best_miss(poses, degree=1.0):
+    """What the best convention misses at2 by, mm and degrees together; infinite where no row has all three poses.
+
+    degree: what a degree counts, in mm.
+    """
     residuals = composition_residuals(**poses)[:len(CONVENTIONS)]
-    return min((row["mm"] + row["deg"] for row in residuals), default=math.inf)
+    return min((row["mm"] + degree * row["deg"] for row in residuals), default=math.inf)
 
 
 def choose_unit(poses, asked, usual):
@@ -345,10 +348,11 @@ def choose_unit(poses, asked, usual):
     known = f"largest in the files: {largest:.4g}"
     if largest == 0 or largest > math.pi + 1e-6:
         return "deg", known
-    missed = {unit: best_miss(in_degrees(poses, unit)) for unit in ("deg", "rad")}
+    # angles as the files have them: a rounded digit of them, 57 times as large in degrees, tells no unit
+    missed = {unit: best_miss(in_degrees(poses, unit), degree) for unit, degree in (("deg", 1), ("rad", math.pi / 180))}
     best, other = sorted(missed, key=missed.get)
     if missed[other] > 2 * missed[best] + 0.01:
-        text = f"in {best} at2 is missed by {missed[best]:.3g} mm and degrees, in {other} by {missed[other]:.3g}"
+        text = f"as mm and {best} at2 is missed by {missed[best]:.3g}, as mm and {other} by {missed[other]:.3g}"
         return best, f"{known}; {text}"
     source = "as in the training data" if usual else "guessed from that alone"
     return usual or "rad", f"WARNING: {known}; {source}, --angle_unit tells it"
@@ -369,23 +373,22 @@ def check_positions(poses):
 def check_sequences(poses, sequences, unit):
     """Notes that name sequences which seem to be in other units than mm and the one in which angles are read.
 
-    Positions: below 1 as they usually are, or far smaller than usual beside the angles. Angles: the poses compose in
-    the other unit alone.
+    Positions: below 1, and far smaller beside the angles than those of other sequences. Angles: as choose_unit tells.
     """
     other = "deg" if unit == "rad" else "rad"
     turned = []
     scales = {}  # sequence -> largest position, and how large it is beside the largest angle
     for name, rows in common.rows_by_key(sequences).items():
         own = {key: values[rows] for key, values in poses.items()}
-        if best_miss(in_degrees(own, unit)) > 2 * best_miss(in_degrees(own, other)) + 0.01:
-            turned.append(name)
         at = np.abs(np.concatenate([own["at1"], own["at2"]]))
-        position, angle = [part[np.isfinite(part)].max(initial=0.0) for part in (at[:, :3], at[:, 3:])]
+        position, angle = [part[part <= LARGEST_LABEL].max(initial=0.0) for part in (at[:, :3], at[:, 3:])]
+        if angle and choose_unit(own, "auto", unit)[0] != unit:
+            turned.append(name)
         if position:
             scales[name] = position, position / (angle or 1.0)
-    usual, usual_ratio = np.median([*scales.values()] or [(0, 0)], axis=0)
-    small = [name for name, (position, ratio) in scales.items()
-             if position < 1 and (usual < 1 or ratio < usual_ratio / 100)]
+    in_mm = [ratio for position, ratio in scales.values() if position >= 1]
+    usual = np.median(in_mm or math.inf)
+    small = [name for name, (position, ratio) in scales.items() if position < 1 and ratio < usual / 100]
     texts = {"positions in metres?": small, f"angles in {other}, not in {unit}?": turned}
     return [f"WARNING: {text} Give all in mm and degrees: {common.shorten_list(names)}"
             for text, names in texts.items() if names]

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_dreamer_data.py
 """
+import dataclasses
 import json
 import types
 from pathlib import Path
@@ -295,6 +296,41 @@ def transitions(poses, unit=1.0, order="zyx", motions="se3_left", labelled=True)
         if not labelled:
             del row["at1_6dof"], row["at2_6dof"]
     return [probe_poses._read_row(row, "a", number) for number, row in enumerate(rows, 1)]
+
+
+def rounded(rows, decimals):
+    """These rows as a file holds them that was written with so many decimals."""
+    for row in rows:
+        for name, values in row.poses.items():
+            row.poses[name] = values.round(decimals)
+    return rows
+
+
+def approach(first):
+    """Poses on a straight way to the target view, where the probe rests for three frames."""
+    return np.outer([*np.linspace(1, 0.2, 30), 0, 0, 0], first)
+
+
+@pytest.mark.parametrize("asked", ["auto", "rad"])
+def test_rounded_radians_are_not_taken_for_degrees(asked):
+    """In degrees the last digit misses at2 by a 57th of what it does in radians, and says nothing of the unit."""
+    rows = rounded(transitions(approach([31, -17, 23, 20.3, -29.1, 11.7]), np.pi / 180, motions="additive"), 3)
+    found, facts = probe_poses.complete_rows(rows, asked, "auto", "auto", {})
+    assert (facts["angle_unit"], facts["compose"]) == ("rad", "additive")
+    assert any("WARNING" in note for note in facts["notes"]) == (asked == "auto"), facts["notes"]
+    assert np.abs(found["at1"]).max() == pytest.approx(31, abs=0.01) and np.abs(found["at1"][0, 4]) > 29
+
+
+def test_sequences_near_the_target_are_not_in_other_units():
+    """At rest there 0 fits in any unit, and short ones go less than a mm."""
+    whole = approach([31, -17, 23, 20.3, -29.1, 11.7])
+    near = approach([0.6, -0.4, 0.5, 0.7, 0.3, -0.6])
+    rows = []
+    for name, poses in {"whole": whole, "near_1": near, "near_2": -near, "near_3": near / 2}.items():
+        own = rounded(transitions(poses, motions="additive"), 1)
+        rows += [dataclasses.replace(row, sequence=name) for row in own]
+    _, facts = probe_poses.complete_rows(rows, "auto", "auto", "auto", {})
+    assert not any("Give all" in note for note in facts["notes"]), facts["notes"]
 
 
 @pytest.mark.parametrize("unit, named", [(1.0, "deg"), (np.pi / 180, "rad")])
