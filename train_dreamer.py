@@ -10,7 +10,8 @@ the frame that a world model imagines after a known motion.
 Reads every transitions_dataset.json under --data_dir, one a sequence. Writes outputs/run_YYYYMMDD_HHMMSS/: report.html
 (open it first), best_model.pth, final_model.pth, metrics.json, predictions_<part>.csv, per_axis_error.csv,
 per_patient_error.csv and .png, skipped.csv, dataset_stats.json, dataset_statistics.png, training_summary.png,
-training_history.csv and .png, splits.json, leakage_report.json, args.json, log.txt. With --folds K the same in each fold_K/, patients left out in turn.
+training_history.csv and .png, splits.json, leakage_report.json, args.json, log.txt. With --folds K the same in each
+fold_K/, patients left out in turn.
 
 Where a score comes from: judge() hands the predictions of at1 for the test rows, else for the val rows, to
 evidence/pose_judging.py: the mean absolute error of each axis in mm or degrees, angles wrapped at 180, and its mean
@@ -1216,7 +1217,7 @@ def load_checkpoint(args, run):
     with common.checkpoint_fields(path):
         settings = {name: content["settings"][name] for name in MODEL_FLAGS}
         others = [f"--{name} {getattr(args, name)}" for name, value in settings.items()
-                  if name in args.given and getattr(args, name) != value]
+                  if name in args.given and getattr(args, name) not in (value, "auto")]
         if others:
             raise common.UserError(f"{' '.join(others)}: --mode {args.mode} takes this from the checkpoint, which has "
                                    "another value; leave it out")

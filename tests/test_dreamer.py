@@ -908,7 +908,7 @@ def test_what_belongs_to_the_files_is_not_that_of_the_checkpoint(as_script, tmp_
     path = write_model(tmp_path, readout_args())
     run = types.SimpleNamespace(say=lambda text: None, compute=common.choose_compute("cpu", "off"))
     own = ["--mode", "evaluate", "--checkpoint", path, "--data_dir", "new"]
-    typed = ["--angle_unit", "rad", "--pixel_range", 0, 50]
+    typed = ["--angle_unit", "rad", "--pixel_range", 0, 50, "--compose", "auto"]
     for more, unit, pixel_range in (([], "auto", [0, 900]), (typed, "rad", [0, 50])):
         asked = train_dreamer.parse_args([*map(str, own), *map(str, more)])
         *_, args = train_dreamer.load_checkpoint(asked, run)
