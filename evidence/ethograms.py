@@ -12,7 +12,7 @@ import numpy as np
 
 import common
 from evidence import metric_names, plotting, subject_intervals
-from readers import video_files
+from readers import event_tables, video_files
 
 IOUS = (0.25, 0.5)
 SLACK_SEC = 1e-6  # times of a grid are rounded: 0.1 + 0.2 is as long as 0.3
@@ -268,7 +268,8 @@ def judge_folder(folder, read_table, output, by_group=False):
     bouts = read_spans(folder / "bouts.csv")
     group_of = {}
     if by_group:
-        group_of = {str(source.resolve()): group for source, group in zip(table.sources, table.groups)}
+        videos = [str(source.resolve()) for source in table.sources]
+        group_of = dict(zip(videos, event_tables.connected([videos, table.groups])))  # groups in one video are one
     rows, method = judge_bouts(windows, bouts, events_in(windows, table), table.names, group_of)
     output = output or folder / "bout_scores.csv"
     common.write_table(output, rows)

@@ -443,6 +443,11 @@ def test_bouts_of_two_cameras_are_judged_over_their_sessions(tmp_path, capsys):
         ethograms.judge_folder(tmp_path, lambda names: table, None, by_group)
         assert said in capsys.readouterr().out
 
+    # two animals in each video, each of which the next session has too: all is one case
+    table.groups = np.array([f"animal {k // 4 + k % 2}" for k in range(24)])
+    ethograms.judge_folder(tmp_path, lambda names: table, None, by_group=True)
+    assert "no interval: only 1 groups" in capsys.readouterr().out
+
 
 @pytest.mark.parametrize("second, is_noted", [((4, 9), True), ((5, 9), False)])
 def test_events_of_one_class_that_overlap_are_noted(capsys, second, is_noted):
