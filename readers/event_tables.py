@@ -82,7 +82,7 @@ def keyed_columns(table, source):
     twice = table.columns[keys.duplicated(keep=False)]
     if len(twice):
         raise common.UserError(
-            f"{source}: columns that differ only in spelling: {common.shorten_list(twice)}. Delete one")
+            f"{source}: columns that differ only in spelling: {common.shorten_list(twice)}. Rename or delete one")
     return table.set_axis(keys, axis=1)
 
 
@@ -209,7 +209,7 @@ def paired_states(table, path_column, label_column, notes):
     is_point = states == "POINT"
     is_pair = is_start & (following["state"] == "STOP")
     is_event = is_pair | is_point
-    if not is_event.any():
+    if not is_event.any() or (states == "STATE").any():  # a row an event already
         return table
     n_lost = is_start.sum() - is_pair.sum()
     notes.append(f"rows START and STOP became {is_event.sum()} events; {n_lost} without a STOP are left out")
@@ -389,7 +389,8 @@ def refuse_several_files(rows, extra):
     length = csv_tables.find_column(extra, ("total_length", "media_duration_s"))
     if length is None or "observation_id" not in extra:
         return
-    of_files = extra[length].str.replace(",", ".").str.partition("|")[0].str.split(";").explode()  # 60,000 of Excel is 60
+    first_player = extra[length].str.replace(",", ".").str.partition("|")[0]  # 60,000 of Excel is 60
+    of_files = first_player.str.split(";").explode()
     seconds = pd.Series(csv_tables.to_numbers(of_files, f"column {length}"), of_files.index)
     totals = seconds.groupby(level=0).sum(min_count=1)
     is_there = [bool(source) and source.exists() for source in rows["source"]]

@@ -131,8 +131,8 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
     """
     import pandas as pd
     columns = time_columns(rows)
-    unsaid = [column.name for column in columns if column.unit is None]
-    if unsaid and not time_unit:
+    unsaid = [column.name for column in columns if not (column.unit or time_unit)]
+    if unsaid:
         notes.append(f"{source.name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
                      "--time_unit names another unit")
     found = {}  # (role, "frame" or "sec") -> (N,) numbers, of the first column that has one
@@ -156,9 +156,10 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
         end = end.fillna(start + duration - one_frame)
         return start, end.fillna(start) + one_frame, end.notna()
     start, end, has_end = read_windows("sec", 0)
-    if unsaid and start.nunique() > 1 and start.max() < 1:
-        notes.append(f"WARNING: {source.name}: no event starts after {start.max():.2g} s. Parts of a day, as spreadsheets "
-                     "keep times? Format the cells as h:mm:ss")
+    latest = found.get(("end", "sec"), start).max()
+    if unsaid and start.nunique() > 1 and latest < 1:
+        notes.append(f"WARNING: {source.name}: no time is above {latest:.2g} s. Parts of a day, as spreadsheets keep times? "
+                     "Format the cells as h:mm:ss")
     first, stop, has_stop = read_windows("frame", 1)
     is_frame = first.notna() & (start.isna() | (has_stop & ~has_end))
     start = start.mask(is_frame, first)

@@ -419,12 +419,26 @@ def test_boris_lengths_of_several_players_and_files(tmp_path, monkeypatch, lengt
 
 @pytest.mark.parametrize("header, starts, is_noted", [
     ("Start;End", ("0.000055287", "0.000101817"), True), ("Start (s);Stop (s)", ("0.1", "0.2"), False),
-    ("Start;End", ("0", "0"), False), ("Start;End", ("0", "1"), False)])
+    ("Start;End", ("0", "0"), False), ("Start;End", ("0", "1"), False), ("Start;Duration", ("0.1", "0.2"), True)])
 def test_parts_of_a_day_are_noticed(tmp_path, header, starts, is_noted):
     """A spreadsheet holds 0:00:05 as 5 / 86400; read as seconds, all events would be the first second of their file."""
     rows = [f"s{k}.mp4;{name};{start};{float(start) + 0.00005}\n" for k, (name, start) in enumerate(zip("ab", starts))]
     notes = boris(tmp_path, f"Video;Behaviour;{header}\n{''.join(rows)}").notes
     assert any("Parts of a day" in note for note in notes) is is_noted
+
+
+@pytest.mark.parametrize("end, options", [(3, {}), (0.9, {"time_unit": "ms"})])
+def test_events_of_short_clips_and_times_in_a_unit_that_a_flag_names_are_no_parts_of_a_day(tmp_path, end, options):
+    put(tmp_path, "a.mp4", "b.mp4")
+    text = f"path,label,start,end\na.mp4,walk,0,{end}\nb.mp4,eat,0.5,{end}\n"
+    table = event_tables.read_events({"": write(tmp_path / "m.csv", text)}, **options)
+    assert not any("Parts of a day" in note for note in table.notes)
+
+
+def test_rows_of_states_and_points_with_an_end_are_not_paired(tmp_path):
+    put(tmp_path, "a.mp4")
+    text = "path,label,event_type,time,start_sec,end_sec\na.mp4,walk,state,9,1,3\na.mp4,peck,point,9,5,6\n"
+    assert event_tables.read_events({"": write(tmp_path / "m.csv", text)}).windows.tolist() == [[1, 3], [5, 6]]
 
 
 def test_columns_that_say_what_the_behaviour_is_are_no_confounds(tmp_path):
