@@ -338,7 +338,8 @@ def load_study(args, files, say, known_parts=None):
         groups=part_boxes.read_groups(used, args.group_column),
         keeps_absent=args.absent == "keep")
     if truth.groups is not None and not args.group_column:
-        notes.append("versions of one picture, by Roboflow's names (.rf.), are one group, which no split parts")
+        notes.append("versions of one picture, by Roboflow's names (.rf.), are one group; where these are other pictures: "
+                     "--group_column file_name")
     study = Study(
         truth=truth,
         images=used,
@@ -1069,8 +1070,8 @@ def make_folds(args, study):
     folds = splitting.folds_of_flags(args, truth.images, study.strata, truth.groups)
     if truth.groups is not None and min(len(set(truth.groups[fold["train"]])) for fold in folds) < 2:
         raise common.UserError(
-            f"--folds {args.folds} --group_column {args.group_column}: each fold must leave two groups or more, since "
-            f"one chooses the epoch; found {len(set(truth.groups))} groups in all. Three groups need three folds")
+            f"--folds {args.folds}: each fold must leave two groups or more, since one chooses the epoch; found "
+            f"{len(set(truth.groups))} groups in all. Three groups need three folds")
 
     def divide(rows):
         own = truth.take(rows)

@@ -383,8 +383,8 @@ def load_study(args, table, say):
     n_outside = sum(bool(found.fault) for found in store.audit)
     if not len(usable) or n_outside > max(0.5, args.max_missing) * len(table):
         raise common.UserError(
-            f"{len(usable) or 'none'} of {len(table)} rows can be used (first: {usable.skipped[0]['reason']}). Are their "
-            "times seconds (--time_unit) from the start of the file? Spreadsheets take 1:05, one minute, for an hour. "
+            f"{len(usable) or 'none'} of {len(table)} rows can be used (such as: {usable.skipped[-1]['reason']}). Are "
+            "their times seconds from the start of the file? Spreadsheets take 1:05, one minute, for an hour. "
             "--max_missing lets more be lost")
     say(f"data: {len(usable)} rows, {len(set(usable.events))} events; {len(usable.skipped)} rows skipped; "
         f"{store.description}")

@@ -810,7 +810,7 @@ def test_folds_need_three_groups(bicycles, tmp_path):
         for k, entry in enumerate(truth.values()):
             entry["site"] = "ab"[k % 2]
     text = refused_folds(bicycles, tmp_path, two_sites, "--group_column", "site", "--folds", 2)
-    assert "each fold must leave two groups or more" in text and "found 2 groups" in text
+    assert "--folds 2: each fold must leave two groups or more" in text and "found 2 groups" in text
 
 
 def test_the_mean_box_of_a_picture_is_that_of_its_fold():

@@ -613,7 +613,9 @@ def test_versions_that_roboflow_made_of_a_picture_stay_together(tmp_path, flags)
     content = {name: {"goat": str(k % 2), "parts": {"bell": part([5, 5, 10, 10])}} for k, name in enumerate(names)}
     study = study_of(tmp_path, flags, content, names=names)
     assert list(study.truth.groups) == ["goat0_jpg.jpg"] * 2 + ["goat1_jpg.jpg"] * 2 + ["goat2_jpg.jpg"] * 2
-    assert "versions of one picture, by Roboflow's names (.rf.), are one group, which no split parts" in study.notes
+    assert any(note.endswith("where these are other pictures: --group_column file_name") for note in study.notes)
+    own = study_of(tmp_path, flags, content, "--group_column", "file_name", names=names).truth.groups
+    assert list(own) == names, "several originals of one name are no versions"
     assert list(study_of(tmp_path, flags, content, "--group_column", "goat", names=names).truth.groups) == list("010101")
     single = {name: content[name] for name in names[::2]}
     assert study_of(tmp_path, flags, single, names=names).truth.groups is None, "one version of each: no groups"

@@ -1082,14 +1082,15 @@ def test_windows_after_the_end_of_their_videos_leave_nothing(made, tmp_path):
     rows = [{"path": path, "label": "ab"[k % 2], "start_sec": 900 + 10 * k, "end_sec": 902 + 10 * k} for k in range(12)]
     common.write_table(tmp_path / "late.csv", rows)
     said = video("--manifest", tmp_path / "late.csv", *made.small, "--fps", 90, "--output_dir", tmp_path, code=2)
-    assert "none of 12 rows can be used (first: " in said.stderr
+    assert "none of 12 rows can be used (such as: its window starts past the end of the video)" in said.stderr
     assert re.search("note: .*--fps", said.stdout)
     for row in rows[:5]:
         row.update(start_sec=0, end_sec=300)
+    rows.insert(0, {**rows[0], "label": ""})
     common.write_table(tmp_path / "hours.csv", rows)
     args = train_video.parse_args(["--manifest", str(tmp_path / "hours.csv"), "--cache", "none"])
     table = train_video.read_table(args)
-    with pytest.raises(common.UserError, match="2 of 9 rows can be used.*past the end.*seconds.*1:05"):
+    with pytest.raises(common.UserError, match="2 of 9 rows can be used .such as: its window starts past the end.*seconds.*1:05"):
         train_video.load_study(args, table, lambda text: None)
     args = common.with_flags(args, max_missing=0.9)
     assert len(train_video.load_study(args, table, lambda text: None).table) == 2
