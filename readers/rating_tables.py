@@ -22,10 +22,11 @@ ROLES = {
     "se": "se", "sem": "se"}
 ABOUT_RATERS = ("sd", "n", "se")  # roles that say how many raters a mean has and how far they agree
 NO_RATING = set("id index unnamed names rt latency".split())
-# where and when in the experiment a single rating was given, and where the mouse was
+# where and when in the experiment a single rating was given
 TRIAL = set("block blocknum order trial trialnum row screen time timestamp started stopped onset duration elapsed "
-            "mouse coordinate".split())
+            "coordinate".split())
 RATER = set("rater participant subject respondent observer judge coder worker user pid".split())
+DEMOGRAPHIC = set("age sex gender country nationality language education group status".split())  # participant_age
 ATTRIBUTE = "attribute trait question scale item measure dimension".split()
 ANSWER = set("rating response score value answer".split())
 # Written for a missing answer: 99, -99, 999 and so on, and -9.
@@ -131,7 +132,7 @@ def role_of(name):
     place = 2 * last
     del parts[max(place - 1, 0):place + 1]  # the word, and the border before it
     base = "".join(parts).strip(" _.-()[]")
-    if role == "n" and _names_rater(base.removesuffix("s")):  # n_raters: of every rating
+    if role == "n" and _names_rater(base):  # n_raters: of every rating
         base = ""
     return role, base
 
@@ -141,8 +142,15 @@ def _words(name):
 
 
 def _names_rater(name):
-    """True for participant and user_id, not for user_rating, nor for num_raters and participants, which count them."""
-    return bool(_words(name) & RATER) and not _words(name) & ANSWER
+    """True for participant, user_id and num_raters, not for user_rating."""
+    words = _words(name.removesuffix("s"))
+    return bool(words & RATER) and not words & ANSWER
+
+
+def _tells_raters_apart(name):
+    """True for participant and user_id; not for num_raters, which counts them, nor for participant_age."""
+    words = _words(name)
+    return _names_rater(name) and bool(words & RATER) and not words & DEMOGRAPHIC
 
 
 @dataclasses.dataclass
@@ -197,12 +205,13 @@ class Columns:
         return [
             name for name, (role, _) in self.roles.items()
             if role not in ABOUT_RATERS and csv_tables.column_key(name) not in IMAGE_COLUMNS
-            and not (_words(name) & NO_RATING or _names_rater(name.removesuffix("s")))
+            and not (_words(name) & NO_RATING or _names_rater(name))
             and csv_tables.looks_numeric(self.table[name])]
 
     def possible_answers(self):
         """Those of possible_ratings that may be single ones: no trial number, nothing that describes image or rater."""
-        chosen = [name for name in self.possible_ratings() if not _words(name) & TRIAL]
+        chosen = [name for name in self.possible_ratings()
+                  if not _words(name) & TRIAL and not name.startswith("mouse.")]  # PsychoPy's pointer, not the animal
         for described in filter(None, (self.image, self.rater)):
             chosen = self.varying(chosen, [described]) or chosen
         return chosen
@@ -228,7 +237,7 @@ class Columns:
     def find_single_ratings(self, duplicates):
         """Set rater, attribute and rating where each row is a single rating. UserError where it is unclear."""
         varying = self.varying(self.others, [self.image])
-        rater = self.rater or next(filter(_names_rater, varying), None)
+        rater = self.rater or next(filter(_tells_raters_apart, varying), None)
         self.find_attribute_and_rating_by_name()
         if self.attribute and self.rating:
             self.rater = rater
@@ -294,7 +303,9 @@ class Columns:
         return extra
 
     def may_be_attribute(self, name):
-        """True for text without blanks, each value of which stands at two images or more, as remarks do not."""
+        """True for text not of raters, without blanks, each value of which stands at two images or more."""
+        if _names_rater(name):
+            return False
         cells = self.table[name]
         n_images = self.table[self.image].groupby(cells).nunique()
         return (cells != "").all() and n_images.min() > 1 and not csv_tables.looks_numeric(cells)
@@ -316,8 +327,9 @@ def _wide_ratings(columns, duplicates):
     notes = columns.notes
     if unused:
         notes.append(f"not used, though by name an sd or a number of raters: {common.shorten_list(unused)}")
-    last_words = {name: WORD_BORDER.split(name.rstrip("0123456789 _"))[-1].lower() for name in chosen}
-    raters = [name for name, word in last_words.items() if word in RATER | {"obs", "r", "p"}]
+    numbered = [name for name in chosen if name[-1].isdigit()]
+    raters = [name for name in numbered
+              if WORD_BORDER.split(name.rstrip("0123456789 _"))[-1].lower() in RATER | {"obs", "r", "p"}]
     if len(raters) > 1:
         notes.append(
             f"{common.shorten_list(raters)} are learnt as {len(raters)} ratings. If they are people who "

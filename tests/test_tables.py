@@ -564,6 +564,27 @@ def test_a_word_that_ends_in_sd_is_no_sd(tmp_path, column):
     assert rating_tables.read_ratings(path).names == ["fear", column]
 
 
+@pytest.mark.parametrize("column", ["participant_age", "rater_sex"])
+def test_what_describes_a_rater_does_not_tell_raters_apart(tmp_path, column):
+    """Answers of all raters of one age were averaged, as those of one person."""
+    rows = [(image, (20, 30)[rater % 2], f"r{rater}", score + rater)
+            for image, score in (("a", 1), ("b", 3)) for rater in range(4)]
+    text = f"image,{column},user_id,rating\n" + "".join(f"{a},{b},{c},{d}\n" for a, b, c, d in rows)
+    ratings = rating_tables.read_ratings(written(tmp_path, text))
+    assert ratings.names == ["rating"] and ratings.n.tolist() == [[4], [4]]
+    assert "--rater_column user_id" in ratings.notes[-1]
+    text = f"image,{column},rating\n" + "".join(f"{a},{'old' * (b == 30) or 'young'},{d}\n" for a, b, _, d in rows)
+    assert "Name who rated" in fails(rating_tables.read_ratings, written(tmp_path, text))
+    assert rating_tables.read_ratings(tmp_path / "ratings.csv", duplicates="ratings").n.tolist() == [[4], [4]]
+
+
+def test_the_mouse_of_a_grimace_scale_and_the_right_side_are_ratings(tmp_path):
+    text = "image,observer,mouse_pain,ear_r,eye_r,mouse.x\na,p,1,1,2,7\na,q,2,1,1,8\nb,p,2,2,1,9\nb,q,3,3,1,6\n"
+    assert rating_tables.read_ratings(written(tmp_path, text)).names == ["mouse_pain", "ear_r", "eye_r"]
+    ratings = rating_tables.read_ratings(written(tmp_path, "image,ear_r,eye_r\na,1,2\nb,2,4\n"))
+    assert not ratings.notes, "no note that r may be a rater"
+
+
 @pytest.mark.parametrize("column", ["num_raters", "n_raters", "participants"])
 def test_a_number_of_raters_that_varies_within_an_image_says_not_who_rated(tmp_path, column):
     """Else means would be read as single ratings, and have a noise ceiling made of nothing."""
