@@ -83,12 +83,13 @@ NEEDED_FLAGS = {
     "evaluate": ("checkpoint", "json", "images_dir"),
     "audit": ("json", "images_dir"),
 }
-OPTIONAL_FLAGS = {
-    "train": {"folds", "fold"},
-    "convert": {"images_dir"},
-    "predict": {"output"},
-    "evaluate": set(),
-    "audit": {"output"},
+# of the flags of other modes, those that are refused
+UNUSED_FLAGS = {
+    "train": {"json", "images_dir", "checkpoint", "output"},
+    "convert": {"checkpoint", "folds", "fold"},
+    "predict": {"json", "folds", "fold"},
+    "evaluate": {"output", "folds", "fold"},
+    "audit": {"checkpoint", "folds", "fold"},
 }
 # what --checkpoint decides
 CHECKPOINT_FLAGS = ("model", "min_size", "max_size", "anchor_sizes", "pixel_range", "absent")
@@ -197,8 +198,7 @@ def check_flags(parser, args):
     missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
         parser.error(f"--mode {args.mode} needs {' and '.join(missing)}")
-    others = {"json", "images_dir", "checkpoint", "output", "folds", "fold"} - {*needed, *OPTIONAL_FLAGS[args.mode]}
-    idle = [f"--{name}" for name in sorted(others & args.given)]
+    idle = [f"--{name}" for name in sorted(UNUSED_FLAGS[args.mode] & args.given)]
     if idle:
         parser.error(f"--mode {args.mode} does not use {' and '.join(idle)}; leave it out (training starts from a "
                      "checkpoint with --init_from; runs are written to --output_dir)")

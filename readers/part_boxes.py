@@ -131,17 +131,12 @@ def read_annotations(path, box_format=None, state_attribute=None):
     if not isinstance(content, dict):
         raise common.UserError(f"{path}: expected {{image: {{parts}}}} or COCO, found a {type(content).__name__}")
     reading = Reading(box_format or "xywh", (state_attribute or "state").lower())
-    is_coco = isinstance(content.get("images"), list)
-    has_parts = any("parts" in entry for entry in content.values() if isinstance(entry, dict))
-    if content and not is_coco and not has_parts:
-        raise common.UserError(
-            f"{path}: expected {{image: {{parts}}}} or COCO (lists of images, annotations and categories), found "
-            f"neither ({common.shorten_list(map(clean, content), 5)}). Export it as COCO, or have it converted")
-    coco = content if is_coco else parts_as_coco(content, reading.faults)
+    coco = content if isinstance(content.get("images"), list) else parts_as_coco(content, reading.faults)
     found = read_coco(path, coco, reading)
     names = collections.Counter(image.name for image in found.images)
     reading.faults += [f"{name!r} is listed {count} times" for name, count in names.items() if count > 1]
-    refuse(reading.faults, f"{path}: cannot be read as {{image: {{parts}}}} or COCO:", "Correct these entries.")
+    refuse(reading.faults, f"{path}: cannot be read as {{image: {{parts}}}} or COCO:",
+           "Correct these entries, or export a file of another format as COCO.")
     if not found.images:
         raise common.UserError(f"{path}: expected annotated images, found none in {len(content)} entries")
     if state_attribute and not reading.has_states:

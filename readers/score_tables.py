@@ -105,8 +105,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     no_scores = {*sources, *map(csv_tables.column_key, named)}
     names = score_columns(raw, target_columns, path, no_scores)
     target = np.column_stack([csv_tables.to_numbers(raw[name], f"{path}, column {name}") for name in names])  # (N, R)
-    others = raw.drop(columns=names)
-    extra = event_tables.keyed_columns(raw, path)[others.columns.map(csv_tables.column_key)]
+    extra = event_tables.keyed_columns(raw, path).drop(columns=[csv_tables.column_key(name) for name in names])
     source = csv_tables.find_column(extra, sources, path_column, f"{path} has no column for --path_column")
     group = csv_tables.find_column(extra, GROUP_COLUMNS, group_column, f"{path} has no column for --group_column")
     if source is None:
@@ -119,8 +118,8 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     rows["source"] = event_tables.find_sources(rows, notes, root is None, **finding)
     if unsaid:
         notes.append(f"{', '.join(unsaid)}: not read as times of a sequence; those say their unit, such as start_sec")
-    numeric = [name for name in others
-               if csv_tables.column_key(name) not in {group, *no_scores} and csv_tables.looks_numeric(others[name])]
+    numeric = [name for name in raw.drop(columns=names)
+               if csv_tables.column_key(name) not in {group, *no_scores} and csv_tables.looks_numeric(raw[name])]
     if not target_columns:
         notes.append(f"scores by their names: {common.shorten_list(names, 40)}; other numeric columns: "
                      f"{common.shorten_list(numeric) or 'none'}; --target_columns names the scores")

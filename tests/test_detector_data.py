@@ -287,8 +287,8 @@ FAULTS = {
     "no box": ({"0.jpg": {"parts": {"bell": {"object_state": "intact"}}}}, ["0.jpg", "bell", "four numbers"]),
     "NaN": (json.dumps({"0.jpg": {"parts": {"bell": part([float("nan"), 1, 2, 2])}}}), ["bell", "four numbers"]),
     "key twice": ('{"0.jpg": {"parts": {}}, "0.jpg": {"parts": {}}}', ["twice"]),
-    "LabelMe": ({"version": "5", "shapes": [], "imagePath": "a.jpg"}, ["or COCO", "shapes", "found neither", "Export it as COCO"]),
-    "VIA": ({"0.jpg123": {"filename": "0.jpg", "size": 123, "regions": []}}, ["0.jpg123", "Export it as COCO"]),
+    "LabelMe": ({"version": "5", "shapes": [], "imagePath": "a.jpg"}, ["or COCO", "'shapes'", "of another format as COCO"]),
+    "VIA": ({"0.jpg123": {"filename": "0.jpg", "size": 123, "regions": []}}, ["'0.jpg123'", "of another format as COCO"]),
     "a list": ("[1, 2]", ["list"]), "empty": ("{}", ["found none"]), "no JSON": ("<html>", ["expected JSON"]),
     "deep": ("[" * 100_000, ["nested too deeply"])}
 
