@@ -335,11 +335,8 @@ def load_study(args, files, say, known_parts=None):
             image.name = f"{image.origin}/{image.name}"
     truth, without_area, box_notes = part_boxes.as_truth(
         used, parts, args.min_trust,
-        groups=part_boxes.read_groups(used, args.group_column),
+        groups=part_boxes.read_groups(used, args.group_column, notes),
         keeps_absent=args.absent == "keep")
-    if truth.groups is not None and not args.group_column:
-        notes.append("versions of one picture, by Roboflow's names (.rf.), are one group; where these are other pictures: "
-                     "--group_column file_name")
     study = Study(
         truth=truth,
         images=used,

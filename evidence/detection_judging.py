@@ -32,7 +32,7 @@ def read_coco_results(truth_json, detections_json, group_column=None, box_format
         "Write them as COCO with train_detector.py --mode convert --json FILE --output NEW.json --box_format")
     parts, detections, seen, notes = detection_tables.read_results(detections_json, found, box_format)
     truth, without_area, box_notes = part_boxes.as_truth(
-        images, parts, min_trust=0.5, groups=part_boxes.read_groups(images, group_column))
+        images, parts, min_trust=0.5, groups=part_boxes.read_groups(images, group_column, found.notes))
     refuse_without_boxes(truth, truth_json)
     if not truth.has_states():
         detections = [dataclasses.replace(detected, states=None) for detected in detections]

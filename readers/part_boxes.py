@@ -562,13 +562,17 @@ def as_coco(found_images, category_ids, folder):
 # Annotations -> arrays
 # --------------------------------------------------------------------------------------
 
-def read_groups(images, column):
+def read_groups(images, column, notes):
     """(N,) group of each image from its entry. Where the column is None: the pictures that Roboflow made versions of
-    (turned, lighter ...), or None where there is no second version of any.
+    (turned, lighter ...), which is noted, or None where there is no second version of any.
     """
     if column is None:
         originals = [ROBOFLOW_VERSION.sub("", image.name) for image in images]
-        return np.array(originals) if len(set(originals)) < len(images) else None
+        if len(set(originals)) == len(images):
+            return None
+        notes.append("versions of one picture, by Roboflow's names (.rf.), are one group; where these are other pictures: "
+                     "--group_column file_name")
+        return np.array(originals)
     values = [image.fields.get(column) for image in images]
     lacking = [image.name for image, value in zip(images, values) if value in (None, "")]
     refuse(lacking, f"--group_column {column}: missing in {len(lacking)} of {len(images)} images:",

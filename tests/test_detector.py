@@ -262,6 +262,19 @@ def test_the_file_name_of_a_result_decides_where_its_image_id_is_of_the_other_pr
     assert (only_run(tmp_path / "out") / "log.txt").read_text().count(said) == 1
 
 
+def test_versions_of_roboflow_are_one_group_of_results_too_and_said(tmp_path):
+    as_files(tmp_path, *random_case(3))
+    content = json.loads((tmp_path / "truth.json").read_text())
+    for k, image in enumerate(content["images"]):
+        image["file_name"] = f"{k // 2}_jpg.rf.{'ab'[k % 2] * 32}.jpg"
+    common.write_json(tmp_path / "truth.json", content)
+    truth, *_, found = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")
+    assert len(set(truth.groups)) == 6 and sum("Roboflow" in note for note in found.notes) == 1
+    truth, *_, found = detection_judging.read_coco_results(
+        tmp_path / "truth.json", tmp_path / "results.json", group_column="file_name")
+    assert len(set(truth.groups)) == 12 and not any("Roboflow" in note for note in found.notes)
+
+
 def test_file_names_decide_by_all_of_their_folders_and_then_by_unique_base_names(tmp_path):
     """One base name in two folders is decided by the folder, or else by the image id; other pictures by their names.
 
