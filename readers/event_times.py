@@ -92,7 +92,7 @@ def check_times_are_used(rows, source, notes):
             "Rename them to start_sec and end_sec (or start_frame and end_frame), or delete them")
     if starts:
         notes.append(f"{source.name}: {', '.join(starts)} has neither an end nor a duration beside it: each event is a "
-                     "point in time. Call a column that says when they end end_sec")
+                     "point in time. Call a column that says when they end end_sec or end_frame, as the start")
 
 
 def clock_seconds(text):

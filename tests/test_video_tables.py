@@ -463,7 +463,7 @@ def test_states_of_the_observer_become_events_with_start_and_end(tmp_path):
 def test_starts_without_an_end_are_noted_as_points(tmp_path):
     """Ende and Duration_sf are no names that are read: the behaviours would be cut to their first second in silence."""
     said = ("b.tsv: start_s has neither an end nor a duration beside it: each event is a point in time. "
-            "Call a column that says when they end end_sec")
+            "Call a column that says when they end end_sec or end_frame, as the start")
     text = "video;behavior;Start (s);{}\ns0.mp4;groom;1;9\n"
     for name, is_noted in (("Ende", True), ("Duration_sf", True), ("Stop (s)", False), ("Duration (s)", False)):
         assert (said in boris(tmp_path, text.format(name)).notes) is is_noted, name
