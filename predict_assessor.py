@@ -15,7 +15,6 @@ input in pixels.
 """
 import dataclasses
 import functools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +102,6 @@ def find_inputs(args):
             inputs.append((path.relative_to(args.image_dir).as_posix(), path))
     if not inputs:
         raise common.UserError(f"no pictures found in {args.image_dir or args.image_list}")
-    if os.path.realpath(args.output) in [os.path.realpath(path) for _, path in inputs]:
-        raise common.UserError(f"--output {args.output} is one of the pictures; name another file")
     return inputs
 
 

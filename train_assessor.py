@@ -558,11 +558,11 @@ def heat_map_blocks(study, rows, folders, cases, args, compute):
 # --- results: predictions table -> judged run folder -------------------------------------------
 
 @common.first_process_only
-def judge(run, args, study, split, table, part, alarms, similar, trained_on, best_epoch=None, folds=()):
+def judge(run, args, study, split, table, part, trained_on, similar, **known):
     """Judge a predictions table of held-out rows.
 
-    split: {name: rows}; part: val, test or folds; similar: of splitting.similar_pairs; trained_on: a pair (train rows,
-    scored rows) for each network.
+    split: {name: rows}; part: val, test or folds; trained_on: a pair (train rows, scored rows) for each network;
+    similar: of splitting.similar_pairs; known: further fields of the Setting.
     """
     rows = prediction_tables.rows_of(table, study.images)
     # what predicts without a pixel; any other column of numbers may be a further rating, given by looking
@@ -579,13 +579,11 @@ def judge(run, args, study, split, table, part, alarms, similar, trained_on, bes
         title="Ratings from images",
         part=part,
         seen=table.seen,
-        best_epoch=best_epoch,
-        alarms=alarms,
         data=data_blocks(study, split, table),
         similar=judging.similar_blocks(similar, study.images, study.picture),
         cases=judging.case_blocks(table, lambda i: study.picture(rows[i]), blocks_of),
         limits=limits(args),
-        folds=folds)
+        **known)
     ceiling = rater_agreement.measure_ceiling(
         study.names, study.ratings, study.sd, study.n, study.single_ratings)
     score_judging.judge_scores(
@@ -668,8 +666,8 @@ def run_split(run, args, study, split, features=None):
             seen=training.seen.words(study.hashes[rows]))
         tables[part].write(run.path(f"predictions_{part}.csv"))
     part = "test" if "test" in tables else "val"
-    trained_on = [(split["train"], split[part])]
-    judge(run, args, study, split, tables[part], part, alarms, similar, trained_on, best_epoch)
+    judge(run, args, study, split, tables[part], part, [(split["train"], split[part])], similar,
+          alarms=alarms, best_epoch=best_epoch)
 
 
 def run_folds(run, args, study):
@@ -687,7 +685,7 @@ def run_folds(run, args, study):
     pooled.write(run.path("predictions_folds.csv"))
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])
     trained_on = [(splits[k]["train"], splits[k]["val"]) for k in chosen]
-    judge(run, args, study, folds, pooled, "folds", alarms, similar, trained_on, folds=done)
+    judge(run, args, study, folds, pooled, "folds", trained_on, similar, alarms=alarms, folds=done)
 
 
 def run_study(run, args, study):

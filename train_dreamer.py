@@ -943,10 +943,10 @@ def predictions_table(study, rows, predicted, others, seen):
 
 
 @common.first_process_only
-def judge(run, args, study, split, rows, table, *, part, use, alarms, best_epoch=None, folds=()):
+def judge(run, args, study, split, rows, table, part, use, alarms, **known):
     """Judge the predictions for these rows of the study.
 
-    part: val, test, folds, or what evaluate scores; use: of use_of_inputs.
+    part: val, test, folds, or what evaluate scores; use: of use_of_inputs; known: further fields of the Setting.
     """
     motion_size = np.nanmean(np.abs(study.motion[rows]) / study.label_sd)
     scores_one_block = args.mode == "train" and args.split_by == "time" and not args.folds
@@ -954,12 +954,11 @@ def judge(run, args, study, split, rows, table, *, part, use, alarms, best_epoch
         title="Probe guidance",
         part=part,
         seen=table.seen,
-        best_epoch=best_epoch,
         alarms=pose_scores.use_alarms(use, motion_size, scores_one_block) + alarms,
         data=data_blocks(run, study, split, table),
         cases=judging.case_blocks(table, lambda i: study.picture(study.frames[rows[i], 0])),
         limits=limits(args, study),
-        folds=folds)
+        **known)
     pose_judging.judge_poses(
         run, table, setting,
         blocks=pose_scores.time_blocks(table, study.sequences[rows], study.order[rows]),
@@ -1135,7 +1134,7 @@ def judge_split(args, study, split, readout, training, loss_function):
     loader = make_loader(study, rows, args, run.compute)
     trained = split["train"] if model.imagines else fitted
     use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, trained, rows)
-    judge(run, args, study, split, rows, table, part=part, use=use, alarms=alarms, best_epoch=best["epoch"])
+    judge(run, args, study, split, rows, table, part, use, alarms, best_epoch=best["epoch"])
 
 
 def use_readout(training, study, rows, readout):
@@ -1186,7 +1185,7 @@ def run_folds(run, args, study):
         pose_scores.fold_numbers(table, study.label_sd) | common.read_json(run.path(f"fold_{k}/metrics.json"))["use"]
         for k, table in zip(chosen, tables)]
     done = judging.finished_folds(run, chosen, numbers)
-    judge(run, args, study, folds, rows, pooled, part="folds", use=mean_use(done), alarms=[], folds=done)
+    judge(run, args, study, folds, rows, pooled, "folds", mean_use(done), [], folds=done)
 
 
 def mean_use(folds):
@@ -1277,8 +1276,7 @@ def evaluate_checkpoint(run, args):
     if known:
         alarms = [f"the model was trained on these patients: {common.shorten_list(known, 5)}. Score others "
                   "(--data_dir)"]
-    judge(run, args, study, {part: rows}, rows, table,
-          part=part, use=use, alarms=alarms, best_epoch=content["epoch"])
+    judge(run, args, study, {part: rows}, rows, table, part, use, alarms, best_epoch=content["epoch"])
 
 
 def predict(run, args):

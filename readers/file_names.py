@@ -235,11 +235,9 @@ def notes_on(fits, unused):
     notes = notes_on_guesses(fits)
     missing = [name for name, fit in fits.items() if not fit.files]
     if 10 * len(missing) > len(fits):
-        reason = f"{len(unused)} files have no row: compare the spelling" if unused else "the folder lacks them"
-        if not all(map(str.isascii, missing)):
-            reason = "letters such as umlauts: save the table as UTF-8"
         notes.append(f"WARNING: {len(missing)} of {len(fits)} names fit no picture "
-                     f"({common.shorten_list(missing, 3)}); likeliest: {reason}")
+                     f"({common.shorten_list(missing, 3)}), and {len(unused)} files have no row: compare the spelling; "
+                     "a table with umlauts must be UTF-8")
     return notes
 
 

@@ -229,9 +229,9 @@ def read_transitions(path, sequence, exact_names):
     if isinstance(listed, dict):
         listed = listed.get("transitions")
     if not isinstance(listed, list) or not listed:
-        found = "an empty list" if listed == [] else type(listed).__name__
         raise common.UserError(
-            f"{path}: expected a list of transitions, or a dict with one under `transitions`, found {found}")
+            f"{path}: expected a list of transitions that is not empty, or a dict with one under `transitions`, found "
+            f"{type(listed).__name__}")
     rows = []
     faults = []
     for number, entry in enumerate(listed, start=1):

@@ -200,9 +200,9 @@ def read_cv_file(path, table):
         content = as_python(content, path)
     listed = as_list(content, "fold", prefix="fold")
     if not listed:
-        found = common.shorten_list(content) if isinstance(content, dict) else type(content).__name__
         raise common.UserError(
-            f"--cv_file {path}: expected cv_folds as a list or with keys fold_0, fold_1, ...; found {found}")
+            f"--cv_file {path}: expected cv_folds as a list or with keys fold_0, fold_1, ...; found "
+            f"{str(content)[:60]}")
     folds = [fold_rows(fold, k, path, table) for k, fold in enumerate(listed)]
     n_judged = sum(np.isin(np.arange(len(table)), fold["val"]) for fold in folds)  # (N,)
     twice = dict.fromkeys(table.groups[n_judged > 1])

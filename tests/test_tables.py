@@ -733,7 +733,7 @@ def test_a_base_name_counts_only_where_it_is_unique_on_both_sides(tmp_path):
     assert [name for name, path in zip(names, paths) if path] == ["s1/c.jpg"] and "7 of 8 names fit no" in notes[0]
 
 
-def test_names_that_fit_nothing_are_loud_with_the_likeliest_reason(tmp_path):
+def test_names_that_fit_nothing_are_loud_with_the_likely_reasons(tmp_path):
     touch(tmp_path, *(f"{i}.jpg" for i in range(20)))
     _, _, notes = file_names.match_images([*map(str, range(18)), "x", "y"], tmp_path)
     assert notes == []
