@@ -19,7 +19,6 @@ Units: predictions and their metrics are in the unit of the ratings file, the ms
 ratings; images are uint8 RGB until they reach the device.
 """
 import argparse
-import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -412,9 +411,6 @@ def fit(run, args, study, split, features):
         backbones.start_from(model, args.init_from, args.freeze_backbone)
     model = compute.place(model)
     model.freeze_backbone(args.freeze_backbone)
-    if args.batch_size < 2 * compute.processes.size:  # a batch of one, which some BatchNorm refuse: before any epoch
-        example = torch.zeros(1, 3, args.image_size, args.image_size, device=compute.device)
-        copy.deepcopy(model)(example)
     optimizer = common.build_optimizer(model, args, model.backbone)
 
     training = common.Training(
