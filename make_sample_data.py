@@ -134,9 +134,9 @@ def draw_eyes(draw, face, cx, cy, unit):
     outer = y - unit * (0.32 + 0.10 * face["brow_anger"])
     for side in (-1, 1):
         x = cx + side * unit * (0.34 + 0.05 * face["face_width"])
-        draw_ellipse(draw, x, y, radius, opening, (250, 250, 250))
+        draw_ellipse(draw, x, y, radius, opening, "#fafafa")
         brow = [x - side * unit * 0.18, inner, x + side * unit * 0.20, outer]
-        draw.line(brow, fill=(52, 40, 48), width=int(unit * 0.085))
+        draw.line(brow, fill="#342830", width=int(unit * 0.085))
 
 
 def draw_mouth(draw, face, cx, cy, unit):
@@ -148,7 +148,7 @@ def draw_mouth(draw, face, cx, cy, unit):
     upper = np.c_[across, middle - 0.6 * half]
     lower = np.c_[across, middle + half]
     outline = np.vstack([upper, lower[::-1]])
-    draw.polygon(outline.ravel().tolist(), fill=(105, 25, 43))
+    draw.polygon(outline.ravel().tolist(), fill="#69192b")
 
 
 def draw_face(face, width, height, rng):
@@ -302,7 +302,7 @@ SLOW_SHARE = 0.85  # of a period, for the slow way; the way back takes the rest
 N_GROUPS = 8  # pens
 BUSY_PAIR = (1, 2)  # the two animals of each pen with most tail events
 BUSY_SHARE = {"tail": 0.8, "ear": 0.1}  # of the events, that are theirs
-OTHER_PAIRS = [pair for pair in itertools.permutations((1, 2, 3, 4), 2) if pair != BUSY_PAIR]
+OTHER_PAIRS = [pair for pair in itertools.permutations(range(1, 5), 2) if pair != BUSY_PAIR]
 
 
 @dataclasses.dataclass
@@ -548,29 +548,21 @@ def make_video(folder, n_events, seed):
 
 # part: (x, y, half width, half height, colour), the wheels at -1 and 1, y downwards
 PART_LOOKS = {
-    "back_wheel": (-1.0, 0.0, 0.62, 0.62, (30, 30, 34)),
-    "front_wheel": (1.0, 0.0, 0.62, 0.62, (30, 30, 34)),
-    "chain": (-0.45, 0.04, 0.50, 0.13, (70, 72, 78)),
-    "saddle": (-0.55, -1.02, 0.30, 0.13, (60, 34, 22)),
-    "steer": (0.70, -1.12, 0.30, 0.20, (150, 155, 165)),
-    "front_light": (1.12, -0.72, 0.14, 0.14, (250, 240, 170)),
-    "back_light": (-1.60, -0.55, 0.13, 0.13, (210, 20, 30)),
-    "kickstand": (-0.15, 0.52, 0.13, 0.30, (120, 124, 130))}
+    "back_wheel": (-1.0, 0.0, 0.62, 0.62, "#1e1e22"),
+    "front_wheel": (1.0, 0.0, 0.62, 0.62, "#1e1e22"),
+    "chain": (-0.45, 0.04, 0.50, 0.13, "#46484e"),
+    "saddle": (-0.55, -1.02, 0.30, 0.13, "#3c2216"),
+    "steer": (0.70, -1.12, 0.30, 0.20, "#969ba5"),
+    "front_light": (1.12, -0.72, 0.14, 0.14, "#faf0aa"),
+    "back_light": (-1.60, -0.55, 0.13, 0.13, "#d2141e"),
+    "kickstand": (-0.15, 0.52, 0.13, 0.30, "#787c82")}
 STATE_SHARES = (0.62, 0.14, 0.13, 0.11)  # of part_boxes.STATES
 RINGS = ("back_wheel", "front_wheel", "chain")  # the other parts are discs
 FRAME = ((-1, 0), (-0.5, -0.8), (0.7, -0.8),
          (1, 0), (-0.1, 0.05), (0.7, -0.8))
-RUST = (235, 125, 40)
-LEAVES = (46, 104, 40)
+RUST = "#eb7d28"
+LEAVES = "#2e6828"
 ANNOTATION_QUIRKS = {3: "no_suffix", 5: "untrusted", 9: "no_parts", 11: "zero_box", 13: "over_edge"}  # row: quirk
-
-
-@dataclasses.dataclass
-class Bicycle:
-    name: str  # of its picture
-    size: tuple  # (W, H)
-    street: int
-    parts: dict  # {part: (state, [x1, y1, x2, y2])}
 
 
 def draw_leaves(draw, x1, y1, x2, y2, rng):
@@ -629,35 +621,31 @@ def part_entry(row, state, box, rng):
     return entry
 
 
-def part_annotations(bicycles, rng):
-    """{image: {image, street, note, parts}} of these bicycles, with ANNOTATION_QUIRKS."""
-    content = {}
-    for row, bicycle in enumerate(bicycles):
-        parts = {part: part_entry(row, *seen, rng) for part, seen in bicycle.parts.items()}
-        name = bicycle.name
-        quirk = ANNOTATION_QUIRKS.get(row)
-        if quirk == "no_suffix":
-            name = Path(name).stem
-        elif quirk == "untrusted":
-            parts["saddle"] |= {**box_entry(2, 2, 11, 11), "trust": 0.2}
-        elif quirk == "no_parts":
-            parts = {}
-        elif quirk == "zero_box":
-            parts["chain"] |= {**box_entry(30, 40, 30, 52), "object_state_class": 0}
-        elif quirk == "over_edge":
-            parts["back_wheel"]["absolute_bounding_box"]["height"] += 400
-        width, height = bicycle.size
-        content[name] = {
-            "image": {"height": height, "width": width}, "street": f"street {bicycle.street}", "note": "CONTROL",
-            "parts": parts}
-    return content
+def picture_annotation(row, width, height, street, seen, rng):
+    """{image: {image, street, note, parts}} of one picture, with its quirk; seen: {part: (state, box)}."""
+    parts = {part: part_entry(row, *each, rng) for part, each in seen.items()}
+    name = f"{row}.jpg"
+    quirk = ANNOTATION_QUIRKS.get(row)
+    if quirk == "no_suffix":
+        name = Path(name).stem
+    elif quirk == "untrusted":
+        parts["saddle"] |= {**box_entry(2, 2, 11, 11), "trust": 0.2}
+    elif quirk == "no_parts":
+        parts = {}
+    elif quirk == "zero_box":
+        parts["chain"] |= {**box_entry(30, 40, 30, 52), "object_state_class": 0}
+    elif quirk == "over_edge":
+        parts["back_wheel"]["absolute_bounding_box"]["height"] += 400
+    return {name: {
+        "image": {"height": height, "width": width}, "street": f"street {street}", "note": "CONTROL", "parts": parts}}
 
 
 def make_detector(folder, n_images, seed):
     """Bicycles, their annotations in both formats in `folder`; returns the ground truth."""
     n_streets = max(5, n_images // 6)
     (folder / "images").mkdir()
-    bicycles = []
+    content = {}
+    trust_rng = generator(seed, 2)
     for row in range(n_images):
         rng = generator(seed, 3, row)
         street = row % n_streets
@@ -666,10 +654,8 @@ def make_detector(folder, n_images, seed):
         street_rng = generator(seed, 4, street)
         background = draw_background((2 * width, 2 * height), street_rng)
         pixels, parts = draw_bicycle(states, background, rng)
-        name = f"{row}.jpg"
-        Image.fromarray(pixels).save(folder / "images" / name, quality=90)
-        bicycles.append(Bicycle(name=name, size=(width, height), street=street, parts=parts))
-    content = part_annotations(bicycles, generator(seed, 2))
+        Image.fromarray(pixels).save(folder / "images" / f"{row}.jpg", quality=90)
+        content |= picture_annotation(row, width, height, street, parts, trust_rng)
     text = json.dumps(content, indent=1).replace("CONTROL", "seen\tat\x07 dusk")
     (folder / "annotations.json").write_text(text)
     found = part_boxes.read_annotations(folder / "annotations.json")
@@ -687,7 +673,7 @@ def make_detector(folder, n_images, seed):
 # ---------------------------------------------------------------------------
 # A frame is what a plane at a 6-DoF pose cuts out of a patient's volume; poses go smoothly from view to view.
 
-REACH = np.array([12.0, 12.0, 12.0, 20.0, 20.0, 20.0])  # of a path about the target view, mm and degrees
+REACH = np.repeat([12.0, 20.0], 3)  # of a path about the target view, mm and degrees
 FRAME_SIDE = 64  # pixels, and mm
 PER_SEQUENCE = 25
 N_SHARED = 24  # blobs of the anatomy

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+from PIL import ImageColor
 import torch
 import torchvision
 from hypothesis import HealthCheck, given, settings
@@ -936,7 +937,7 @@ def test_sample_states_can_be_seen(bicycles, flags):
         pixels = cv2.imread(str(folder / "images" / Path(name).name))[max(y1, 0):y2, max(x1, 0):x2, ::-1].astype(int)
 
         def share(colour):
-            return (np.abs(pixels - colour).max(2) < 60).mean()
+            return (np.abs(pixels - ImageColor.getrgb(colour)).max(2) < 60).mean()
         looks = {"damaged": share(make_sample_data.RUST) > 0.3, "occluded": share(make_sample_data.LEAVES) > 0.25,
                  "intact": share(make_sample_data.PART_LOOKS["saddle"][-1]) > 0.3}
         right.append(next((s for s, is_seen in looks.items() if is_seen), "absent") == state)
