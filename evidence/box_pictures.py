@@ -8,14 +8,15 @@ import io
 import numpy as np
 
 import common
+from evidence import plotting
 from readers import part_boxes
 
 STATE_COLOURS = (
-    (0, 158, 115),  # intact
-    (213, 94, 0),  # damaged
-    (204, 121, 167),  # absent
-    (0, 114, 178),  # occluded
-    (110, 110, 110),  # no state: UNKNOWN is -1, the last
+    plotting.GREEN,  # intact
+    plotting.ORANGE,  # damaged
+    plotting.PURPLE,  # absent
+    plotting.BLUE,  # occluded
+    "#6e6e6e",  # no state: UNKNOWN is -1, the last
 )
 LONG_SIDE = 640  # of a drawn picture, in pixels
 FRAME = 2  # width in pixels
@@ -23,7 +24,7 @@ GAP = 12  # between the pictures of a sheet
 
 
 def colours_of(labels, states, n_parts):
-    """K colours: of the states, or where none is known, of the parts."""
+    """K colours, as torchvision takes them: of the states, or where none is known, of the parts."""
     if (states != part_boxes.UNKNOWN).any():
         return [STATE_COLOURS[state] for state in states]
     hues = [colorsys.hsv_to_rgb(label / n_parts, 1, 0.7) for label in labels]

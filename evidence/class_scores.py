@@ -57,11 +57,10 @@ def ranking_metrics(score, is_positive, weights=None):
     Equal scores count half in the AUC (Mann-Whitney) and are one step of the precision-recall curve, which is summed
     without interpolation.
     """
-    score = np.asarray(score, np.float64)
     weights = np.ones((1, len(score))) if weights is None else weights
     order, first = tied_runs(score)
     drawn = weights[:, order]
-    hits = drawn * np.asarray(is_positive, bool)[order]
+    hits = drawn * is_positive[order]
     if len(first) < len(order):
         drawn = np.add.reduceat(drawn, first, axis=1)
         hits = np.add.reduceat(hits, first, axis=1)

@@ -131,8 +131,7 @@ def audit_videos(table, fps, **options):
     report["skipped"] = table.skipped
     report["notes"] += [f"note: {note}" for note in table.notes]
     for what, field in (("unreadable", "error"), ("damaged", "damage")):
-        reasons = {str(source): getattr(info, field) for source, info in infos.items()}
-        report[what] = {path: reason for path, reason in reasons.items() if reason}
+        report[what] = {str(source): getattr(info, field) for source, info in infos.items() if getattr(info, field)}
         lines = [f"{path}: {reason}" for path, reason in report[what].items()]
         if lines:
             report["notes"].append(f"{what}, {len(lines)} of {len(infos)} videos: {common.shorten_list(lines)}")

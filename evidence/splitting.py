@@ -322,47 +322,40 @@ def leakage_report(split, keys, pixels, phash, values, pairs=None):
     within: {part: {what: {count, examples}}}}: distinct values for values and exact duplicates
     (within a part: copies beyond the first), pairs for pairs and near duplicates.
     """
-    parts_of = collections.defaultdict(list)
+    parts_of = [[] for _ in keys]
     for part, rows in split.items():
         for row in rows:
             parts_of[row].append(part)
-    readable = [row for row in parts_of if pixels[row]]
     # {what: sets of rows that are alike}
-    alike = {"exact_duplicates": _rows_by_value(pixels, readable).values(), **(pairs or {})}
+    alike = {"exact_duplicates": _rows_by_value(pixels).values(), **(pairs or {})}
     if phash is not None:
+        readable = [row for row, held_by in enumerate(parts_of) if held_by and pixels[row]]
         alike["near_duplicates"] = _near_duplicates(readable, pixels, phash)
-    held = {}  # {what: {text: its rows}}
-    for what, column in values.items():
-        if column is not None:
-            held[what] = _rows_by_value(column, parts_of)
+    # {what: {text: its rows}}
+    held = {what: _rows_by_value(column) for what, column in values.items() if column is not None}
     for what, sets in alike.items():
-        held[what] = {" = ".join(sorted(keys[row] for row in rows)): rows for rows in sets}
+        held[what] = {" = ".join(sorted(keys[row] for row in rows if parts_of[row])): rows for rows in sets}
     counts = {}  # {what: {text: how often it stands in each part}}
     for what, found in held.items():
         counts[what] = {text: collections.Counter(part for row in rows for part in parts_of[row])
                         for text, rows in found.items()}
 
     parts = [part for part in split if len(split[part])]
-    report = {"near_duplicate_bits": NEAR_DUPLICATE_BITS, "between": {}, "within": {}}
+    between = {}
     for a, b in itertools.combinations(parts, 2):
-        report["between"][f"{a}-{b}"] = {
+        between[f"{a}-{b}"] = {
             what: found_items(text for text, times in found.items() if times[a] and times[b])
             for what, found in counts.items()}
-    for part in parts:
-        report["within"][part] = {}
-        for what in alike:
-            repeats = {text: times[part] - 1 for text, times in counts[what].items() if times[part] > 1}
-            report["within"][part][what] = {**found_items(repeats), "count": sum(repeats.values())}
-    return report
+    within = {part: {} for part in parts}
+    for (part, found), what in itertools.product(within.items(), alike):
+        repeats = {text: times[part] - 1 for text, times in counts[what].items() if times[part] > 1}
+        found[what] = {**found_items(repeats), "count": sum(repeats.values())}
+    return {"near_duplicate_bits": NEAR_DUPLICATE_BITS, "between": between, "within": within}
 
 
-def _rows_by_value(values, rows):
+def _rows_by_value(values):
     """{value: list of the rows that have it}, without ''."""
-    found = collections.defaultdict(list)
-    for row in rows:
-        if values[row]:
-            found[values[row]].append(row)
-    return found
+    return {value: rows for value, rows in common.rows_by_key(values).items() if value}
 
 
 def _count_text(what, item):
@@ -416,11 +409,11 @@ def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None
     A resumed run keeps its files that can be read: whether the split is still the same is checked by write_args.
     Returns the alarms of unused_groups on these columns, said before anything is trained.
     """
-    files = [run.path(name) for name in ("splits.json", "leakage_report.json")]
-    if not all(map(common.read_or_warn, files)):
-        listed = {part: [keys[row] for row in rows] for part, rows in split.items()}
-        common.write_json(run.path("splits.json"), listed)
-        common.write_json(run.path("leakage_report.json"), report)
+    split_file = run.path("splits.json")
+    leakage_file = run.path("leakage_report.json")
+    if not (common.read_or_warn(split_file) and common.read_or_warn(leakage_file)):
+        common.write_json(split_file, {part: [keys[row] for row in rows] for part, rows in split.items()})
+        common.write_json(leakage_file, report)
     n_unused = len(keys) - sum(map(len, split.values()))
     if n_unused:
         run.say(f"note: {n_unused} of {len(keys)} rows are in no part of the split")

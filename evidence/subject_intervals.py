@@ -102,12 +102,12 @@ class Result:
 
 # --- the engine: a statistic of how often each subject is drawn -> estimates -------------------------
 
-def estimate(model, baseline, subjects, unit, *, n, rows, support, names=None, draws=2000, seed=0, folds=1,
+def estimate(model, baseline, subjects, unit, *, n, rows, support, names=(), draws=2000, seed=0, folds=1,
              per_subject=None, **described):
     """Result of statistics of how often each subject is drawn.
 
     model, baseline (None = without): (D, S) times drawn -> ({metric: (D,)}, {metric: (D, R)}), overall and each;
-    subjects: S; names: None = "0", "1", ...; support: {(scope, metric): how many subjects it rests on}, where those are
+    subjects: S; names: of the targets or classes; support: {(scope, metric): how many subjects it rests on}, where those are
     not all, with the side before the scope where the sides differ; folds: how many models predicted the rows;
     per_subject: {metric: (S,)}, None = pseudo-values of the jackknife; n, rows, described: the other fields of the
     Result. An interval is value -+ t x standard error on the scale where the metric is nearest to normal; the error is
@@ -138,7 +138,7 @@ def estimate(model, baseline, subjects, unit, *, n, rows, support, names=None, d
     elif per_subject is None:
         per_subject = _pseudo_values(model, baseline, whole, subjects, support)
     return Result(
-        names=list(map(str, range(len(n))) if names is None else names),
+        names=list(names),
         n=n,
         rows=rows,
         **_comparisons(estimates),

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageColor
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.stats import binomtest
@@ -585,7 +585,7 @@ def test_boxes_are_drawn_where_they_are():
     assert drawn.shape == (320, 640, 3)
     for box, colour in zip(4 * boxes.astype(int), box_pictures.STATE_COLOURS):
         left, top, right, bottom = box
-        is_frame = (drawn == colour).all(2)
+        is_frame = (drawn == ImageColor.getrgb(colour)).all(2)
         assert is_frame[bottom, left:right].all() and is_frame[top:bottom, right].all()
         assert not is_frame[bottom - 4, left + 4:right - 4].any()
     line = box_pictures.draw_boxes(

@@ -409,6 +409,14 @@ def test_planted_leaks_are_counted_and_named():
         "leakage train-val: 1 group (shared), 1 exact duplicate (003.jpg = 041.jpg), 0 near duplicates")
 
 
+def test_copies_in_no_part_are_not_named():
+    split, sha, phash, keys, groups = planted()
+    sha[59] = sha[3]
+    split = {part: rows[rows != 59] for part, rows in split.items()}
+    report = splitting.leakage_report(split, keys, sha, phash, {"groups": groups})
+    assert report["between"]["train-val"]["exact_duplicates"] == {"count": 1, "examples": ["003.jpg = 041.jpg"]}
+
+
 def test_report_does_not_depend_on_row_order():
     split, sha, phash, keys, groups = planted()
     order = np.random.default_rng(1).permutation(60)
