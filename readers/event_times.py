@@ -112,12 +112,11 @@ def clock_seconds(text):
 
 def seconds_in(cells, unit, where):
     """Column of numbers in this unit, or of H:MM:SS.s -> (N,) seconds, or frames; NaN where blank."""
+    if unit == "frame":
+        return csv_tables.to_numbers(cells, where, "frames")
     clock = cells.where(cells.str.count(":") == 2, "").map(clock_seconds)
     is_clock = clock.notna()
-    if unit == "frame" and is_clock.any():
-        raise common.UserError(f"{where}: expected frames, found {cells[is_clock].iloc[0]}")
-    expected = "numbers" if unit == "frame" else "numbers or h:mm:ss"
-    numbers = csv_tables.to_numbers(cells.mask(is_clock, ""), where, expected)
+    numbers = csv_tables.to_numbers(cells.mask(is_clock, ""), where, "numbers or h:mm:ss")
     return np.where(is_clock, clock, SECONDS.get(unit, 1) * numbers)
 
 
