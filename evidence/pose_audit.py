@@ -158,25 +158,17 @@ def check_frames(audit, frames, patients):
                   "one patient under two names? see --patient_map")]
 
 
-def split_facts(split, patients):
-    """{part: rows} and (N,) patients -> dict: transitions and patients of each part, and what stands in none or in two.
-    """
-    parts = {part: {"transitions": len(rows), "patients": sorted(set(patients[rows]))}
-             for part, rows in split.items()}
-    n_parts = collections.Counter(name for part in parts.values() for name in part["patients"])
-    return {
-        "transitions": len(patients),
-        "parts": parts,
-        "transitions_of_patient": collections.Counter(patients),
-        "patients_in_two_parts": sorted(name for name, count in n_parts.items() if count > 1),
-        "left_out": len(patients) - sum(map(len, split.values())),
-    }
-
-
 def write_statistics(run, study, split):
     """dataset_stats.json and dataset_statistics.png of a train_dreamer.Study."""
+    parts = {part: {"transitions": len(rows), "patients": sorted(set(study.patients[rows]))}
+             for part, rows in split.items()}
+    n_parts = collections.Counter(name for part in parts.values() for name in part["patients"])
     stats = {
-        **split_facts(split, study.patients),
+        "transitions": len(study.patients),
+        "parts": parts,
+        "transitions_of_patient": collections.Counter(study.patients),
+        "patients_in_two_parts": sorted(name for name, count in n_parts.items() if count > 1),
+        "left_out": len(study.patients) - sum(map(len, split.values())),
         "sequences": len(set(study.sequences)),
         "patients_known": study.has_patients,
         "angle_unit": study.angle_unit,
