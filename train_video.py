@@ -1455,8 +1455,7 @@ def judge_bouts(args):
     data = common.read_or_warn(file).get("data", {})
     if "fps" not in args.given and "fps" in data:  # a training run has none, and is refused below
         args = common.with_flags(args, fps=data["fps"])
-    ethograms.judge_folder(
-        args.predictions, lambda names: read_table(args, names), args.output, by_group=bool(args.group_column))
+    ethograms.judge_folder(args.predictions, lambda names: read_table(args, names), args.output)
 
 
 def judge_predictions(args):

@@ -254,10 +254,10 @@ def events_in(windows, table):
     return events
 
 
-def judge_folder(folder, read_table, output, by_group=False):
+def judge_folder(folder, read_table, output):
     """Judge the bouts in a run folder of predict --video by the EventTable that read_table(names of classes) gives.
 
-    Says it and writes it: output, else bout_scores.csv in the folder. by_group: intervals over the table's groups.
+    Says it and writes it: output, else bout_scores.csv in the folder. Intervals over the table's groups, if any.
     """
     windows = read_spans(folder / "windows.csv")
     table = read_table([name.removeprefix("prob_") for name in windows if name.startswith("prob_")])
@@ -267,7 +267,7 @@ def judge_folder(folder, read_table, output, by_group=False):
         print(f"skipped: {entry['row']}, {entry['video']}: {entry['reason']}")
     bouts = read_spans(folder / "bouts.csv")
     group_of = {}
-    if by_group:
+    if table.groups is not None:
         videos = [str(source.resolve()) for source in table.sources]
         group_of = dict(zip(videos, event_tables.connected([videos, table.groups])))  # groups in one video are one
     rows, method = judge_bouts(windows, bouts, events_in(windows, table), table.names, group_of)

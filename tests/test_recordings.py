@@ -187,7 +187,7 @@ def test_bouts_of_few_videos_are_told_without_nan(tmp_path, capsys):
     (tmp_path / "bouts.csv").write_text("video,label,start_sec,end_sec,mean_probability\n/v,bite,0,4,1\n")
     events = SimpleNamespace(
         windows=np.array([(0, 4), (0, 5)], float), sources=[Path("/v"), Path("/w")], names=["bite", "rear"],
-        label=np.zeros(2, int), notes=[], skipped=[])
+        label=np.zeros(2, int), notes=[], skipped=[], groups=None)
     ethograms.judge_folder(tmp_path, lambda names: events, None)
     said = capsys.readouterr().out
     assert "bite: 1 bouts, 2 events; F1 at IoU .25 0.667, at .5 0.667; kappa 0.468\n" in said
@@ -439,13 +439,12 @@ def test_bouts_of_two_cameras_are_judged_over_their_sessions(tmp_path, capsys):
     table = SimpleNamespace(windows=events[["start_sec", "end_sec"]].to_numpy(), sources=[Path(v) for v in events["video"]],
                             names=["bite"], label=np.zeros(24, int), notes=[], skipped=[],
                             groups=events["video"].map(sessions).to_numpy())
-    for by_group, said in ((True, "over 6 groups"), (False, "over 12 videos")):
-        ethograms.judge_folder(tmp_path, lambda names: table, None, by_group)
-        assert said in capsys.readouterr().out
+    ethograms.judge_folder(tmp_path, lambda names: table, None)
+    assert "over 6 groups" in capsys.readouterr().out
 
     # two animals in each video, each of which the next session has too: all is one case
     table.groups = np.array([f"animal {k // 4 + k % 2}" for k in range(24)])
-    ethograms.judge_folder(tmp_path, lambda names: table, None, by_group=True)
+    ethograms.judge_folder(tmp_path, lambda names: table, None)
     assert "no interval: only 1 groups" in capsys.readouterr().out
 
 
@@ -466,7 +465,8 @@ def test_a_run_without_a_bout_finds_no_event(tmp_path, capsys):
     (tmp_path / "bouts.csv").write_text("video,label,start_sec,end_sec,mean_prob\n")
     table = SimpleNamespace(
         windows=np.array([[0.2, 0.8]]), sources=[Path("/v.mp4")], names=["none", "1"], label=np.array([1]),
-        notes=["start, end are read as seconds"], skipped=[{"row": "e.csv line 3", "video": "v.mp4", "reason": "ends before it starts"}])
+        groups=None, notes=["start, end are read as seconds"],
+        skipped=[{"row": "e.csv line 3", "video": "v.mp4", "reason": "ends before it starts"}])
     ethograms.judge_folder(tmp_path, lambda names: table, None)
     said = capsys.readouterr().out
     assert "note: 1 recordings have no event in the table, and every bout in them counts as false: /w.mp4" in said
