@@ -1779,10 +1779,10 @@ def sample_augmentation(preset, generator):
 
 
 def window_start(length, size, fraction):
-    """First pixel of a window of `size` in `length`, each of the possible ones equally likely."""
+    """First pixel of a window of `size` in `length`, each of the possible ones equally likely; fraction: below 1."""
     if length < size:
         raise ValueError(f"a window of {size} pixels does not fit into a picture of {length}")
-    return min(int(fraction * (length - size + 1)), length - size)
+    return int(fraction * (length - size + 1))
 
 
 def crop_window(shape, drawn, size):
