@@ -85,15 +85,14 @@ def compare(table, blocks, sd, unit="patients"):
     if len(set(units)) < subject_intervals.FEWEST_FOR_INTERVAL:
         units = blocks
         unit = subject_intervals.TIME_BLOCKS
-    results = {}
-    for name, baseline in table.baselines.items():
-        results[name] = subject_intervals.bootstrap_regression(
+    return {
+        name: subject_intervals.bootstrap_regression(
             table.predicted / sd, table.target / sd, units, baseline / sd,
             unit=unit,
             names=table.names,
             baseline_name=name,
             folds=table.n_folds)
-    return results
+        for name, baseline in table.baselines.items()}
 
 
 def in_units(result, sd):
