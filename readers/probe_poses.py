@@ -349,7 +349,8 @@ def choose_unit(poses, asked, usual):
     if largest == 0 or largest > math.pi + 1e-6:
         return "deg", known
     # angles as the files have them: a rounded digit of them, 57 times as large in degrees, tells no unit
-    missed = {unit: best_miss(in_degrees(poses, unit), degree) for unit, degree in (("deg", 1), ("rad", math.pi / 180))}
+    degrees = {"deg": 1.0, "rad": math.pi / 180}  # one degree in each unit
+    missed = {unit: best_miss(in_degrees(poses, unit), degree) for unit, degree in degrees.items()}
     best, other = sorted(missed, key=missed.get)
     if missed[other] > 2 * missed[best] + 0.01:
         text = f"as mm and {best} at2 is missed by {missed[best]:.3g}, as mm and {other} by {missed[other]:.3g}"
@@ -381,7 +382,9 @@ def check_sequences(poses, sequences, unit):
     for name, rows in common.rows_by_key(sequences).items():
         own = {key: values[rows] for key, values in poses.items()}
         at = np.abs(np.concatenate([own["at1"], own["at2"]]))
-        position, angle = [part[part <= LARGEST_LABEL].max(initial=0.0) for part in (at[:, :3], at[:, 3:])]
+        at[~(at <= LARGEST_LABEL)] = 0.0  # no poses
+        position = at[:, :3].max()
+        angle = at[:, 3:].max()
         if angle and choose_unit(own, "auto", unit)[0] != unit:
             turned.append(name)
         if position:
