@@ -5,13 +5,13 @@
     python judge_predictions.py --predictions detections.json --truth coco.json
     python judge_predictions.py --runs outputs
 
-A table of scores has the columns NAME_true and NAME_predicted for each score, and NAME_BASELINE where there is one.
-A table of classes has true_label (or label) and prob_CLASS for each class, or score for two classes. Writes
+A table of scores has the columns NAME_true and NAME_predicted for each score, and NAME_BASELINE where there is one. A
+table of classes has true_label (or label) and prob_CLASS for each class, or score for two classes. Writes
 outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), metrics.json, plots, args.json, log.txt. With several tables
 of the same rows each gets a folder, and comparison.csv says which of two is better, with the paired interval of their
-difference. With --truth the predictions are COCO results, judged against COCO or part annotations; no picture is read. With --runs
-report.html lists the finished runs in a folder, as its runs.csv does, with the flags that differ, and holds any two of
-the newest against each other on the rows that both have predicted.
+difference. With --truth the predictions are COCO results, judged against COCO or part annotations; no picture is read.
+With --runs report.html lists the finished runs in a folder, as its runs.csv does, with the flags that differ, and
+holds any two of the newest against each other on the rows that both have predicted.
 
 Units: those of the table.
 """
@@ -55,7 +55,8 @@ def parse_args(argv=None):
     for name in args.given.intersection(idle[way].split()):
         parser.error(f"--{name} does nothing with --{way} alone; leave it out")
     if way == "predictions" and any(path.suffix.lower() == ".json" for path in args.predictions):
-        parser.error("--predictions expected a CSV, found a .json file; for COCO results name the annotations with --truth")
+        parser.error(
+            "--predictions expected a CSV, found a .json file; for COCO results name the annotations with --truth")
     if args.truth and len(args.predictions) > 1:
         parser.error("--truth judges one file of detections: give one file to --predictions, another one to --baseline")
     return args

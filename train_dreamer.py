@@ -320,7 +320,7 @@ def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
 
 
 def decode_frames(args, run, rows):
-    """n Transitions -> (ImageStore of their frames; (n, 2) index in it of t1 and t2; (n,) bool, True = both are read)."""
+    """n Transitions -> (ImageStore of their frames; (n, 2) index in it of t1 and t2; (n,) bool, True = both read)."""
     paths, frames = probe_poses.different_frames(rows)
     run.say(f"decoding {len(paths)} different frames")
     store = picture_files.ImageStore(paths, args.image_size, args.cache, args.pixel_range)
@@ -1235,8 +1235,8 @@ def load_checkpoint(args, run):
 def rows_to_score(run, args, study, seen):
     """(part to score, its rows, rows to fit baselines to).
 
-    Of the data that the checkpoint was trained on, the test part of its split, else the val part; of other data all rows,
-    and none to fit. seen: seen_rows.SeenRows of the checkpoint, since other data may have the same names.
+    Of the data that the checkpoint was trained on, the test part of its split, else the val part; of other data all
+    rows, and none to fit. seen: seen_rows.SeenRows of the checkpoint, since other data may have the same names.
     """
     path = args.checkpoint.with_name("splits.json")
     listed = splitting.listed_parts(path) if path.is_file() else {}

@@ -115,7 +115,8 @@ def class_weights(args, prior, positive):
 def prior_correction(train_prior, sampled_prior):
     """(C,) to add to the logits of a model that saw classes in shares sampled_prior, for shares train_prior, (C,) each.
 
-    log(train / sampled), before the temperature (Saerens, Latinne & Decaestecker 2002); 0 for a class that either lacks.
+    log(train / sampled), before the temperature (Saerens, Latinne & Decaestecker 2002); 0 for a class that
+    either lacks.
     """
     both = (train_prior > 0) & (sampled_prior > 0)
     return np.log(np.where(both, train_prior, 1) / np.where(both, sampled_prior, 1))

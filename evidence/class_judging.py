@@ -169,8 +169,10 @@ def metric_blocks(run, setting, result):
     return [
         *(reporting.html_image(run.path(file), text) for file, text in plots.items()),
         reporting.html_table(subject_intervals.overall_rows(result), caption=caption),
-        reporting.html_table(per_class, caption=f"Each class against the rest; {method}. AUC: how often a row of the class "
-                             "is ranked above one of another, .5 = by chance; average precision: mean over all recalls"),
+        reporting.html_table(
+            per_class,
+            caption=f"Each class against the rest; {method}. AUC: how often a row of the class is ranked above one of "
+                    "another, .5 = by chance; average precision: mean over all recalls"),
     ]
 
 

@@ -91,7 +91,7 @@ def hits_by_threshold(score, is_hit):
 
 
 def class_statistic(probability, label, threshold=None, positive=1, owners=slice(None)):
-    """classification_metrics as a function of weights (D, S) of subjects: ({name: (D,)}, {name: (D, C)}) of D resamples.
+    """classification_metrics as a function of weights (D, S) of subjects in D resamples: {name: (D,)}, {name: (D, C)}.
 
     Every metric of a resample follows from how often each row was drawn. owners: (N,) number of each row's subject;
     default: every row its own.

@@ -52,8 +52,8 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
 
     levels: {name: (N,) values}; target: (N,) class indices, or (N, R) scores, NaN = missing; train, test: lists of row
     indices, an entry a fold, whose test rows are judged as one; groups: (N,) names for the interval. A column predicts
-    the smoothed train rate of the `positive` class, or the smoothed train mean, in the row's level; `row order` does the
-    same with blocks of neighbouring rows (position: (N,) row number of each in its own file; None = its index).
+    the smoothed train rate of the `positive` class, or the smoothed train mean, in the row's level; `row order` does
+    the same with blocks of neighbouring rows (position: (N,) row number of each in its own file; None = its index).
     dict(name, n_levels, auc or r2, low, high, subjects), for scores also mae, mae_low and mae_high; low and high are
     NaN where there is no interval.
     """
@@ -169,9 +169,9 @@ def prior_levels(table):
 def judged_rows(table):
     """{what a split keeps whole: (train rows, judged rows), lists with an entry a fold}.
 
-    With parts (train, val, test, or all where there is none): from the first to the last. Without: five folds that keep
-    events whole, so that a prior may know the animals and places it is judged on, and, where there are groups or videos,
-    five that keep those whole.
+    With parts (train, val, test, or all where there is none): from the first to the last. Without: five folds that
+    keep events whole, so that a prior may know the animals and places it is judged on, and, where there are groups or
+    videos, five that keep those whole.
     """
     parts = [part for part in ("train", "all", "val", "test") if part in table.parts]
     if len(parts) > 1:

@@ -1,4 +1,4 @@
-"""Bouts of behaviour in whole recordings: from windows to bouts, their picture, and how well they fit a table of events.
+"""Bouts of behaviour in whole recordings: from windows to bouts, their picture, and how they fit a table of events.
 
 Letters: W windows, C classes, V videos, D resamples. Units: seconds from the start of a recording.
 """
@@ -65,7 +65,7 @@ class Bout(typing.NamedTuple):
 def join_close(windows, merge_gap_sec):
     """(W,) classes in which what parts two bouts of one class by at most merge_gap_sec belongs to them.
 
-    The closest bouts come first, of equally close ones the earlier; what they have taken is no bout of its own any more.
+    The closest bouts come first, of equally close ones the earlier; what they have taken is no longer a bout.
     """
     edges = windows.edges
     joined = windows.chosen.copy()
@@ -234,8 +234,8 @@ def events_in(windows, table):
     has_time = is_watched & (end_sec > start_sec)
     n_without = (is_watched & ~has_time).sum()
     if n_without:
-        print(f"note: {n_without} events in these recordings are left out: they lie past the end, or are points in time "
-              "(--min_event_sec 1 makes each a second long)")
+        print(f"note: {n_without} events in these recordings are left out: they lie past the end, or are points in "
+              "time (--min_event_sec 1 makes each a second long)")
     print(f"{has_time.sum()} of {len(events)} events are in the recordings")
     if not is_watched.any():
         raise common.UserError(
@@ -274,7 +274,8 @@ def judge_folder(folder, read_table, output):
     output = output or folder / "bout_scores.csv"
     common.write_table(output, rows)
     for row in rows:
-        f1_at_25, f1_at_50, kappa = [metric_names.number_text(row[name]) for name in ("f1_at_0.25", "f1_at_0.5", "kappa")]
+        shown = ("f1_at_0.25", "f1_at_0.5", "kappa")
+        f1_at_25, f1_at_50, kappa = [metric_names.number_text(row[name]) for name in shown]
         interval = "" if np.isnan(row["kappa_low"]) else f" [{row['kappa_low']:.3f}, {row['kappa_high']:.3f}]"
         print(f"{row['label']}: {row['bouts']} bouts, {row['events']} events; "
               f"F1 at IoU .25 {f1_at_25}, at .5 {f1_at_50}; kappa {kappa}{interval}")

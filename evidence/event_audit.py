@@ -117,8 +117,9 @@ def record_split(run, table, audits, split):
     stopping = splitting.STOPPING_LEAKS if keeps_groups and has_several else SAME_EVENT
     alarms = splitting.record_split(run, split, table.clip_ids, report, stopping, columns, groups)
     if groups is not None and not has_several:
-        alarms = [*alarms, f"--group_column {args.group_column} has one value, {groups[0]}, so nothing is known of others and "
-                           "there is no interval. Where there are several, name the column that tells them apart"]
+        one_group = (f"--group_column {args.group_column} has one value, {groups[0]}, so nothing is known of others "
+                     "and there is no interval. Where there are several, name the column that tells them apart")
+        alarms = [*alarms, one_group]
     return alarms
 
 
@@ -238,7 +239,8 @@ def _prior_note(row):
         f"no-pixel prior on {row['name']} across {row['across']}: {metric.upper()} of {row['what']} "
         f"{row[metric]:.3f} [{interval}]")
     if row[metric] >= TELLS_ALL and row["name"] != "row order":
-        return f"WARNING: {text}: this column tells it without a look at the clips, and a model may learn no more than that"
+        return (f"WARNING: {text}: this column tells it without a look at the clips, and a model may learn no more "
+                "than that")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Parts and folds of a table of events: given by its manifests, by --test_groups, by a file, or made by the shared flags.
+"""Parts and folds of a table of events: given by manifests, by --test_groups, by a file, or made by the shared flags.
 
 Letters: N rows.
 """
@@ -127,7 +127,8 @@ def part_of_train(args, table, rows):
     made = splitting.make_split(
         keys, {"train": 1 - val_ratio, "val": val_ratio}, strata, kept_whole, args.seed)
     if not len(made["val"]):
-        raise common.UserError(f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, it chooses the epoch")
+        raise common.UserError(
+            f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, it chooses the epoch")
     return {part: rows[chosen] for part, chosen in made.items()}  # chosen: indices into `rows`
 
 

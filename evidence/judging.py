@@ -129,7 +129,7 @@ def limits_of_start(args):
 
 
 def list_runs(output_dir):
-    """A dict for each finished run in a folder, by the time of its start: what it was, and what its verdict rests on."""
+    """A dict for each finished run in a folder, by its start: what it was, and what its verdict rests on."""
     rows = []
     for path in sorted(output_dir.glob("run_*/metrics.json")):
         with contextlib.suppress(common.UserError, KeyError, TypeError):  # comparisons, and what is not of this version

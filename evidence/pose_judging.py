@@ -15,16 +15,16 @@ USE_MEANINGS = {
     "feature_spread": "how much the features differ between frames (0 = collapsed)",
     "outside_training_range": "share of the scored poses outside the range of the training poses",
 }
-WITHIN_PATIENTS = ("Fewer than five patients were scored. Intervals, if any, are over blocks of time ten times as long as "
-                   "the errors are correlated: they say how steady the result is within these patients, and nothing "
+WITHIN_PATIENTS = ("Fewer than five patients were scored. Intervals, if any, are over blocks of time ten times as long "
+                   "as the errors are correlated: they say how steady the result is within these patients, and nothing "
                    "about others.")
 
 
 def judge_poses(run, table, setting, *, blocks, label_sd, unit, doubts, compose, use):
     """Judge a table of pose_scores, write tables, plots, report.html and metrics.json; returns the metrics.
 
-    blocks: (M,) of pose_scores.time_blocks; label_sd: (6,); unit: patients, or folders where each counts as one; doubts:
-    sentences on the split; compose: the name of a Convention; use: numbers of USE_MEANINGS.
+    blocks: (M,) of pose_scores.time_blocks; label_sd: (6,); unit: patients, or folders where each counts as one;
+    doubts: sentences on the split; compose: the name of a Convention; use: numbers of USE_MEANINGS.
     """
     results = pose_scores.compare(table, blocks, label_sd, unit)
     best = min(results.values(), key=lambda result: result.overall.baseline["mae"].value)

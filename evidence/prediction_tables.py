@@ -54,7 +54,7 @@ class Rows:
         }
 
     def fold_numbers(self):
-        """What the fold table says of one fold: the model's metrics, and R2 or AUC of the baseline that is best in it."""
+        """What the fold table says of one fold: the model's metrics, and the best baseline's R2 or AUC."""
         baseline = self.quality(self.baselines[self.best_baseline])
         return {"rows": len(self.truth), **self.main_metrics(), f"baseline_{self.metric}": baseline}
 
@@ -255,8 +255,8 @@ def rows_of(table, names):
     """(M,) places of the rows of a table in a list of names. UserError for names that repeat."""
     place = {name: row for row, name in enumerate(names)}
     if len(place) < len(names):
-        raise common.UserError(f"the column {next(iter(table.keys))} must tell rows apart, found {len(place)} values in "
-                               f"{len(names)} rows; give each row its own")
+        raise common.UserError(f"the column {next(iter(table.keys))} must tell rows apart, found {len(place)} values "
+                               f"in {len(names)} rows; give each row its own")
     return np.array([place[name] for name in table.row_names])
 
 
@@ -406,7 +406,7 @@ def _block(table, columns, path):
 
 
 def _probabilities(table, prefix, names, path):
-    """(M, C) numbers from 0 to 1 that add up to 1, as far as two digits behind the point allow, of columns PREFIX+NAME."""
+    """(M, C) numbers from 0 to 1 of columns PREFIX+NAME, which add up to 1 as far as two decimals allow."""
     columns = [prefix + name for name in names]
     block = _block(table, columns, path)
     rounding = 0.005 * len(names) + 1e-6
@@ -472,7 +472,8 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
         names, table[label_column], _probabilities(table, "prob_", names, path), blocks, baseline,
         positive_class or stated, shared,
         threshold=_threshold(table, "threshold", label_column, path),
-        baseline_thresholds=_known({kind: _threshold(table, f"{kind}_threshold", label_column, path) for kind in kinds}),
+        baseline_thresholds=_known(
+            {kind: _threshold(table, f"{kind}_threshold", label_column, path) for kind in kinds}),
         logits=_block(table, [f"logit_{name}" for name in names], path))
     if stated not in (None, names[found.positive]):  # the thresholds are of another class
         found.threshold = None
@@ -501,8 +502,8 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
     names = sorted(set(table[label_column]) - {""}, key=str.casefold)
     if len(names) != 2:
         raise common.UserError(
-            f"{path}: a score needs two classes in {label_column}, found {common.shorten_list(names)}; for more write a "
-            "column prob_CLASS for each")
+            f"{path}: a score needs two classes in {label_column}, found {common.shorten_list(names)}; for more write "
+            "a column prob_CLASS for each")
     if not positive_class and " ".join(names).casefold() not in PLAIN_LABELS:
         raise common.UserError(f"{path}: the score may speak for either class; name the one that is likely where it is "
                                f"high with --positive_class ({', '.join(names)})")

@@ -125,8 +125,8 @@ def html_image(path, caption):
 def html_cases(cases):
     """Grid of thumbnails with a title and lines of text below each, for the best and the worst cases.
 
-    cases: dicts with image (uint8 (H, W, 3) or (H, W)), title, and lines (list of text); one that is wide, such as frames
-    side by side, takes the whole width.
+    cases: dicts with image (uint8 (H, W, 3) or (H, W)), title, and lines (list of text); one that is wide, such as
+    frames side by side, takes the whole width.
     """
     from PIL import Image
 
@@ -163,7 +163,7 @@ def key_figures(estimates, result):
 
 
 def leakage_blocks(run):
-    """The section on leakage, from leakage_report.json where there is one: what the parts share, or what they do not."""
+    """The section on leakage, from leakage_report.json where there is one: what the parts share, or do not."""
     path = run.path("leakage_report.json")
     if not path.exists():
         return []
@@ -224,9 +224,9 @@ def public_word(word):
 def write_report(path, title, verdict, sections, foot="", figures=()):
     """Write one self-contained HTML page: ASCII, no script, no network, under 5 MB, light and dark, phone and print.
 
-    verdict: a verdicts.Verdict; figures: the key figures as (label, value, remark) texts; sections: (heading, blocks from
-    the html_ builders), left out where all blocks are empty. The order of every train script: Data and split, Leakage,
-    Metrics, Calibration, Learning curves, Best and worst cases, Limits, Command and versions.
+    verdict: a verdicts.Verdict; figures: the key figures as (label, value, remark) texts; sections: (heading, blocks
+    from the html_ builders), left out where all blocks are empty. The order of every train script: Data and split,
+    Leakage, Metrics, Calibration, Learning curves, Best and worst cases, Limits, Command and versions.
     """
     title = html.escape(title)
     links = []

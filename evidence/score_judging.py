@@ -18,8 +18,8 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
     """Judge a prediction_tables.ScoreTable, write tables, plots, report.html and metrics.json; returns the metrics.
 
     ceiling: rater_agreement.Ceiling, or None; confounds: of confounding.level_priors; levels: {name of a confound:
-    (M,) its values}; moments: (M,) levels whose rows are also judged apart, () for none; table_file, plot_file: names of
-    the table and of the plot of the scores.
+    (M,) its values}; moments: (M,) levels whose rows are also judged apart, () for none; table_file, plot_file: names
+    of the table and of the plot of the scores.
     """
     result = table.compare()
     rows = score_rows(result, table, ceiling)
@@ -152,8 +152,8 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
                "correlation")
     shown = plotting.note_if_cut(len(rows), "scores")
     return [
-        reporting.html_image(run.path(plot_file), "r and R2 of each score, with baseline, and interval and noise ceiling "
-                             f"where they are known{shown}"),
+        reporting.html_image(run.path(plot_file), "r and R2 of each score, with baseline, and interval and noise "
+                             f"ceiling where they are known{shown}"),
         reporting.html_image(run.path("predicted_against_true.png"), f"Predicted against true{shown}"),
         reporting.html_table(rows, columns, caption=caption),
         reporting.html_table(moment_rows, columns, caption="The rows of each moment alone"),

@@ -84,7 +84,7 @@ def _assign_groups(shares, stratum, unit, seed):
 
 
 def units_of(n_rows, groups):
-    """-> group number of each row (None without groups), how many units there are, their name. UserError: a blank one."""
+    """-> group number of each row (None without groups), number of units, their name. UserError: a blank group."""
     if groups is None:
         return None, n_rows, "rows"
     labels, unit = np.unique(groups, return_inverse=True)
@@ -129,7 +129,7 @@ def make_folds(keys, k, strata=None, groups=None, seed=42):
 
 
 def listed_parts(path):
-    """JSON {part: [keys]}, as in splits.json -> the same, keys as text. UserError: no such lists; other fields may be."""
+    """JSON {part: [keys]}, as in splits.json -> the same, keys as text. UserError without such lists."""
     content = common.read_json(path)
     if not isinstance(content, dict):
         raise common.UserError(f"{path}: expected lists train, val and test, found {type(content).__name__}")
@@ -157,8 +157,8 @@ def read_split_file(path, keys):
             faults.append(f"{key} (listed {count} times{unknown})")
     if faults:
         raise common.UserError(
-            f"--split_file {path}: expected parts train, val (it chooses the epoch) and test, and each image name once, "
-            f"found {common.shorten_list(faults)}.")
+            f"--split_file {path}: expected parts train, val (it chooses the epoch) and test, and each image name "
+            f"once, found {common.shorten_list(faults)}.")
     return {part: np.flatnonzero(np.isin(keys, parts.get(part, []))) for part in PARTS}
 
 
@@ -264,9 +264,10 @@ def similar_pairs(features, split):
     """Rows of two parts whose features are far nearer to each other than those of neighbours usually are.
 
     features: (N, F) of a network before any tuning; split: {part: rows}. Returns (i, j), each row of a part with its
-    nearest one of the parts before, the nearest pair first. Far nearer: by 3 median absolute deviations (as sds) of the
-    log of all rows' distances (1 - cosine) to their nearest neighbour. Of 250 faces: no two different ones, but their copies
-    turned by 5 degrees or cropped by 2.5 % (99 to 100 % of them), by 5 % (73 %), by 10 % (7 %), with a border (87 %).
+    nearest one of the parts before, the nearest pair first. Far nearer: by 3 median absolute deviations (as sds) of
+    the log of all rows' distances (1 - cosine) to their nearest neighbour. Of 250 faces: no two different ones, but
+    their copies turned by 5 degrees or cropped by 2.5 % (99 to 100 % of them), by 5 % (73 %), by 10 % (7 %), with a
+    border (87 %).
     """
     part = np.repeat(np.arange(len(split)), [len(rows) for rows in split.values()])
     rows = np.concatenate(list(split.values()))
@@ -483,7 +484,7 @@ def split_by_time(sequences, order, ratios, gap):
 
 
 def folds_by_time(sequences, order, n_folds, gap):
-    """[{train, val, test: rows}]: each sequence cut into n_folds blocks, left out in turn with `gap` rows on both sides.
+    """[{train, val, test: rows}]: each sequence cut into n_folds blocks, left out in turn with `gap` rows beside it.
 
     sequences: (N,) names; order: (N,) place within the sequence. The test parts are empty. Raises UserError for
     sequences that are too short.

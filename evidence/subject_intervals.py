@@ -107,11 +107,12 @@ def estimate(model, baseline, subjects, unit, *, n, rows, support,
     """Result of statistics of how often each subject is drawn.
 
     model, baseline (None = without): (D, S) times drawn -> ({metric: (D,)}, {metric: (D, R)}), overall and each;
-    subjects: S; names: of the targets or classes; support: {(scope, metric): how many subjects it rests on}, where those are
-    not all, with the side before the scope where the sides differ; folds: how many models predicted the rows;
-    per_subject: {metric: (S,)}, None = pseudo-values of the jackknife; n, rows, described: the other fields of the
-    Result. An interval is value -+ t x standard error on the scale where the metric is nearest to normal; the error is
-    that of the jackknife, from 200 subjects on that of the bootstrap. Resting on under 5 subjects: no interval.
+    subjects: S; names: of the targets or classes; support: {(scope, metric): how many subjects it rests on}, where
+    those are not all, with the side before the scope where the sides differ; folds: how many models predicted the
+    rows; per_subject: {metric: (S,)}, None = pseudo-values of the jackknife; n, rows, described: the other fields of
+    the Result. An interval is value -+ t x standard error on the scale where the metric is nearest to normal; the
+    error is that of the jackknife, from 200 subjects on that of the bootstrap. Resting on under 5 subjects: no
+    interval.
     """
     whole = _compare(model, baseline, np.ones((1, subjects)))
     estimates = {}
@@ -188,7 +189,8 @@ def _pseudo_values(model, baseline, whole, subjects, support):
     places = {metric: ("difference", "overall", metric) for metric in CLASS_SIGN_FLIP_METRICS
               if subjects < FEWEST_FOR_INTERVAL or support.get(("overall", metric), subjects) >= FEWEST_FOR_INTERVAL}
     return {metric: subjects * whole[place] - (subjects - 1) * left_out[place]
-            for metric, place in places.items() if place in whole and not np.allclose(left_out[place], whole[place], 1e-9)}
+            for metric, place in places.items()
+            if place in whole and not np.allclose(left_out[place], whole[place], 1e-9)}
 
 
 def _compare(model, baseline, weights):
@@ -227,7 +229,7 @@ def draw_subjects(subjects, draws, seed, block):
 
 
 def _t_ends(value, drawn, reach, scale, support):
-    """(low, high): value -+ reach x sd of the draws (D, ...), on the metric's normal scale; support: subjects it rests on."""
+    """(low, high): value -+ reach x sd of the draws (D, ...), on the normal scale; support: subjects it rests on."""
     if scale in SHARE_RANGES:
         low, high = _share_ends(value, drawn, reach, support, SHARE_RANGES[scale])
     else:

@@ -96,7 +96,8 @@ def compare_runs(folders, say):
         pair = [tables[name] for name in names]
         shared = np.intersect1d(pair[0].row_names, pair[1].row_names)
         if len(shared) < FEWEST_SHARED:
-            say(f"note: {' and '.join(names)} are not compared: they share {len(shared)} rows, expected {FEWEST_SHARED}")
+            say(f"note: {' and '.join(names)} are not compared: they share {len(shared)} rows, "
+                f"expected {FEWEST_SHARED}")
             continue
         pair = [prediction_tables.take(table, np.isin(table.row_names, shared)) for table in pair]
         try:

@@ -15,8 +15,8 @@ from evidence import class_scores, metric_names
 
 # --- alarms ------------------------------------------------------------------------------------------
 
-CONSTANT_REMEDY = ("The model has learnt nothing: published weights, more rows; where a network is trained, more --epochs, "
-                   "a higher --lr or a weaker --augment")
+CONSTANT_REMEDY = ("The model has learnt nothing: published weights, more rows; where a network is trained, more "
+                   "--epochs, a higher --lr or a weaker --augment")
 NOT_FINITE_REMEDY = "Lower --lr, or --use_amp off"
 REPEATS_REMEDY = ("Look for rows with the same input (the section Leakage), and keep them together: --group_column "
                   "(probe guidance: --patient_map)")
@@ -56,9 +56,9 @@ def regression_alarms(predicted, target, names):
 def find_repeats(predicted, is_judged, modal):
     """Predictions that repeat so often that it speaks for a fault: ((n, K) of them, (n,) in how many rows).
 
-    predicted: (N, K); is_judged: (N,) bool; modal: how many rows share the most frequent label.
-    Three equal ones or more count where all such hold 2 % of the rows, as in many rows some meet by chance. Coarse ones
-    meet so often that only one counts that stands in more than half of the rows, and in a tenth more than share a label.
+    predicted: (N, K); is_judged: (N,) bool; modal: how many rows share the most frequent label. Three equal ones or
+    more count where all such hold 2 % of the rows, as in many rows some meet by chance. Coarse ones meet so often that
+    only one counts that stands in more than half of the rows, and in a tenth more than share a label.
     """
     rows = len(predicted)
     values, repeats = np.unique(predicted[is_judged], axis=0, return_counts=True)
@@ -322,9 +322,9 @@ def chance_doubts(result, metric):
     own = result.overall.model[metric]
     if known.chance is None or own.low > known.chance or outcome_of(result.gain(metric)) != "better":
         return []
-    return [f"The model's own {known.label} is not above {known.chance:g} for certain, which guessing reaches (interval "
-            f"{own.low:.3f} to {own.high:.3f}): to beat a baseline that does worse than guessing says nothing. Add rows "
-            "or groups"]
+    return [f"The model's own {known.label} is not above {known.chance:g} for certain, which guessing reaches "
+            f"(interval {own.low:.3f} to {own.high:.3f}): to beat a baseline that does worse than guessing says "
+            "nothing. Add rows or groups"]
 
 
 def verdict_sentence(result, metric, ceiling=None, seen="new", label=None, is_same=False):

@@ -125,8 +125,8 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
 
     A start and an end or a duration, by the names that TIME_COLUMN knows; nothing: the whole clip. A row is in frames
     (both inclusive) where it has no start in seconds, or an end only in frames. time_unit: of columns whose names say
-    none; seconds by default, which is noted. An event in seconds that is shorter than min_event_sec gets a window of that
-    length around it; seconds_of does so for those in frames.
+    none; seconds by default, which is noted. An event in seconds that is shorter than min_event_sec gets a window of
+    that length around it; seconds_of does so for those in frames.
     """
     import pandas as pd
     columns = time_columns(rows)
@@ -157,8 +157,8 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
     start, end, has_end = read_windows("sec", 0)
     latest = found.get(("end", "sec"), start).max()
     if unsaid and start.nunique() > 1 and latest < 1:
-        notes.append(f"WARNING: {source.name}: no time is above {latest:.2g} s. Parts of a day, as spreadsheets keep times? "
-                     "Format the cells as h:mm:ss")
+        notes.append(f"WARNING: {source.name}: no time is above {latest:.2g} s. Parts of a day, as spreadsheets keep "
+                     "times? Format the cells as h:mm:ss")
     first, stop, has_stop = read_windows("frame", 1)
     is_frame = first.notna() & (start.isna() | (has_stop & ~has_end))
     start = start.mask(is_frame, first)

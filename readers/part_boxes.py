@@ -451,9 +451,10 @@ def read_trust(value, where, faults):
 def refuse_other_convention(images, path, box_format, way="Say which: --box_format"):
     """UserError where boxes, read as left, top, width, height, look like those of another of BOX_FORMATS.
 
-    images: AnnotatedImages; box_format: what the flag says; where it is given, nothing is refused; way: what to do,
-    up to the name of a convention. One of these signs is enough: no number is above 1; more than a tenth of the boxes leave
-    their picture, and half as many at most in another convention; the areas in the file are those of corners alone.
+    images: AnnotatedImages; box_format: what the flag says; where it is given, nothing is refused; way: what to do, up
+    to the name of a convention. One of these signs is enough: no number is above 1; more than a tenth of the boxes
+    leave their picture, and half as many at most in another convention; the areas in the file are those of corners
+    alone.
     """
     known = [[*each.box, *image.size, read_number(each.fields.get("area"))]
              for image in images if image.size for each in image.objects if any(each.box)]
@@ -494,8 +495,8 @@ def cut_box(box, size):
 
 
 def cut_boxes(images):
-    """AnnotatedImages -> (a list for each of its PartObjects, cut to the picture; dicts of those left out, which have no
-    area in it; how many were cut). An absent part without area goes to the image's `absent` instead.
+    """AnnotatedImages -> (a list for each of its PartObjects, cut to the picture; dicts of those left out, which have
+    no area in it; how many were cut). An absent part without area goes to the image's `absent` instead.
     """
     kept = []
     skipped = []
@@ -570,8 +571,8 @@ def read_groups(images, column, notes):
         originals = [ROBOFLOW_VERSION.sub("", image.name) for image in images]
         if len(set(originals)) == len(images):
             return None
-        notes.append("versions of one picture, by Roboflow's names (.rf.), are one group; where these are other pictures: "
-                     "--group_column file_name")
+        notes.append("versions of one picture, by Roboflow's names (.rf.), are one group; where these are other "
+                     "pictures: --group_column file_name")
         return np.array(originals)
     values = [image.fields.get(column) for image in images]
     lacking = [image.name for image, value in zip(images, values) if value in (None, "")]

@@ -152,7 +152,7 @@ def merge_raters(table):
 
 
 def total_and_parts(names, target):
-    """R names, (N, R) scores -> (index of the total or None, indices of its parts, a sentence where they do not add up).
+    """R names, (N, R) scores -> (index of the total or None, indices of its parts, what to say if they do not add up).
 
     A name alone makes no total: none where half of the sums miss it by over half an SD of it.
     """

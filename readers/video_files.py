@@ -565,8 +565,8 @@ class ClipStore(pixel_cache.PixelStore):
         if grid != "rate" or not again:
             return []
         return [
-            f"{len(again)} videos show some frames twice ({common.shorten_list(again, 3)}): they have fewer than {fps:g} "
-            f"frames a second (--fps), an uneven rate, or are shorter than a clip of {n_frames / fps:.3g} s"]
+            f"{len(again)} videos show some frames twice ({common.shorten_list(again, 3)}): they have fewer than "
+            f"{fps:g} frames a second (--fps), an uneven rate, or are shorter than a clip of {n_frames / fps:.3g} s"]
 
     def decode(self, rows):
         """[(ClipAudit, pixels (G, H, W, 3))] of all rows of one file; pixels has no frames when it is bad."""
