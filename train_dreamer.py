@@ -1134,7 +1134,7 @@ def judge_split(args, study, split, readout, training, loss_function):
     loader = make_loader(study, rows, args, run.compute)
     trained = split["train"] if model.imagines else fitted
     use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, trained, rows)
-    judge(run, args, study, split, rows, table, part, use, alarms, best_epoch=best["epoch"])
+    judge(run, args, study, split, rows, table, part, use, alarms=alarms, best_epoch=best["epoch"])
 
 
 def use_readout(training, study, rows, readout):
@@ -1185,7 +1185,7 @@ def run_folds(run, args, study):
         pose_scores.fold_numbers(table, study.label_sd) | common.read_json(run.path(f"fold_{k}/metrics.json"))["use"]
         for k, table in zip(chosen, tables)]
     done = judging.finished_folds(run, chosen, numbers)
-    judge(run, args, study, folds, rows, pooled, "folds", mean_use(done), [], folds=done)
+    judge(run, args, study, folds, rows, pooled, "folds", mean_use(done), alarms=[], folds=done)
 
 
 def mean_use(folds):
@@ -1276,7 +1276,7 @@ def evaluate_checkpoint(run, args):
     if known:
         alarms = [f"the model was trained on these patients: {common.shorten_list(known, 5)}. Score others "
                   "(--data_dir)"]
-    judge(run, args, study, {part: rows}, rows, table, part, use, alarms, best_epoch=content["epoch"])
+    judge(run, args, study, {part: rows}, rows, table, part, use, alarms=alarms, best_epoch=content["epoch"])
 
 
 def predict(run, args):

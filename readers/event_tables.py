@@ -195,8 +195,10 @@ def below_header(table):
 
 
 def paired_states(table, path_column, label_column, notes):
-    """Tabular events of BORIS (START, STOP, POINT) and The Observer (State start, State stop, Point): the two rows of
-    one behaviour become one with start_sec and end_sec."""
+    """Tabular events: the rows START and STOP of one behaviour become one with start_sec and end_sec.
+
+    BORIS writes START, STOP and POINT; The Observer State start, State stop and Point.
+    """
     kind = csv_tables.find_column(table, ("status", "behavior_type", "event_type"))
     time = csv_tables.find_column(table, ("time", "time_relative_sf"))
     if kind is None or time is None:
@@ -209,7 +211,7 @@ def paired_states(table, path_column, label_column, notes):
     is_point = states == "POINT"
     is_pair = is_start & (following["state"] == "STOP")
     is_event = is_pair | is_point
-    if not is_event.any() or (states == "STATE").any():  # a row an event already
+    if not is_event.any() or (states == "STATE").any():  # each row is an event already
         return table
     n_lost = is_start.sum() - is_pair.sum()
     notes.append(f"rows START and STOP became {is_event.sum()} events; {n_lost} without a STOP are left out")

@@ -155,10 +155,8 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
         end = end.fillna(start + duration - one_frame)
         return start, end.fillna(start) + one_frame, end.notna()
     start, end, has_end = read_windows("sec", 0)
-    latest = found.get(("end", "sec"), start).max()
-    if unsaid and start.nunique() > 1 and latest < 1:
-        notes.append(f"WARNING: {source.name}: no time is above {latest:.2g} s. Parts of a day, as spreadsheets keep "
-                     "times? Format the cells as h:mm:ss")
+    if unsaid:
+        notes += _note_on_parts_of_a_day(source, start, found.get(("end", "sec"), start))
     first, stop, has_stop = read_windows("frame", 1)
     is_frame = first.notna() & (start.isna() | (has_stop & ~has_end))
     start = start.mask(is_frame, first)
@@ -170,6 +168,14 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
         faults[start.isna()] = "no offset, while other rows have one"
     start, end = _widen(start, end, min_event_sec, ~is_frame)
     return start, end, np.where(is_frame, "frame", "sec"), faults
+
+
+def _note_on_parts_of_a_day(source, start, end):
+    """A list of one warning where all these seconds are below 1, as of times that a spreadsheet keeps, else of none."""
+    if start.nunique() < 2 or not end.max() < 1:
+        return []
+    return [f"WARNING: {source.name}: no time is above {end.max():.2g} s. Parts of a day, as spreadsheets keep times? "
+            "Format the cells as h:mm:ss"]
 
 
 def _widen(start, end, min_event_sec, can_be_short):

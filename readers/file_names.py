@@ -236,8 +236,8 @@ def notes_on(fits, unused):
     missing = [name for name, fit in fits.items() if not fit.files]
     if 10 * len(missing) > len(fits):
         notes.append(f"WARNING: {len(missing)} of {len(fits)} names fit no picture "
-                     f"({common.shorten_list(missing, 3)}), and {len(unused)} files have no row: compare the spelling; "
-                     "a table with umlauts must be UTF-8")
+                     f"({common.shorten_list(missing, 3)}), and {len(unused)} files have no row. Compare the "
+                     "spelling; save a table with umlauts as UTF-8; else the folder lacks them")
     return notes
 
 

@@ -564,8 +564,10 @@ def as_coco(found_images, category_ids, folder):
 # --------------------------------------------------------------------------------------
 
 def read_groups(images, column, notes):
-    """(N,) group of each image from its entry. Where the column is None: the pictures that Roboflow made versions of
-    (turned, lighter ...), which is noted, or None where there is no second version of any.
+    """(N,) group of each image: what its entry has under `column`.
+
+    Where that is None: the picture of which it is a version (turned, lighter ...) by Roboflow's names, which a note
+    says; None where no picture has two versions.
     """
     if column is None:
         originals = [ROBOFLOW_VERSION.sub("", image.name) for image in images]

@@ -230,8 +230,8 @@ def read_transitions(path, sequence, exact_names):
         listed = listed.get("transitions")
     if not isinstance(listed, list) or not listed:
         raise common.UserError(
-            f"{path}: expected a list of transitions that is not empty, or a dict with one under `transitions`, found "
-            f"{type(listed).__name__}")
+            f"{path}: expected a list of transitions, or a dict with one under `transitions`, found "
+            f"{str(listed)[:60]}")
     rows = []
     faults = []
     for number, entry in enumerate(listed, start=1):

@@ -394,7 +394,7 @@ MISTAKES = {
     "a number beyond all bounds": (lambda rows: rows[1]["at1_6dof"].__setitem__(0, 10**400), ["row 2", "too large"]),
     "a name of two pictures": (lambda rows: rows[2].update(ft1_image_path="ft1/two"), ["ft1/two -> ", "two.jpg"]),
     "a row twice": (lambda rows: rows.append(dict(rows[0])), ["listed twice"]),
-    "an empty list": (lambda rows: rows.clear(), ["empty"]),
+    "an empty list": (lambda rows: rows.clear(), ["expected a list of transitions", "found []"]),
     "a row that is a list": (lambda rows: rows.insert(1, [1, 2]), ["row 2", "an object with the fields", "[1, 2]"]),
 }
 
