@@ -39,7 +39,11 @@ SOLVED = ("--model motion_readout --image_size 32 --n_frames 4 --fps 4 --clips_p
 
 
 def save_small_weights(path):
-    """Weights of a ShuffleNet: random, with batch statistics, without which its features hardly differ between pictures."""
+    """Weights of a ShuffleNet: random, with batch statistics, without which its features hardly differ between pictures.
+
+    Always the same draw: a few in a hundred tell two behaviours apart by luck, this one scores an AUC of .52 [.22, .80].
+    """
+    torch.manual_seed(1)
     network = torchvision.models.shufflenet_v2_x0_5()
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
