@@ -888,6 +888,10 @@ def fit(run, args, study, split):
     run.say(f"anchors of {' '.join(map(str, settings['anchor_sizes']))} input pixels (--anchor_sizes)")
     if args.state_class_weights != "none" and not settings["states"]:
         run.say(f"note: no box has a state, so --state_class_weights {args.state_class_weights} does nothing")
+    stateless = train_truth.parts_without_state()
+    if settings["states"] and stateless:
+        run.say(f"note: no train box of {common.shorten_list(stateless)} has a state; the states predicted for them "
+                "are learnt from other parts alone")
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
     train_loader = make_loader(study, split["train"], settings, args, compute, train=True)
     val_loader = make_loader(study, split["val"], settings, args, compute)

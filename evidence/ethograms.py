@@ -263,8 +263,9 @@ def judge_folder(folder, read_table, output):
     table = read_table([name.removeprefix("prob_") for name in windows if name.startswith("prob_")])
     for note in table.notes:
         print(f"note: {note}")
-    for entry in table.skipped:
-        print(f"skipped: {entry['row']}, {entry['video']}: {entry['reason']}")
+    if table.skipped:
+        lines = [f"{entry['row']}, {entry['video']}: {entry['reason']}" for entry in table.skipped]
+        print(f"skipped: {common.shorten_list(lines)}")
     bouts = read_spans(folder / "bouts.csv")
     group_of = {}
     if table.groups is not None:

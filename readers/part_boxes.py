@@ -111,6 +111,12 @@ class PartTruth:
         """Whether any judged box has a state; else this is plain detection."""
         return (self.judged_states() >= 0).any()
 
+    def parts_without_state(self):
+        """Names of the parts of which no judged box has a state."""
+        labels = np.concatenate([labels[self.judged(row)] for row, labels in enumerate(self.labels)])
+        with_state = labels[self.judged_states() >= 0]
+        return [part for label, part in enumerate(self.parts) if label not in with_state]
+
     def take(self, rows):
         """The PartTruth of chosen pictures."""
         lists = ("ids", "boxes", "labels", "states", "ignored", "absent")

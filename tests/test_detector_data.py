@@ -114,6 +114,23 @@ def test_an_absent_part_of_a_coco_file_may_lack_its_box(tmp_path, flags, box):
     assert study.truth.absent[0].tolist() == [study.truth.parts.index("bell")] and len(study.truth.boxes[0]) == 1
 
 
+def said_before_training(monkeypatch, args, study, train, val):
+    """What fit says before it builds the model."""
+    said = []
+    run = SimpleNamespace(compute=SimpleNamespace(place=None), say=said.append)
+    monkeypatch.setattr(train_detector, "build_model", lambda *_: sys.exit(0))
+    with pytest.raises(SystemExit):
+        train_detector.fit(run, args, study, {"train": np.array(train), "val": np.array(val)})
+    return said
+
+
+def test_parts_that_never_had_a_state_in_training_are_named(tmp_path, flags, monkeypatch):
+    study = study_of(tmp_path, flags, coco(), names=("0.jpg", "1.jpg"))
+    note = "no train box of {} has a state; the states predicted for them are learnt from other parts alone"
+    assert "note: " + note.format("saddle") in said_before_training(monkeypatch, flags(), study, train=[1], val=[0])
+    assert "no train box" not in str(said_before_training(monkeypatch, flags(), study, train=[0], val=[1]))
+
+
 def test_a_list_of_absent_parts_is_read(tmp_path, flags):
     images = [{"id": 0, "file_name": "0.jpg"}, {"id": 9, "file_name": "1.jpg", "absent_parts": ["saddle", " bell"]}]
     study = study_of(tmp_path, flags, coco(images=images), names=("0.jpg", "1.jpg"))
@@ -448,11 +465,8 @@ def test_attributes_that_are_not_used_are_named_and_survive_a_conversion(tmp_pat
     content = with_states(lambda state: {"condition": state, "view": "side"})
     study = study_of(tmp_path, flags, content, names=("0.jpg", "1.jpg"))
     assert not study.truth.has_states()
-    said = []
-    monkeypatch.setattr(train_detector, "build_model", lambda *_: sys.exit(0))  # what is said before is enough
-    with pytest.raises(SystemExit):
-        train_detector.fit(SimpleNamespace(compute=SimpleNamespace(place=None), say=said.append),
-                           flags("--state_class_weights", "balanced"), study, {"train": np.array([0]), "val": np.array([1])})
+    args = flags("--state_class_weights", "balanced")
+    said = said_before_training(monkeypatch, args, study, train=[0], val=[1])
     assert "note: no box has a state, so --state_class_weights balanced does nothing" in said
     for said in ("attribute condition of the boxes was not used: intact 2, damaged 2", "attribute view", "side 4"):
         assert any(said in note for note in study.notes)
