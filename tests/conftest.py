@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(items):
         name = item.path.stem
         return SLOW_FILES.index(name) if name in SLOW_FILES else len(SLOW_FILES)
     items.sort(key=place)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What a test and its fixtures draw does not depend on the tests that ran before in the same process."""
+    torch.manual_seed(0)
 
 
 @pytest.hookimpl(wrapper=True)
