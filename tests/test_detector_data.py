@@ -729,11 +729,15 @@ def test_a_part_of_the_split_without_a_judged_box_is_refused(tmp_path, flags):
 
 
 def drawn_truth(sides):
-    """Boxes of these sides (pictures, boxes), twice as wide as the square and half as high, in pictures of 800 px."""
-    boxes = np.zeros((*sides.shape, 4), np.float32)
-    boxes[:, :, 2:] = sides[:, :, None] * [2, 0.5]
+    """Boxes of these sides (pictures, boxes), twice as wide as the square and half as high, in pictures of 800 px.
+
+    The first box of each, over the whole picture, is one that does not count.
+    """
+    boxes = np.full((len(sides), sides.shape[1] + 1, 4), [0, 0, 800, 800], np.float32)
+    boxes[:, 1:, :2] = 90, 70
+    boxes[:, 1:, 2:] = [90, 70] + sides[:, :, None] * [2, 0.5]
     return SimpleNamespace(sizes=np.full((len(sides), 2), 800), boxes=list(boxes),
-                           judged=lambda row: np.ones(sides.shape[1], bool))
+                           judged=lambda row: np.arange(boxes.shape[1]) > 0)
 
 
 def test_anchors_fit_the_train_boxes_in_input_pixels():

@@ -137,10 +137,15 @@ def test_inputs_are_multiples_of_every_stride_of_a_model(name):
     anchors = [12, 20, 32, 48] if name == train_detector.RESNET18 else train_detector.COCO_ANCHORS
     model = train_detector.build_rcnn({"model": name, "anchor_sizes": anchors}).eval()
     height, width = train_detector.padded_size([(70, 96)])
+    inputs = torch.zeros(1, 3, height, width)
     with torch.no_grad():
-        maps = model.backbone(torch.zeros(1, 3, height, width)).values()
+        maps = list(model.backbone(inputs).values())
     strides = {side / cells for each in maps for side, cells in zip((height, width), each.shape[2:])}
     assert max(strides) == train_detector.PADDING and strides <= {4, 8, 16, 32, 64}
+    generator = model.rpn.anchor_generator
+    found, = generator(torchvision.models.detection.image_list.ImageList(inputs, [(70, 96)]), maps)
+    per_place = generator.num_anchors_per_location()
+    assert len(found) == sum(n * each[0, 0].numel() for n, each in zip(per_place, maps, strict=True))
 
 
 @pytest.mark.parametrize("n_trained", range(6))
