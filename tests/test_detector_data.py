@@ -744,13 +744,13 @@ def test_anchors_fit_the_train_boxes_in_input_pixels():
     """Two of each level are scikit-learn's two means of the sides that it serves, where there are enough."""
     from sklearn.cluster import KMeans
     draws = np.random.default_rng(0)
-    sides = np.exp(draws.uniform(np.log(20), np.log(150), (60, 3)))  # half of it in the input: 10 to 75
+    # half of it in the input: 10 to 75, most of them small, so that the means are no quartiles
+    sides = np.exp(np.log(20) + np.log(150 / 20) * draws.uniform(size=(60, 3)) ** 2)
     found = train_detector.fit_anchors(drawn_truth(sides), 400, 800)
     logs = np.log(sides.ravel() / 2)[:, None]
     expected = [np.sort(KMeans(2, n_init=10, random_state=0).fit(own).cluster_centers_.ravel())
                 for own in (logs[logs[:, 0] < np.log(48)], logs[logs[:, 0] >= np.log(48)])]
-    assert np.allclose(found[:4], np.exp(np.concatenate(expected)), rtol=0.08, atol=0.6)
-    assert found[4:] == [96, 136, 192, 272] and found == sorted(found)
+    assert found == [*np.round(np.exp(np.concatenate(expected))), 96, 136, 192, 272] == sorted(found)
 
 
 def test_a_detector_to_start_from_keeps_its_anchors(tmp_path):
@@ -824,6 +824,14 @@ def test_batches_are_padded_with_zeros_after_normalisation(tmp_path, flags):
 def test_elongated_pictures_keep_to_max_size():
     assert train_detector.fit_size(400, 100, 80, 160) == (160, 40)
     assert train_detector.fit_size(100, 400, 80, 1000) == (80, 320)
+    assert train_detector.fit_size(1, 900, 80, 160) == (1, 160) and train_detector.fit_size(900, 1, 80, 160) == (160, 1)
+
+
+@pytest.mark.parametrize("asked, limits", [
+    ((None, None), (384, 640)), ((100, None), (100, 640)), ((None, 500), (384, 500)), ((100, 50), (100, 100))])
+def test_limits_of_the_input_are_the_flags_else_the_models(asked, limits):
+    flags = SimpleNamespace(model=train_detector.RESNET18, min_size=asked[0], max_size=asked[1])
+    assert train_detector.input_limits(flags) == limits
 
 
 # --- flags ------------------------------------------------------------------------------

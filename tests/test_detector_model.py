@@ -282,15 +282,15 @@ def test_of_two_boxes_of_a_part_the_better_is_kept():
     assert most[0] > 0.1 >= most[1]
 
 
-def test_the_overlap_of_a_run_stays_with_its_checkpoint(monkeypatch, tmp_path):
-    """A flag overrules it."""
+def test_the_overlap_and_temperature_of_a_run_stay_with_its_checkpoint(monkeypatch, tmp_path):
+    """A flag overrules the overlap."""
     (tmp_path / "best_model.pth").touch()
     model = small_detector()
     for flag, expected in ((None, 0.3), (0.7, 0.7)):
-        content = {"settings": small_settings(nms_iou=0.3), "model": model.state_dict()}
+        content = {"settings": small_settings(nms_iou=0.3), "model": model.state_dict(), "temperature": 1.7}
         monkeypatch.setattr(common, "load_model_file", lambda path: content)
         found, _ = train_detector.load_detector(tmp_path / "best_model.pth", FP32, flag)
-        assert found.roi_heads.nms_thresh == expected
+        assert (found.roi_heads.nms_thresh, found.temperature) == (expected, 1.7)
 
 
 def test_states_that_no_train_box_has_still_have_a_loss():
