@@ -827,6 +827,19 @@ def test_elongated_pictures_keep_to_max_size():
     assert train_detector.fit_size(1, 900, 80, 160) == (1, 160) and train_detector.fit_size(900, 1, 80, 160) == (160, 1)
 
 
+@pytest.mark.parametrize("has_states, typed, nms_iou", [(True, [], 0.5), (False, ["--nms_iou", "0"], 0)])
+def test_a_checkpoint_keeps_what_describes_its_network(has_states, typed, nms_iou):
+    truth = drawn_truth(np.full((4, 3), 60.0))
+    truth.parts = ["bell"]
+    truth.has_states = lambda: has_states
+    args = train_detector.parse_args([*DATA, "--no_pretrained", "--model", train_detector.RESNET18, "--anchor_sizes",
+                                      "8", "16", "32", "64", *typed])
+    assert train_detector.model_settings(args, truth) == {
+        "model": train_detector.RESNET18, "min_size": 384, "max_size": 640, "anchor_sizes": [8, 16, 32, 64],
+        "parts": ["bell"], "states": list(part_boxes.STATES) if has_states else [], "nms_iou": nms_iou,
+        "frozen_norm": False, "pixel_mean": list(common.IMAGENET_MEAN), "pixel_sd": list(common.IMAGENET_STD)}
+
+
 @pytest.mark.parametrize("asked, limits", [
     ((None, None), (384, 640)), ((100, None), (100, 640)), ((None, 500), (384, 500)), ((100, 50), (100, 100))])
 def test_limits_of_the_input_are_the_flags_else_the_models(asked, limits):

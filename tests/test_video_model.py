@@ -111,6 +111,8 @@ def test_training_starts_are_random_and_scored_starts_even():
         assert frames == list(range(frames[0], frames[0] + 8))
         seen.add(frames[0])
     assert seen == set(range(33)), "with the jitter, from the first frame of the grid to its last"
+    first, again = ([data[epoch, 1]["input"][0, 0, 0, 0].item() for epoch in range(30)] for _ in range(2))
+    assert first == again, "a start depends on seed, epoch and sample alone"
 
 
 def test_baselines_see_the_clips_that_are_predicted():
@@ -151,16 +153,21 @@ def test_features_are_computed_of_the_rows_asked_for_alone():
     assert all(np.isfinite(views).all() for views in found.of_clips.values())
     for values in found.of_rows.values():
         assert np.isnan(values[[0, 2]]).all() and np.isfinite(values[[1, 3]]).all()
+    data = train_video.Clips(study, np.array([1, 3]), study.presets, features=found.of_clips)
+    first, again = ([data[epoch, 1]["input"].numpy().tobytes() for epoch in range(30)] for _ in range(2))
+    assert first == again and set(first) == {view.tobytes() for view in found.of_clips[3, None]}
 
 
 def test_short_sequences_are_padded_with_a_mask():
     args = arguments("--image_size", 32, "--n_frames", 8, task="regress")
     study, clips = study_of(args, n_frames=8, short=(2,))
-    sample = train_video.Clips(study, np.arange(6))[0, 2]
-    assert sample["mask"].tolist() == [True] * 3 + [False] * 5
-    assert sample["name"] == "clip 2", "a loss that is not finite names its samples"
-    assert (sample["input"][3:] == 0).all()
-    assert (sample["input"][:3].numpy() == np.stack([common.eval_crop(frame, 32) for frame in clips[2]])).all()
+    predicted = train_video.Clips(study, np.arange(6))[0, 2]
+    assert predicted["name"] == "clip 2", "a loss that is not finite names its samples"
+    trained = train_video.Clips(study, np.arange(6), np.full(6, "none", dtype=object))
+    for sample in (predicted, *(trained[epoch, 2] for epoch in range(5))):
+        assert sample["mask"].tolist() == [True] * 3 + [False] * 5
+        assert (sample["input"][3:] == 0).all()
+        assert (sample["input"][:3].numpy() == np.stack([common.eval_crop(frame, 32) for frame in clips[2]])).all()
 
 
 def test_augmentation_can_depend_on_the_row():
