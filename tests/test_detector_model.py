@@ -386,6 +386,7 @@ def test_the_features_of_pictures_in_a_batch_are_those_of_each_alone():
     batches = [train_detector.collate([sample(), sample((2, 2, 3, 3))]), train_detector.collate([sample()])]
     found = np.stack(train_detector.detect(model, [batches], FP32)["picture_features"])
     assert found.shape == (3, 256)
+    model.eval()
     for features, (batch, k) in zip(found, [(batches[0], 0), (batches[0], 1), (batches[1], 0)]):
         with torch.no_grad():
             maps = model.features(train_detector.to_inputs(batch, FP32, model.settings))
@@ -394,11 +395,16 @@ def test_the_features_of_pictures_in_a_batch_are_those_of_each_alone():
 
 
 def test_the_validation_loss_is_the_training_loss_without_dropout():
+    """Mean over the pictures of batches of two and one, each with draws of its own."""
     model = small_detector().eval()
-    batch = train_detector.collate([sample()])
-    loss = train_detector.evaluate(model, [[batch]], VALIDATION, FP32)[1]["val_loss"]
-    torch.manual_seed(common.hash_seed(5, 1, 0))
-    assert loss == pytest.approx(train_detector.total_loss(model(*device_batch(sample())), 0.5).item(), rel=1e-5)
+    batches = [train_detector.collate([sample(), sample((2, 2, 3, 3))]), train_detector.collate([sample((3, 3, 2, 2))])]
+    found = train_detector.evaluate(model, [batches], VALIDATION, FP32)[1]["val_loss"]
+    expected = []
+    for number, batch in enumerate(batches):
+        torch.manual_seed(common.hash_seed(5, 1, number))
+        losses = model(*train_detector.to_device(batch, FP32, model.settings))
+        expected += [train_detector.total_loss(losses, 0.5).item()] * len(batch["sizes"])
+    assert found == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 BF16 = common.Compute(torch.device("cpu"), "bf16", True, "", common.Processes())

@@ -155,7 +155,11 @@ def test_features_are_computed_of_the_rows_asked_for_alone():
         assert np.isnan(values[[0, 2]]).all() and np.isfinite(values[[1, 3]]).all()
     data = train_video.Clips(study, np.array([1, 3]), study.presets, features=found.of_clips)
     first, again = ([data[epoch, 1]["input"].numpy().tobytes() for epoch in range(30)] for _ in range(2))
-    assert first == again and set(first) == {view.tobytes() for view in found.of_clips[3, None]}
+    assert first == again and set(first) == {view.tobytes() for view in found.of_clips[3, None]} and len(set(first)) == 2
+    clip = {name: value[None] for name, value in train_video.Clips(study, np.array([3]))[0, 0].items() if name != "name"}
+    with torch.no_grad():
+        expected = train_video.build_model(args, 2).eval().extract(*train_video.to_device(clip, args, run.compute))
+    np.testing.assert_allclose(found.of_clips[3, study.starts(3)[0]][0], expected[0], rtol=1e-4, atol=1e-5)
 
 
 def test_short_sequences_are_padded_with_a_mask():
