@@ -227,6 +227,7 @@ def test_a_conversion_names_pictures_that_do_not_fit(tmp_path, monkeypatch, caps
     """Its boxes would be wrong: annotated in another size; and pictures that are missing or cannot be read."""
     content = json.loads(json.dumps(PARTS))
     content["0.jpg"]["image"] = {"height": 80, "width": 120}
+    content["1"]["parts"]["saddle"] = part([70, 10, 5, 5])
     (tmp_path / "a.json").write_text(json.dumps(content))
     write_pictures(tmp_path / "images", ("0.jpg", "1.jpg", "7.jpg"))
     with pytest.raises(common.UserError, match="60 x 40 pixels .EXIF applied., annotated as 120 x 80"):
@@ -234,8 +235,23 @@ def test_a_conversion_names_pictures_that_do_not_fit(tmp_path, monkeypatch, caps
     made = convert(tmp_path, monkeypatch, "--on_bad_file", "skip")
     assert [image["file_name"] for image in made["images"]] == ["1.jpg"]
     said = capsys.readouterr().out
-    for line in ("skipped: 2.jpg, no such picture", "skipped: 7.jpg, no entry in the annotations", "skipped: 0.jpg, is 60 x 40"):
+    for line in ("skipped: 2.jpg, no such picture", "skipped: 7.jpg, no entry in the annotations", "skipped: 0.jpg, is 60 x 40",
+                 "skipped: 1, saddle (saddle), box 70 10 75 15 has no area"):
         assert line in said
+
+
+def test_an_audit_counts_states_and_absent_parts(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text(json.dumps(PARTS))
+    write_pictures(tmp_path / "images", ("0.jpg", "1.jpg", "2.jpg"))
+    command = f"train_detector.py --mode audit --json {tmp_path}/a.json --images_dir {tmp_path}/images --output " \
+              f"{tmp_path}/c.json"
+    monkeypatch.setattr(sys, "argv", command.split())
+    train_detector.main()
+    found = json.loads((tmp_path / "c.json").read_text())["parts"]
+    assert {row["part"]: list(row.values())[1:] for row in found} == {
+        # boxes, intact, damaged, absent, occluded, absent without a box
+        "back_wheel": [1, 1, 0, 0, 0, 0], "bell": [1, 0, 0, 1, 0, 1], "front_wheel": [2, 1, 1, 0, 0, 0],
+        "saddle": [1, 0, 0, 0, 1, 0]}
 
 
 def test_an_absent_part_that_no_one_trusts_is_not_counted(tmp_path, flags, monkeypatch):

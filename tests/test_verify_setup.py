@@ -81,7 +81,7 @@ def test_unmet_requirements_name_old_and_missing(tmp_path, monkeypatch):
         install_fake(tmp_path, package, version)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     path = tmp_path / "requirements.txt"
-    path.write_text("torch>=2.10\nnumpy>=1.26\nopencv-python>=4.8\ntqdm>=4\n")
+    path.write_text("torch>=2.10\nnumpy>=2.4.0\nopencv-python>=4.8\ntqdm>=4\n")
     assert verify_setup.unmet_requirements([path]) == ["torch 2.9.1+cpu (needs 2.10 or newer)", "tqdm is missing"]
 
 
@@ -151,11 +151,11 @@ def test_driver_without_a_usable_gpu_is_a_warning(tmp_path, monkeypatch):
 
 
 def test_space_warns_and_fails(tmp_path, monkeypatch):
-    for free, status in ((20, "OK"), (5, "WARN"), (0.5, "FAIL")):
+    for free, status in ((10, "OK"), (5, "WARN"), (1, "WARN"), (0.5, "FAIL")):
         monkeypatch.setattr(verify_setup.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free * 2 ** 30))
         checks = {check.name: check for check in verify_setup.check_space(tmp_path / "not" / "there" / "yet")}
         assert checks["disk"].status == status and bool(checks["disk"].remedy) == (status != "OK")
-    assert checks.get("/dev/shm", checks["disk"]).status in ("WARN", "FAIL")
+    assert "/dev/shm" not in checks or checks["/dev/shm"].status == "WARN", "few processes may have enough of it"
 
 
 def test_open_files_limit(monkeypatch, tmp_path):
