@@ -162,6 +162,18 @@ def test_features_are_computed_of_the_rows_asked_for_alone():
     np.testing.assert_allclose(found.of_clips[3, study.starts(3)[0]][0], expected[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("model, weights", [("cnn_lstm", "own.pth"), ("r3d_18", None)])
+def test_the_motion_readout_to_compare_with_has_masks_of_its_own_and_weights_that_fit(model, weights, monkeypatch):
+    """Weights of a clip network are not those of --backbone; frames that repeat the one before are no motion."""
+    study, _ = study_of(arguments("--model", model, "--weights", "own.pth", "--n_frames", 4), n_clips=1)
+    study.store.audit[0].repeats = (1, 3)
+    monkeypatch.setattr(train_video, "build_model", lambda *_: nn.Identity())
+    monkeypatch.setattr(train_video, "features_of_rows", lambda network, study, *_: (study.args, study.mask(0, 0).tolist()))
+    args, mask = train_video.motion_features(study.args, study, common.choose_compute("cpu", "off"), np.arange(1))
+    assert (args.model, args.weights and str(args.weights)) == (train_video.MOTION_READOUT, weights)
+    assert mask == [True, False, True, False]
+
+
 def test_short_sequences_are_padded_with_a_mask():
     args = arguments("--image_size", 32, "--n_frames", 8, task="regress")
     study, clips = study_of(args, n_frames=8, short=(2,))
@@ -417,6 +429,19 @@ def test_clip_networks_are_computed_in_fp32_on_a_cpu():
         outputs.square().sum().backward()
         results.append([outputs.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("model, is_fp32", [("cnn_lstm", False), ("r3d_18", True), ("motion_readout", True)])
+def test_an_lstm_alone_is_in_mixed_precision_on_a_cpu(model, is_fp32, monkeypatch):
+    """In training; a mean that has one is so too."""
+    asked = []
+    monkeypatch.setattr(common, "start_run", lambda args, **how: contextlib.nullcontext(asked.append(how)))
+    monkeypatch.setattr(train_video, "read_table", lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_video.train(arguments("--model", model))
+    assert asked == [{"fp32_on_cpu": is_fp32, "fixed_shapes": is_fp32}]
+    members = [train_video.Member(None, {}, arguments("--model", each)) for each in ("motion_readout", model)]
+    assert train_video.all_in_fp32(members) == is_fp32
 
 
 def test_bounded_scores_begin_at_the_mean_and_stay_inside():
