@@ -306,11 +306,11 @@ class Study:
         False after the row's last frame, and for MOTION_READOUT, which compares neighbours, also
         where a frame repeats the one before.
         """
-        found = self.audits[row]
-        places = start + np.arange(self.args.n_frames)
-        mask = places < found.n_grid
+        length = self.args.n_frames
+        shown = self.audits[row].indices[start:start + length]  # of the file
+        mask = np.arange(length) < len(shown)
         if self.args.model == MOTION_READOUT:
-            mask[1:] &= ~np.isin(places[1:], found.repeats)
+            mask[1:len(shown)] = np.diff(shown) > 0
         return mask
 
     @property
@@ -439,7 +439,7 @@ class Clips(common.Samples):
 
     def random_start(self, row, generator):
         """Grid frame at which a train clip of the row starts: the grid reaches --jitter_sec outside the window."""
-        last = max(self.study.audits[row].n_grid - self.args.n_frames, 0)
+        last = max(len(self.study.audits[row].indices) - self.args.n_frames, 0)
         return int(torch.randint(last + 1, (), generator=generator))
 
     def pixels(self, row, start, generator):

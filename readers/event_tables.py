@@ -171,7 +171,7 @@ def folder_table(root, notes):
     the folders' order is no order of the rows."""
     import pandas as pd
     videos, others = file_names.find_videos(root)
-    unused = [name for name, path in others.items() if "/" in name and not video_files.has_pictures(path)]
+    unused = [name for name, path in others.items() if "/" in name and video_files.claimed(path).error]
     clips = [name for name in [*videos, *others] if "/" in name and name not in unused]
     if not clips:
         clips = [name for name in file_names.images_by_name(root) if "/" in name]
@@ -400,7 +400,7 @@ def refuse_several_files(rows, extra):
     for name, own in known.groupby(extra["observation_id"].replace("", np.nan)):  # blank: of another table
         files = own[["source", "total"]].drop_duplicates()
         first, total = files.iloc[0]
-        is_one_of_unknown_length = len(files) == 1 and (math.isnan(total) or not video_files.claimed_sec(first))
+        is_one_of_unknown_length = len(files) == 1 and (math.isnan(total) or not video_files.claimed(first).header_sec)
         if not is_one_of_unknown_length and not any(map(has_length, files["source"], files["total"])):
             raise common.UserError(
                 f"observation {name}: {length} {extra[length][own.index[0]] or '(blank)'}, expected the seconds of one "
@@ -410,7 +410,8 @@ def refuse_several_files(rows, extra):
 
 def has_length(video, seconds):
     """True for a video that is as long, by its header or, since headers lie, by its frames."""
-    return seconds <= 1.02 * video_files.claimed_sec(video) or seconds <= 1.02 * video_files.probe(video).duration_sec
+    return (seconds <= 1.02 * video_files.claimed(video).header_sec
+            or seconds <= 1.02 * video_files.probe(video).duration_sec)
 
 
 def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, group_column=None, names=None,

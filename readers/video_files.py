@@ -26,6 +26,7 @@ STAMP_SLACK_SEC = 1e-3  # Matroska rounds its stamps to milliseconds
 # of 255 too dark, and more so in frames that are scaled than in others.
 EXACT_COLOURS = 0x2000 | 0x40000
 MOST_GUESSED_FRAMES = 2**20  # what a header may claim before its frames are counted
+UNREADABLE = common.UserError, OSError  # what a source that cannot be read raises
 # formats that open other files or devices, and text that FFmpeg draws as a picture
 NO_VIDEO_FORMATS = set("hls dash concat imf sdp rtsp rtp sap webm_dash_manifest image2 image2pipe vapoursynth avisynth "
                        "lavfi tty".split())
@@ -225,12 +226,16 @@ class _Stills:
     def __init__(self, path, fps, pixel_range):
         self.damaged = []
         self.fps = fps
-        self.pixel_range = pixel_range
-        self.pictures = _open_npy(path) if path.suffix.lower() == ".npy" else files_of(path)
+        if path.suffix.lower() == ".npy":
+            self.pictures = _open_npy(path)
+            self.load = np.asarray
+        else:
+            self.pictures = files_of(path)
+            self.load = functools.partial(picture_files.load_image, pixel_range=pixel_range)
         if not len(self.pictures):
             raise BadVideo(f"a folder without pictures ({' '.join(file_names.IMAGE_SUFFIXES)})")
         first = self.pictures[0]
-        height, width = self._load(first).shape[:2]
+        height, width = self.load(first).shape[:2]
         self.size = width, height
         count = picture_files.count_pictures(first) if isinstance(first, Path) else 1
         if count > 1:
@@ -243,19 +248,14 @@ class _Stills:
         for index, picture in enumerate(self.pictures):
             time = index / self.fps
             try:
-                loaded = self._load(picture)
+                loaded = self.load(picture)
             except pixel_cache.BadImage:
                 self.damaged.append(time)
             else:
                 yield time, functools.partial(self._scaled, loaded)
 
     def pixels(self, index, short_side):
-        return self._scaled(self._load(self.pictures[index]), short_side)
-
-    def _load(self, picture):
-        if isinstance(picture, np.ndarray):
-            return picture
-        return picture_files.load_image(picture, pixel_range=self.pixel_range)
+        return self._scaled(self.load(self.pictures[index]), short_side)
 
     def _scaled(self, pixels, short_side):
         height, width = pixels.shape[:2]
@@ -299,16 +299,24 @@ def probe(path, fps=25.0):
     """
     try:
         return read_source(path, (), None, None, fps)
-    except (common.UserError, OSError) as error:
+    except UNREADABLE as error:
         return VideoInfo(common.one_line(error))
 
 
-def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_sec=math.inf):
-    """VideoInfo of the source up to until_sec, in one pass in which receive(index, pixels) gets the wanted frames.
+def claimed(path):
+    """VideoInfo of a video by its header alone, in which its error says why FFmpeg opens none; never raises."""
+    try:
+        return _header(path, fps=1)
+    except UNREADABLE as error:
+        return VideoInfo(common.one_line(error))
+
+
+def read_source(path, wanted, receive, short_side, fps, pixel_range=None, last=math.inf):
+    """VideoInfo of the source, in one pass in which receive(index, pixels) gets the wanted frames.
 
     wanted: collection of indices; pixels: uint8 (H, W, 3) RGB, upright, scaled to short_side (in pixels, None for the
     whole size), in the order of the file; pixel_range: of the pictures of a folder, as picture_files.load_image has
-    it. BadImage: the reason.
+    it; last: the frame after which the pass ends. BadImage: the reason.
     """
     times = []
     with _open_source(path, fps, pixel_range) as source:
@@ -321,7 +329,7 @@ def read_source(path, wanted, receive, short_side, fps, pixel_range=None, until_
             if len(times) in wanted:
                 receive(len(times), convert(short_side))
             times.append(time)
-            if time >= until_sec:
+            if len(times) > last:
                 break
     if not times:
         raise BadVideo("damaged: none of its frames can be decoded")
@@ -355,25 +363,11 @@ def _header(path, fps):
         return source.guess()
 
 
-def claimed_sec(path):
-    """How long a video is by its header, in seconds; 0 where none says so."""
-    with contextlib.suppress(common.UserError, OSError):
-        return _header(path, fps=1).header_sec
-    return 0.0
-
-
 def choose_pixel_range(sources):
     """picture_files.choose_pixel_range of all frames of the folders whose first one has more than 8 bits."""
     files = [files_of(path) for path in set(sources) if has_no_clock(path)]
     deep = [frames for frames in files if picture_files.choose_pixel_range(frames[:1])]
     return picture_files.choose_pixel_range(sum(deep, []))
-
-
-def has_pictures(path):
-    """True where FFmpeg opens the file as a video; the suffix decides nothing."""
-    with contextlib.suppress(common.UserError, OSError), _open_source(path, fps=1):
-        return True
-    return False
 
 
 def files_of(path):
@@ -396,11 +390,11 @@ def sha_of(files, sizes=""):
 
 @dataclasses.dataclass
 class GridPlan:
-    """Which frames stand on a row's grid: G indices into the file; see ClipAudit for the others."""
-    indices: list
-    first: int
-    usable: int
-    fault: str
+    """Which frames stand on a row's grid."""
+    indices: list | tuple = ()  # G into the file
+    first: int = 0  # grid index where the window starts; before it lie frames for jitter
+    usable: int = 0  # grid frames of the window
+    fault: str = ""  # why the row cannot be used though its file can
 
 
 def plan_grid(info, window, grid, fps, n_frames, jitter_sec=0.0):
@@ -436,8 +430,7 @@ def window_fault(info, start, end):
         return "its window starts past the end of the video"
     if end < info.times[0]:
         return f"its window ends before the first picture, at {info.times[0]:.2f} s"
-    n_damaged = np.count_nonzero((info.damaged >= start) & (info.damaged < end))
-    n_good = np.count_nonzero((info.times >= start) & (info.times < end))
+    n_damaged, n_good = [np.count_nonzero((times >= start) & (times < end)) for times in (info.damaged, info.times)]
     return "most frames of its window are damaged" if n_damaged > n_good else ""
 
 
@@ -454,21 +447,14 @@ def _even_indices(info, start, end, n_frames):
 
 
 @dataclasses.dataclass
-class ClipAudit(pixel_cache.Audit):
-    """Of a row; file_sha: of all frames' files in a folder; pixel_sha: of the grid; phash: of its middle frame.
+class ClipAudit(GridPlan, pixel_cache.Audit):
+    """Of a row and its grid; file_sha: of all frames' files in a folder; pixel_sha: of the grid; phash: of its middle.
 
-    n_frames to damage: of the whole file. fault: why the row cannot be used though its file can. n_grid: grid frames;
-    first: grid index where the window starts, before it lie frames for jitter; usable: grid frames of the window;
-    repeats: grid frames that show the frame before them again.
+    n_frames, n_damaged, damage: of the whole file.
     """
     n_frames: int = 0
     n_damaged: int = 0
     damage: str = ""
-    fault: str = ""
-    n_grid: int = 0
-    first: int = 0
-    usable: int = 0
-    repeats: list | tuple = ()
 
     def even_starts(self, length, count):
         """Grid frames where `count` clips of `length` frames start, evenly over the window; one alone in its middle.
@@ -549,19 +535,19 @@ class ClipStore(pixel_cache.PixelStore):
         self.fps = fps
         self.short_side = short_side
         self.pixel_range = pixel_range or choose_pixel_range(self.sources)
-        self._infos = {}  # VideoInfo of the files that were decoded
         self.load_all(list(common.rows_by_key(self.sources).values()), cache)
 
     def part(self, row, start, stop):
-        """Grid frames start to stop of a row (T, H, W, 3); without a cache no others are read."""
-        if self.cache == "none" and not self.audit[row].error:
+        """Grid frames start to stop of a row without an error (T, H, W, 3); without a cache no others are read."""
+        if self.cache == "none":
             return self.decode_again(row, slice(start, stop))
         return self[row][start:stop]
 
     def time_notes(self):
         """A sentence on the videos that show frames twice on their grid, where there are any."""
         grid, fps, n_frames, _ = self.grid_settings
-        again = sorted({found.path for found in self.audit if found.repeats and not found.n_damaged})
+        again = sorted({found.path for found in self.audit
+                        if len(set(found.indices)) < len(found.indices) and not found.n_damaged})
         if grid != "rate" or not again:
             return []
         return [
@@ -576,26 +562,21 @@ class ClipStore(pixel_cache.PixelStore):
             file_sha = sha_of(files_of(path))
         except common.CannotSave:
             raise
-        except (common.UserError, OSError) as error:
+        except UNREADABLE as error:
             audit = ClipAudit(str(path), common.one_line(error))
             return [(audit, np.empty((0, 0, 0, 3), np.uint8))] * len(rows)
-        self._infos[path] = info
         return [self._clip(path, info, plan, grid, file_sha) for plan, grid in zip(plans, grids)]
 
     def decode_again(self, row, part=slice(None)):
-        path = self.sources[row]
-        if path not in self._infos:  # it came from the disk cache
-            self._infos[path] = probe(path, self.fps)
-        info = self._infos[path]
-        indices = self._plan(row, info).indices[part]
+        indices = self.audit[row].indices[part]
         frames = {}
-        last_sec = info.times[max(indices)]
-        read_source(path, set(indices), frames.__setitem__, self.short_side, self.fps, self.pixel_range, last_sec)
+        read_source(self.sources[row], set(indices), frames.__setitem__, self.short_side, self.fps, self.pixel_range,
+                    last=max(indices))
         return np.stack([frames[index] for index in indices])
 
     def estimate(self, rows):
         path = self.sources[rows[0]]
-        with contextlib.suppress(common.UserError, OSError):
+        with contextlib.suppress(*UNREADABLE):
             info = _header(path, self.fps)
             n_frames = sum(len(self._plan(row, info).indices) for row in rows)
             return 3 * n_frames * math.prod(picture_files.scaled_size(*info.size, self.short_side))
@@ -640,7 +621,6 @@ class ClipStore(pixel_cache.PixelStore):
             raise
 
     def _clip(self, path, info, plan, grid, file_sha):
-        is_repeat = np.diff(plan.indices, prepend=-1) == 0
         audit = ClipAudit(
             path=str(path),
             file_sha=file_sha,
@@ -649,11 +629,7 @@ class ClipStore(pixel_cache.PixelStore):
             n_frames=info.n_frames,
             n_damaged=len(info.damaged),
             damage=info.damage,
-            fault=plan.fault,
-            n_grid=grid.n_grid,
-            first=plan.first,
-            usable=plan.usable,
-            repeats=np.flatnonzero(is_repeat).tolist())
+            **vars(plan))
         return audit, grid.kept
 
 
@@ -696,7 +672,7 @@ def find_recordings(path):
     if not path.is_dir():
         raise common.UserError(f"--video {path}: no such file or folder")
     videos, others = file_names.find_videos(path)
-    videos |= {name: file for name, file in others.items() if has_pictures(file)}
+    videos |= {name: file for name, file in others.items() if not claimed(file).error}
     if not videos:
         raise common.UserError(f"--video {path}: found no video in it")
     pictures = videos.pop(".", None)

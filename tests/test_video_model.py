@@ -61,7 +61,7 @@ def study_of(args, n_frames=40, size=64, n_clips=6, short=()):
     """A Study of random clips (T, size, size, 3); those in `short` have only 3 frames on their grid."""
     clips = [np.random.default_rng(i).integers(0, 256, (3 if i in short else n_frames, size, size, 3), dtype=np.uint8)
              for i in range(n_clips)]
-    store = SimpleNamespace(audit=[video_files.ClipAudit(str(i), n_grid=len(clip), usable=len(clip))
+    store = SimpleNamespace(audit=[video_files.ClipAudit(str(i), indices=range(len(clip)), usable=len(clip))
                                    for i, clip in enumerate(clips)], cache="ram",
                             part=lambda row, start, stop: clips[row][start:stop])
     table = table_of([i % 2 for i in range(n_clips)])
@@ -299,9 +299,8 @@ def test_frames_that_a_slow_source_shows_twice_are_left_out(tmp_path):
     np.save(tmp_path / "slow.npy", np.random.default_rng(0).integers(0, 256, (20, 40, 40, 3), dtype=np.uint8))
     args = arguments("--model", "motion_readout", "--n_frames", 6, "--fps", 8)
     plan = video_files.plan_grid(video_files.probe(tmp_path / "slow.npy", 4), (0, 2), "rate", 8, 6)
-    repeats = tuple(np.flatnonzero(np.diff(plan.indices, prepend=-1) == 0).tolist())
-    assert len(repeats) == 7
-    audit = video_files.ClipAudit("slow", n_grid=16, usable=16, repeats=repeats)
+    audit = video_files.ClipAudit("slow", indices=plan.indices, usable=16)
+    assert len(plan.indices) == 16 and len(set(plan.indices)) == 16 - 7
     study = SimpleNamespace(args=args, audits=[audit])
     for start in range(4):
         shown = plan.indices[start:start + 6]

@@ -123,7 +123,7 @@ def frames_at(path, times_sec, short_side=None):
     info = video_files.probe(path)
     wanted = video_files.on_screen(info, times_sec).tolist()
     frames = {}
-    video_files.read_source(path, wanted, frames.__setitem__, short_side, FPS, until_sec=max(info.times[wanted]))
+    video_files.read_source(path, wanted, frames.__setitem__, short_side, FPS, last=max(wanted))
     return np.stack([frames[index] for index in wanted])
 
 
@@ -584,7 +584,7 @@ def test_a_picture_is_a_clip_of_one_frame(tmp_path):
     Image.fromarray(numbered(7)).save(tmp_path / "a.png")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     store = open_store([tmp_path / "a.png", tmp_path / "broken.jpg"], [WHOLE] * 2, n_frames=4)
-    assert numbers_of(store[0]) == [7] * 4 and store.audit[0].repeats == [1, 2, 3] and store.audit[0].n_frames == 1
+    assert numbers_of(store[0]) == [7] * 4 and store.audit[0].indices == [0] * 4 and store.audit[0].n_frames == 1
     assert store.audit[1].error
 
 
@@ -740,7 +740,8 @@ def test_audit_of_a_clip(films):
 def test_grid_frames_of_a_slow_source_are_marked_as_shown_before(films):
     store = open_store([films["bframes.mp4"]], [(1, 3)], fps=2 * FPS)
     again = [place for place in range(1, len(store[0])) if (store[0][place] == store[0][place - 1]).all()]
-    assert store.audit[0].repeats == again and len(again) == 29
+    indices = store.audit[0].indices
+    assert [place for place in range(1, len(indices)) if indices[place] == indices[place - 1]] == again and len(again) == 29
 
 
 @pytest.mark.parametrize("make, window, fps, is_said", [

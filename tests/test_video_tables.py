@@ -376,7 +376,8 @@ def test_boris_tabular_events_below_their_lines_of_metadata(tmp_path, sep, name)
 def test_a_boris_observation_that_is_longer_than_its_file_is_refused(tmp_path, monkeypatch, total, is_read):
     """Its times count on from one file to the next, also where the first file has no event or is not there."""
     lengths = {"s0.mp4": 10.0, "s1.mp4": 6.0}
-    monkeypatch.setattr(video_files, "claimed_sec", lambda path: 0.3 * lengths[path.name])  # headers may lie
+    headers = {name: video_files.VideoInfo(header_sec=0.3 * length) for name, length in lengths.items()}  # may lie
+    monkeypatch.setattr(video_files, "claimed", lambda path: headers[path.name])
     monkeypatch.setattr(video_files, "probe", lambda path: video_files.VideoInfo(duration_sec=lengths[path.name]))
     text = ("Observation id\tMedia file\tTotal length\tBehavior\tStart (s)\tStop (s)\n"
             f"o\ts0.mp4\t{total}\tgroom\t1\t2\no\tgone.mp4\t{total}\trear\t5\t6\n")
@@ -407,7 +408,7 @@ def test_a_source_whose_header_has_no_length_is_not_taken_for_one_of_several(tmp
     ("10,000", True), ("30,000", False)])
 def test_boris_lengths_of_several_players_and_files(tmp_path, monkeypatch, length, is_read):
     """As BORIS 8 writes them: | between players at the same time, ; between files one after the other; or a spreadsheet."""
-    monkeypatch.setattr(video_files, "claimed_sec", lambda path: 10.0)
+    monkeypatch.setattr(video_files, "claimed", lambda path: video_files.VideoInfo(header_sec=10.0))
     monkeypatch.setattr(video_files, "probe", lambda path: video_files.VideoInfo(duration_sec=10.0))
     text = ("Observation id\tMedia duration (s)\tMedia file name\tBehavior\tStart (s)\tStop (s)\n"
             f"o\t{length}\ts0.mp4\tgroom\t1\t2\no\t{length}\ts0.mp4\trear\t5\t6\np\t\ts1.mp4\trear\t5\t6\n")
