@@ -166,7 +166,7 @@ class PixelStore:
     def _cache_files(self, rows):
         import cv2
         import PIL
-        versions = [8, cv2.__version__, PIL.__version__]
+        versions = [9, cv2.__version__, PIL.__version__]
         keys = [json.dumps([*versions, key]).encode() for key in self.cache_keys(rows)]
         return [self.folder / f"{self.item}_{hashlib.sha256(key).hexdigest()[:32]}.npy" for key in keys]
 
@@ -175,12 +175,9 @@ class PixelStore:
         loaded = []
         try:
             for file in files:
-                about = json.loads(file.with_suffix(".json").read_text())
-                pixels = np.load(file, mmap_mode="r")
-                if about["shape"] != list(pixels.shape):
-                    return None
-                loaded.append((self.audit_class(**about["audit"]), pixels))
-        except (*NPY_ERRORS, KeyError):
+                audit = self.audit_class(**json.loads(file.with_suffix(".json").read_text()))
+                loaded.append((audit, np.load(file, mmap_mode="r")))
+        except NPY_ERRORS:
             return None
         return loaded
 
@@ -206,7 +203,7 @@ def frames_on_disk(folder, shape):
 
 def write_cache_file(path, audit, pixels):
     """The pixels as .npy, then what is known of them as .json of the same name."""
-    about = {"shape": pixels.shape, "audit": dataclasses.asdict(audit)}
+    about = dataclasses.asdict(audit)
     temporary = path.with_name(f".{uuid.uuid4()}.tmp")  # several runs may write the same one at once
     with common.explained_write_errors(path, pixels.nbytes):
         path.parent.mkdir(parents=True, exist_ok=True)
