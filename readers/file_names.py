@@ -92,8 +92,10 @@ def without_root(name):
 class Fit:
     """The files that fit a name best: several where the name does not decide between them.
 
-    agrees: no folder differs, and no leading zeros do. is_guess: the end of the path, or a unique base name, decided.
+    name: below the folder. agrees: no folder differs, and no leading zeros do. is_guess: the end of the path, or a
+    unique base name, decided.
     """
+    name: str
     files: list
     agrees: bool
     is_guess: bool = False
@@ -120,7 +122,7 @@ class NameIndex:
         """
         tail = next((tail for tail in self._tails(name) if tail in self.by_tail), None)
         if tail is None:
-            return Fit([], agrees=False)
+            return Fit(name, [], agrees=False)
         parts, suffix = self._split(name)
         scores = {}
         for file in self.by_tail[tail]:
@@ -130,7 +132,7 @@ class NameIndex:
             same_case = sum(map(str.__eq__, parts, file_parts))
             scores[file] = agrees, same_suffix, len(parts) == len(file_parts), same_case
         best = max(scores.values())
-        return Fit([file for file, score in scores.items() if score == best], agrees=best[0])
+        return Fit(name, [file for file, score in scores.items() if score == best], agrees=best[0])
 
     def match(self, names, exact):
         """Clean names -> {name: Fit}; a file that does not agree counts only where it is unique on both sides.
@@ -140,10 +142,13 @@ class NameIndex:
         fits = {}
         wanted_as = collections.defaultdict(set)  # file -> ends of the names that do not agree; '' for those that do
         for name in names:
-            below, fit = self._find_below(name)
+            fit = self.find(without_root(name))
+            if not fit.agrees:  # read as a browser's: 'a%20b.png' -> 'a b.png'
+                unquoted = self.find(without_root(urllib.parse.unquote(name)))
+                fit = unquoted if unquoted.files else fit
             fits[name] = fit
-            fit.is_guess = not fit.agrees or below != posixpath.normpath(name)
-            end = "" if fit.agrees else "/".join(below.casefold().split("/")[-2:])
+            fit.is_guess = not fit.agrees or fit.name != posixpath.normpath(name)
+            end = "" if fit.agrees else "/".join(fit.name.casefold().split("/")[-2:])
             for file in fit.files:
                 wanted_as[file].add(end)
         for fit in fits.values():
@@ -151,16 +156,6 @@ class NameIndex:
             if not (fit.agrees or is_unique) or (exact and fit.is_guess):
                 fit.files = []
         return fits
-
-    def _find_below(self, name):
-        """(a name below the folder, its Fit); where no file agrees, read as a browser's: 'a%20b.png' -> 'a b.png'."""
-        below = without_root(name)
-        fit = self.find(below)
-        if fit.agrees:
-            return below, fit
-        unquoted = without_root(urllib.parse.unquote(name))
-        other = self.find(unquoted)
-        return (unquoted, other) if other.files else (below, fit)
 
     def _split(self, name):
         """'a/B.JPG' -> (['B', 'a'], '.JPG'): from the name of the file outwards."""
