@@ -161,11 +161,9 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
     is_frame = first.notna() & (start.isna() | (has_stop & ~has_end))
     start = start.mask(is_frame, first)
     end = end.mask(is_frame, stop)
-    faults = np.full(len(rows), "", object)
-    faults[start < 0] = "starts before the file"
-    faults[end < start + is_frame] = "ends before it starts"
-    if start.notna().any():
-        faults[start.isna()] = "no offset, while other rows have one"
+    faults = np.select(
+        [start.isna() & start.notna().any(), end < start + is_frame, start < 0],
+        ["no offset, while other rows have one", "ends before it starts", "starts before the file"], "")
     start, end = _widen(start, end, min_event_sec, ~is_frame)
     return start, end, np.where(is_frame, "frame", "sec"), faults
 

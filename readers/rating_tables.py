@@ -30,7 +30,7 @@ DEMOGRAPHIC = set("age sex gender country nationality language education group s
 ATTRIBUTE = "attribute trait question scale item measure dimension".split()
 ANSWER = set("rating response score value answer".split())
 # Written for a missing answer: 99, -99, 999 and so on, and -9.
-MISSING_CODES = [int(digit * count) for digit in "789" for count in (2, 3, 4)]
+MISSING_CODES = [77, 777, 7777, 88, 888, 8888, 99, 999, 9999]
 DIGIT_CODES = [7, 8, 9]  # answers too, unless they are very far from the others, as beside 0, 1 and 2
 MISSING_CODES += [-code for code in (*DIGIT_CODES, *MISSING_CODES)]
 
@@ -121,16 +121,14 @@ def _refuse_useless(ratings, source):
 
 def role_of(name):
     """Column -> (mean, sd, n, se or None; the name without that word): Valence_SD_men -> ('sd', 'Valence_men')."""
-    parts = WORD_BORDER.split(name)  # words at the even places
-    words = [word.lower() for word in parts[::2]]
-    known = [k for k, word in enumerate(words) if word in ROLES]
+    parts = WORD_BORDER.split(name)  # words, and the borders between them
+    known = [k for k, part in enumerate(parts) if part.lower() in ROLES]
     if not known:
         return None, name
-    clear = [k for k in known if words[k] != "m"]  # which may also say men
+    clear = [k for k in known if parts[k].lower() != "m"]  # which may also say men
     last = (clear or known)[-1]
-    role = ROLES[words[last]]
-    place = 2 * last
-    del parts[max(place - 1, 0):place + 1]  # the word, and the border before it
+    role = ROLES[parts[last].lower()]
+    del parts[max(last - 1, 0):last + 1]  # the word, and the border before it
     base = "".join(parts).strip(" _.-()[]")
     if role == "n" and _names_rater(base):  # n_raters: of every rating
         base = ""
@@ -327,9 +325,8 @@ def _wide_ratings(columns, duplicates):
     notes = columns.notes
     if unused:
         notes.append(f"not used, though by name an sd or a number of raters: {common.shorten_list(unused)}")
-    numbered = [name for name in chosen if name[-1].isdigit()]
-    raters = [name for name in numbered
-              if WORD_BORDER.split(name.rstrip("0123456789 _"))[-1].lower() in RATER | {"obs", "r", "p"}]
+    raters = [name for name in chosen if name[-1].isdigit()
+              and WORD_BORDER.split(name.rstrip("0123456789 _"))[-1].lower() in RATER | {"obs", "r", "p"}]
     if len(raters) > 1:
         notes.append(
             f"{common.shorten_list(raters)} are learnt as {len(raters)} ratings. If they are people who "

@@ -118,8 +118,8 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     rows["source"] = event_tables.find_sources(rows, notes, root is None, **finding)
     if unsaid:
         notes.append(f"{', '.join(unsaid)}: not read as times of a sequence; those say their unit, such as start_sec")
-    numeric = [name for name in raw.drop(columns=names)
-               if csv_tables.column_key(name) not in {group, *no_scores} and csv_tables.looks_numeric(raw[name])]
+    numeric = [name for name in extra
+               if name not in {group, *no_scores} and csv_tables.looks_numeric(extra[name])]
     if not target_columns:
         notes.append(f"scores by their names: {common.shorten_list(names, 40)}; other numeric columns: "
                      f"{common.shorten_list(numeric) or 'none'}; --target_columns names the scores")
