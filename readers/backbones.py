@@ -286,16 +286,14 @@ def stage_ends(backbone, example):
 
     Found by one pass over an example input.
     """
-    outer = {}  # width of maps -> path of the last child of the backbone that gives maps of this width
-    inner = {}  # the same of grandchildren
+    by_depth = {}, {}  # of children and of grandchildren: width of maps -> path of the last that gives maps of it
     paths = [path for path, _ in backbone.named_modules() if path and path.count(".") < 2]
     with torch.inference_mode():
         for path, output in outputs_of(backbone.eval(), paths, example):
             maps = feature_maps(output)
             if maps is not None and output.ndim == example.ndim and maps.shape[-1] > 1:
-                ends = inner if "." in path else outer
-                ends[maps.shape[-1]] = path
-    for ends in (outer, inner):
+                by_depth[path.count(".")][maps.shape[-1]] = path
+    for ends in by_depth:
         if len(ends) >= 3:
             return [ends[width] for width in sorted(ends, reverse=True)]
     chains = [[f"{path}.{name}" for name, _ in module.named_children()] for path, module in backbone.named_modules()

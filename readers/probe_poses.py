@@ -176,10 +176,8 @@ def centre_and_spread(poses):
 
     The sd of an axis that never varies is 1, so that rounding does not count as an error.
     """
-    angle = np.deg2rad(poses[:, 3:])
-    sine = common.mean_without_nan(np.sin(angle), 0)
-    cosine = common.mean_without_nan(np.cos(angle), 0)
-    about = np.append(np.zeros(3), np.rad2deg(np.arctan2(sine, cosine)))
+    direction = common.mean_without_nan(np.exp(1j * np.deg2rad(poses[:, 3:])), 0)
+    about = np.append(np.zeros(3), np.angle(direction, deg=True))
     apart = difference(poses, about)
     sd = common.sd_without_nan(apart)
     return about + common.mean_without_nan(apart, 0), np.where(sd > 1e-6, sd, 1.0)
@@ -337,11 +335,16 @@ def best_miss(poses, degree=1.0):
     return min((row["mm"] + degree * row["deg"] for row in residuals), default=math.inf)
 
 
+def sizes_of_labels(poses):
+    """(2 N, 6) how large at1 and at2 are, NaN = missing."""
+    return np.abs(np.concatenate([poses["at1"], poses["at2"]]))
+
+
 def choose_unit(poses, asked, usual):
     """(deg or rad, why): beyond pi are degrees; else that in which the poses compose, else the usual one or a guess."""
     if asked != "auto":
         return asked, "asked for"
-    angles = np.abs(np.concatenate([poses["at1"], poses["at2"]])[:, 3:])
+    angles = sizes_of_labels(poses)[:, 3:]
     if not np.isfinite(angles).any():
         angles = np.abs(poses["motion"][:, 3:])
     largest = angles[angles <= LARGEST_LABEL].max(initial=0.0)  # 0: nothing is known
@@ -361,9 +364,9 @@ def choose_unit(poses, asked, usual):
 
 def check_positions(poses):
     """UserError where most positions of an axis are beyond 200: these are no outliers."""
-    at = np.concatenate([poses["at1"], poses["at2"]])
-    n_far = (np.abs(at) > LARGEST_LABEL).sum(0)
-    n_known = (~np.isnan(at)).sum(0)
+    sizes = sizes_of_labels(poses)
+    n_far = (sizes > LARGEST_LABEL).sum(0)
+    n_known = (~np.isnan(sizes)).sum(0)
     far = [f"{axis} ({count} of {known})" for axis, count, known in zip(AXES, n_far, n_known) if 2 * count > known]
     if far:
         raise common.UserError(
@@ -381,10 +384,10 @@ def check_sequences(poses, sequences, unit):
     scales = {}  # sequence -> largest position, and how large it is beside the largest angle
     for name, rows in common.rows_by_key(sequences).items():
         own = {key: values[rows] for key, values in poses.items()}
-        at = np.abs(np.concatenate([own["at1"], own["at2"]]))
-        at[~(at <= LARGEST_LABEL)] = 0.0  # no poses
-        position = at[:, :3].max()
-        angle = at[:, 3:].max()
+        sizes = sizes_of_labels(own)
+        sizes[~(sizes <= LARGEST_LABEL)] = 0.0  # no poses
+        position = sizes[:, :3].max()
+        angle = sizes[:, 3:].max()
         if angle and choose_unit(own, "auto", unit)[0] != unit:
             turned.append(name)
         if position:
