@@ -1995,7 +1995,7 @@ def schedule_factor(scheduler, progress, epochs, warmup_epochs):
     if progress < warmup_epochs:
         return max(progress / warmup_epochs, 1e-3)
     if scheduler == "step":
-        return 0.1 ** (int(progress) // max(1, epochs // 3))
+        return 0.1 ** (progress // max(1, epochs // 3))
     passed = progress - warmup_epochs
     part = passed / max(epochs - warmup_epochs, 1e-9)
     if scheduler == "cosine":

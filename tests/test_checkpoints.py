@@ -54,7 +54,8 @@ def test_there_is_a_last_checkpoint_at_every_moment(tmp_path, monkeypatch):
         assert path.exists() or names[1] == path
         replace(*names)
         assert path.exists()
-    common.save_checkpoint(path, content(1.0))
+    for value in (0.0, 1.0):  # so that there is one before the last, which must make room
+        common.save_checkpoint(path, content(value), keep_previous=True)
     monkeypatch.setattr(common.os, "replace", watched)
     common.save_checkpoint(path, content(2.0), keep_previous=True)
 
@@ -422,6 +423,16 @@ def test_the_line_of_an_epoch_shows_the_same_numbers_in_every_epoch(tmp_path, ca
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
     assert [re.findall(r"  (\w+) [\d.]+", line) for line in lines] == [["val_loss", "val_r2", "val_of_something_0"]] * 2
     assert all("samples/s" in line and line.endswith("*") for line in lines)
+
+
+def test_the_time_left_is_that_of_the_epochs_to_come_in_this_and_later_folds(tmp_path, monkeypatch, capsys):
+    training, loader = make_training(tmp_path, False, epochs=5)
+    training.run.folds_after = 2
+    for batch in training.batches(loader):
+        training.step(training.model(batch["x"]).pow(2).mean())
+    monkeypatch.setattr(common.time, "perf_counter", lambda: training.current.started + 120)
+    training.end_epoch({"val_loss": 0.5})
+    assert re.search(r"\(120.00 s, 0.1 samples/s, peak [\d.]+ GB, 28 min left\)", capsys.readouterr().out)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):

@@ -80,6 +80,8 @@ def test_mixed_seeds_do_not_collide():
     assert len(set(seeds)) == 10_000 and all(0 <= seed < 2 ** 63 for seed in seeds)
     bits = np.array([[seed >> bit & 1 for bit in range(63)] for seed in seeds])
     assert (abs(bits.mean(0) - 0.5) < 0.025).all()  # five standard errors of a fair coin
+    published = 6457827717110365317  # the first number of splitmix64 for this seed
+    assert common.hash_seed(1234567) == published >> 1
 
 
 # --- schedule and early stopping ----------------------------------------------------

@@ -429,6 +429,21 @@ def test_heavy_has_the_chances_it_names():
     assert shuffled == pytest.approx(0.1 * 5 / 6, abs=0.02)
 
 
+def test_noise_is_of_each_pixel_and_colour_and_blur_as_wide_as_its_sigma():
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    added = augmented(grey, common.Augmentation(noise=(10.0, 3)), 64) - 128.0
+    assert added.std() == pytest.approx(10, rel=0.03)
+    for others in ((0, 1), (0, 2), (1, 2)):  # alike along none of the axes: means shrink with the root of their number
+        means = added.mean(others)
+        assert np.abs(means).max() < 4 * 10 / math.sqrt(added.size / means.size)
+    square = np.zeros((65, 65, 3), np.uint8)
+    square[28:37, 28:37] = 255
+    light = augmented(square, common.Augmentation(blur=2.0), 65)[..., 0].astype(float)
+    for axis in (0, 1):  # variances add up; (9^2 - 1) / 12 is that of the square
+        variance = np.average((np.arange(65) - 32.0) ** 2, weights=light.sum(axis))
+        assert variance - 80 / 12 == pytest.approx(2.0 ** 2, rel=0.02)
+
+
 def test_autocontrast_is_that_of_torchvision():
     image = (np.random.default_rng(2).integers(60, 180, (32, 32, 3))).astype(np.uint8)
     expected = F.autocontrast(torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0).numpy()
