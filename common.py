@@ -593,7 +593,7 @@ def _parse_yaml(text):
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node, deep=False):
-            return unique_keys(self.construct_pairs(node, deep=True))
+            return unique_keys(self.construct_pairs(node))
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:

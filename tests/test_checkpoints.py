@@ -158,7 +158,7 @@ def test_compiled_training_has_the_same_losses_and_names(tmp_path):
 
 
 @pytest.mark.parametrize("stop_after", range(1, 7))
-def test_a_stop_after_any_batch_continues_exactly(tmp_path, stop_after):
+def test_a_stop_after_any_batch_continues_exactly(tmp_path, capsys, stop_after):
     """Also after the last batch of an epoch, when nothing but its evaluation is left."""
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
@@ -170,6 +170,7 @@ def test_a_stop_after_any_batch_continues_exactly(tmp_path, stop_after):
     assert again.progress.history == whole.progress.history and torch.equal(again.model.weight, whole.model.weight)
     csv = [(tmp_path / name / "training_history.csv").read_bytes() for name in ("whole", "cut")]
     assert csv[0] == csv[1] and len(whole.progress.history) == 2
+    assert "WARNING" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("patience", [0, 1, 3])
@@ -442,6 +443,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
         for batch in training.batches(loader):
             training.step(training.model(batch["x"]).mean() * math.nan)
     assert torch.equal(training.model.weight, before)
+
+
+def test_of_several_batches_in_a_step_those_whose_loss_is_not_finite_are_named(tmp_path):
+    training, loader = make_training(tmp_path, False, accumulate=3)
+    factors = iter([1, math.inf, 1])
+    with pytest.raises(common.NotFinite, match=r"loss is inf in epoch 1, batch 2 \("):
+        for batch in training.batches(loader):
+            training.step(squared_error(training.model(batch["x"])) * next(factors))
 
 
 def test_fp16_leaves_out_steps_that_overflow_and_continues_exactly(tmp_path):

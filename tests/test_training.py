@@ -716,6 +716,23 @@ def test_validation_and_prediction_have_a_bar_on_a_terminal_alone(monkeypatch, c
     assert ("looking at 10" in capsys.readouterr().err) is is_terminal
 
 
+@pytest.mark.parametrize("train, val_batch_size, dry_run, sizes", [
+    (True, 5, False, [4, 4, 4]), (True, None, True, [4, 4]), (False, 5, True, [5, 5, 2]), (False, None, False, [4, 4, 4])])
+def test_batches_of_training_and_of_evaluation(train, val_batch_size, dry_run, sizes):
+    args = SimpleNamespace(batch_size=4, val_batch_size=val_batch_size, num_workers=0, seed=0, dry_run=dry_run)
+    twelve = {(0, k): torch.tensor(k) for k in range(12)}
+    assert list(map(len, common.make_loader(twelve, args, common.choose_compute("cpu", "off"), train))) == sizes
+
+
+@pytest.mark.parametrize("asked, cached, cores, can_fork, expected", [
+    ("auto", False, 2, True, 2), ("auto", True, 2, True, 0), ("auto", True, 3, True, 3), ("auto", False, 16, True, 8),
+    ("auto", False, 16, False, 0), (3, True, 2, True, 3), (3, False, 2, False, 3)])
+def test_number_of_workers(monkeypatch, asked, cached, cores, can_fork, expected):
+    monkeypatch.setattr(common, "cores_of_process", lambda: cores)
+    monkeypatch.setattr(common, "CAN_FORK", can_fork)
+    assert common.resolve_workers(asked, cached) == expected
+
+
 class Failing(torch.utils.data.Dataset):
     """Its one sample raises an error."""
 
