@@ -2418,7 +2418,6 @@ class Training:
             sampler.goes_on = True
             self.stream = iter(loader)
         self.current = EpochState(sampler, GradientExchange(self.processes, self.model))
-        self.optimizer.zero_grad()
         self._set_learning_rate()  # also where the run was stopped after the last batch: the history needs it
         remaining = itertools.islice(self.stream, n_batches - progress.batch)
         label = f"epoch {progress.epoch + 1}/{self.args.epochs}"

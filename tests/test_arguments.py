@@ -249,7 +249,7 @@ def test_args_json_of_a_run_is_a_config(tmp_path):
 
 @pytest.mark.parametrize("name, text", [
     ("c.yaml", "pixel_range: [0, 4095]\nuse_amp: on\nclip_grad: 1e-1\nweights: 010\n"),
-    ("c.json", '{"pixel_range": [0, 4095.0], "use_amp": "on", "clip_grad": 1e-1, "weights": "010"}')])
+    ("c.json", '\ufeff{"pixel_range": [0, 4095.0], "use_amp": "on", "clip_grad": 1e-1, "weights": "010"}')])
 def test_config_values_are_read_as_if_they_were_typed(tmp_path, name, text):
     args = parse_config(tmp_path, text, name=name)
     assert args.pixel_range == [0, 4095] and args.use_amp == "on"

@@ -80,12 +80,13 @@ def test_a_drive_may_not_know_how_to_sync_a_folder(tmp_path, monkeypatch):
     synced = []
 
     def sync(handle):
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
+        is_folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        synced.append("folder" if is_folder else "file")
+        if is_folder:
             raise OSError(errno.EINVAL, "Invalid argument")
-        synced.append(handle)
     monkeypatch.setattr(common.os, "fsync", sync)
     common.write_whole(tmp_path / "x.json", b"abc")
-    assert len(synced) == 1 and (tmp_path / "x.json").read_bytes() == b"abc"
+    assert synced == ["file", "folder"] and (tmp_path / "x.json").read_bytes() == b"abc"
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_one_before_it(tmp_path, monkeypatch):
@@ -120,8 +121,11 @@ def make_training(folder, resumed, select="val_loss", precision="fp32", **flags)
 
 
 class Numbers(torch.utils.data.Dataset):
+    def __init__(self, n=6):
+        self.n = n
+
     def __len__(self):
-        return 6
+        return self.n
 
     def __getitem__(self, key):
         return {"x": torch.tensor([float(key[1])])}
@@ -171,6 +175,58 @@ def test_a_stop_after_any_batch_continues_exactly(tmp_path, capsys, stop_after):
     csv = [(tmp_path / name / "training_history.csv").read_bytes() for name in ("whole", "cut")]
     assert csv[0] == csv[1] and len(whole.progress.history) == 2
     assert "WARNING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 1.0])
+def test_two_epochs_are_those_of_a_plain_loop(tmp_path, clip_grad):
+    """7 numbers in batches of 2, 2 and 3, two to an optimiser step: every sample of a step counts the same."""
+    training, _ = make_training(tmp_path, False, accumulate=2, optimizer="sgd", scheduler="cosine", clip_grad=clip_grad)
+    loader = common.make_loader(Numbers(7), training.args, training.run.compute, train=True, batch_size=2)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    judge = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    means, rates = [], []
+    for epoch in range(2):
+        order = [index for batch in common.EpochBatches(7, 2, 1, True, epoch=epoch) for _, index in batch]
+        losses = []
+        for first, last in ((0, 4), (4, 7)):
+            passed = epoch + first / 7
+            rates.append(0.1 * (max(passed / 0.5, 1e-3) if passed < 0.5 else
+                                (1 + math.cos(math.pi * (passed - 0.5) / 1.5)) / 2))
+            judge.param_groups[0]["lr"] = rates[-1]
+            error = (model(torch.tensor(order[first:last], dtype=torch.float)[:, None]) - 3).square().flatten()
+            judge.zero_grad()
+            error.mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
+            judge.step()
+            losses += error.tolist()
+        means.append(sum(losses) / 7)
+    history = train(training, loader).progress.history
+    assert [row["train_loss"] for row in history] == pytest.approx(means, rel=1e-5)
+    assert [row["learning_rate"] for row in history] == pytest.approx(rates[1::2], rel=1e-12)
+    for ours, expected in zip(training.model.parameters(), model.parameters()):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_training_stops_early_as_its_flags_say(tmp_path):
+    """Gains of 0.05 are none; the first epoch is the last with a gain, and the fourth the first that may be the end."""
+    training, loader = make_training(tmp_path, False, epochs=9, patience=2, min_delta=0.1, min_epochs=4)
+    assert train(training, loader, val_loss=lambda epoch: 1 - 0.05 * epoch / 4).progress.epoch == 4
+
+
+def test_the_learning_rate_of_other_schedules_does_not_wait_for_a_gain(tmp_path):
+    training, loader = make_training(
+        tmp_path, False, epochs=4, scheduler="none", plateau_patience=0, warmup_epochs=0, min_lr=0.01)
+    assert [row["learning_rate"] for row in train(training, loader).progress.history] == [0.1] * 4
+
+
+@pytest.mark.parametrize("age, is_saved", [(9.0, False), (11.0, True)])
+def test_an_epoch_is_saved_where_that_takes_a_tenth_of_the_time_or_less(tmp_path, monkeypatch, age, is_saved):
+    training, _ = make_training(tmp_path, False, epochs=9, select="last")
+    training.checkpoints.saving_seconds = 1.0
+    monkeypatch.setattr(common.Checkpoints, "age", age)
+    training.end_epoch({"train_loss": 0.5})
+    assert (tmp_path / "last.pth").exists() is is_saved
 
 
 @pytest.mark.parametrize("patience", [0, 1, 3])

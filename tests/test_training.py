@@ -116,6 +116,7 @@ def test_sgd_after_a_first_step_that_was_not_taken():
 
 def test_other_schedules():
     assert [common.schedule_factor("step", epoch, 9, 0) for epoch in (0, 2.9, 3, 6)] == pytest.approx([1, 1, 0.1, 0.01])
+    assert common.schedule_factor("step", 1, 2, 0) == 0.1, "every epoch of a run of two"
     assert common.schedule_factor("none", 7, 9, 0) == common.schedule_factor("none", 9, 9, 9) == 1
     warm = [common.schedule_factor("cosine", progress, 10, 2) for progress in (0, 0.5, 1, 2)]
     assert 0 < warm[0] < 0.01 and warm[1:] == pytest.approx([0.25, 0.5, 1.0])
@@ -543,6 +544,11 @@ def test_what_stops_before_there_is_anything_to_continue_leaves_no_folder(tmp_pa
                 run.write_args(fingerprint="f")
             raise error
         assert run.folder.exists() == has_args
+    last_line = run.path("log.txt").read_text().splitlines()[-1]
+    if isinstance(error, SystemExit):
+        assert last_line.startswith("device: cpu")
+    else:
+        assert last_line == f"{type(error).__name__}: {error}"
 
 
 def test_the_log_is_ascii_and_the_terminal_shows_a_path_that_can_be_pasted(tmp_path, capsys):

@@ -424,6 +424,8 @@ def test_heavy_has_the_chances_it_names():
               "noise": [d.noise is not None for d in draws]}
     for name, happened in shares.items():
         assert np.mean(happened) == pytest.approx(getattr(common.AUGMENTATIONS["heavy"], name), abs=0.035), name
+    seeds = [d.noise[1] for d in draws if d.noise]
+    assert len(set(seeds)) == len(seeds), "none has the noise of another"
     assert all(0.6 <= d.resized[0] <= 1 and 3 / 4 <= d.resized[1] <= 4 / 3 for d in draws)
     shuffled = np.mean([d.channels != (0, 1, 2) for d in draws])  # one shuffle in six changes nothing
     assert shuffled == pytest.approx(0.1 * 5 / 6, abs=0.02)
