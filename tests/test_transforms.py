@@ -416,19 +416,42 @@ def test_resized_crops_are_those_of_torchvision():
     assert np.abs(ours.astype(int) - expected)[4:-4, 4:-4].mean() < 3
 
 
-def test_heavy_has_the_chances_it_names():
+def test_heavy_has_the_chances_of_its_study():
     generator = torch.Generator().manual_seed(1)
     draws = [common.sample_augmentation("heavy", generator) for _ in range(3000)]
-    shares = {"greyscale": [d.greyscale for d in draws], "blur": [d.blur > 0 for d in draws],
-              "erase": [d.erase is not None for d in draws], "autocontrast": [d.autocontrast for d in draws],
-              "noise": [d.noise is not None for d in draws]}
-    for name, happened in shares.items():
-        assert np.mean(happened) == pytest.approx(getattr(common.AUGMENTATIONS["heavy"], name), abs=0.035), name
+    shares = {0.2: ([d.greyscale for d in draws], [d.noise is not None for d in draws]),
+              0.3: ([d.blur > 0 for d in draws], [d.erase is not None for d in draws]),
+              0.4: ([d.autocontrast for d in draws],)}
+    for chance, kinds in shares.items():
+        assert np.mean(kinds, axis=1) == pytest.approx(chance, abs=0.025)  # three standard errors
     seeds = [d.noise[1] for d in draws if d.noise]
     assert len(set(seeds)) == len(seeds), "none has the noise of another"
-    assert all(0.6 <= d.resized[0] <= 1 and 3 / 4 <= d.resized[1] <= 4 / 3 for d in draws)
+    areas, ratios = np.transpose([d.resized for d in draws])
+    assert [areas.min(), areas.max()] == pytest.approx([0.6, 1], abs=0.002)
+    assert [ratios.min(), ratios.max()] == pytest.approx([3 / 4, 4 / 3], abs=0.002)
     shuffled = np.mean([d.channels != (0, 1, 2) for d in draws])  # one shuffle in six changes nothing
     assert shuffled == pytest.approx(0.1 * 5 / 6, abs=0.02)
+
+
+@pytest.mark.parametrize("preset, blurred, limits", [
+    ("basic", 0.0, {"rotation_deg": 10, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2}),
+    ("enhanced", 0.3, {"rotation_deg": 15, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.1,
+                       "scale": 0.1}),
+    ("heavy", 0.3, {"rotation_deg": 10, "brightness": 0.5, "contrast": 0.5, "saturation": 0.3, "hue": 0.05})])
+def test_presets_of_published_studies_draw_up_to_their_limits(preset, blurred, limits):
+    draws = drawn(1000, preset)
+    unchanged = common.Augmentation()
+    for name in ("rotation_deg", "brightness", "contrast", "saturation", "hue", "scale", "shear_deg"):
+        changes = np.array([getattr(d, name) - getattr(unchanged, name) for d in draws])
+        limit = limits.get(name, 0)
+        assert [changes.min(), changes.max()] == pytest.approx([-limit, limit], abs=0.02 * limit), name
+    shifts = np.array([d.translate for d in draws])
+    assert np.abs(shifts).max(0) == pytest.approx(0.1 if preset == "enhanced" else 0, abs=0.002)
+    assert np.mean([d.flip for d in draws]) == pytest.approx(0.5, abs=0.05)
+    assert np.mean([d.blur > 0 for d in draws]) == pytest.approx(blurred, abs=0.05)
+    if preset != "heavy":  # whose chances are above
+        rare = ("corners", "resized", "greyscale", "erase", "channels", "autocontrast", "noise")
+        assert {getattr(d, name) for d in draws for name in rare} == {None, False, (0, 1, 2)}
 
 
 def test_noise_is_of_each_pixel_and_colour_and_blur_as_wide_as_its_sigma():
