@@ -560,7 +560,7 @@ def judge(run, args, study, split, table, part, trained_on, similar, **known):
     split: {name: rows}; part: val, test or folds; trained_on: a pair (train rows, scored rows) for each network;
     similar: of splitting.similar_pairs; known: further fields of the Setting.
     """
-    rows = prediction_tables.rows_of(table, study.images)
+    rows = table.rows_of(study.images)
     # what predicts without a pixel; any other column of numbers may be a further rating, given by looking
     levels = {name: cells for name, cells in study.columns.items()
               if splitting.names_group(name) or len(set(cells)) == 2 or not csv_tables.looks_numeric(cells)}

@@ -1177,7 +1177,7 @@ def run_folds(run, args, study):
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
     tables = prediction_tables.read_folds(run, chosen, left_out)
     joined = prediction_tables.join(tables, chosen)
-    rows = prediction_tables.rows_of(joined, study.names)
+    rows = joined.rows_of(study.names)
     pooled = predictions_table(study, rows, joined.predicted, joined.baselines, joined.seen)
     pooled.keys["fold"] = joined.keys["fold"]
     pooled.write(run.path("predictions_folds.csv"))

@@ -1088,7 +1088,7 @@ def judge(run, args, study, split, table, part, trained_on, similar=(), **known)
     each network; similar: of find_similar; known: further fields of the Setting.
     """
     manifest = study.table
-    rows = prediction_tables.rows_of(table, manifest.clip_ids)
+    rows = table.rows_of(manifest.clip_ids)
     is_classes = manifest.target is None
     levels = confounding.prior_levels(manifest)
     confounds = confounding.level_priors(
@@ -1187,7 +1187,7 @@ def run_folds(run, args, study):
     if args.task == "regress":
         rows = []
         for k, table in zip(chosen, tables):
-            moments = moment_levels(args, manifest, prediction_tables.rows_of(table, manifest.clip_ids))
+            moments = moment_levels(args, manifest, table.rows_of(manifest.clip_ids))
             rows += [{"fold": k, **row} for row in score_judging.rows_of_scores(table, moments)]
         common.write_table(run.path("fold_scores.csv"), rows)
     done = judging.finished_folds(run, chosen, [table.fold_numbers() for table in tables])

@@ -24,6 +24,16 @@ def simulated_ece(confidence, adaptive=False):
     return np.abs(gaps).sum(1) / len(confidence)
 
 
+def calibration_numbers(probability, overall):
+    """NLL, Brier score and ECEs in `overall` metrics, beside the ECEs of a calibrated model of the same confidences."""
+    confidence = probability.max(1)
+    numbers = {"nll": overall["loss"], "brier": overall["brier"]}
+    for name, adaptive in class_scores.ECE_METRICS.items():
+        numbers[name] = overall[name]
+        numbers[f"{name}_of_a_calibrated_model"] = simulated_ece(confidence, adaptive).mean()
+    return numbers
+
+
 def take_null(comparison, confidence):
     """Add NAME_above_null of the model for both ECEs, with an interval for the true calibration error.
 

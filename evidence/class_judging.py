@@ -102,17 +102,10 @@ def calibration_rows(table):
     rows = []
     for stage, (probability, threshold) in stages.items():
         found = table.scores_of(probability, threshold)
-        overall = found.overall
-        confidence = probability.max(1)
         rows.append({
             "stage": stage,
-            "nll": overall["loss"],
-            "brier": overall["brier"],
-            "ece": overall["ece"],
-            "ece_adaptive": overall["ece_adaptive"],
-            "ece_of_a_calibrated_model": calibrating.simulated_ece(confidence).mean(),
-            "ece_adaptive_of_a_calibrated_model": calibrating.simulated_ece(confidence, adaptive=True).mean(),
-            "accuracy": overall["accuracy"],
+            **calibrating.calibration_numbers(probability, found.overall),
+            "accuracy": found.overall["accuracy"],
             **{name: found.per_class[name][table.positive] for name in ("precision", "recall", "f1")},
         })
     return rows

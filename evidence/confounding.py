@@ -73,12 +73,12 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
                 means = means - common.mean_without_nan(target[rows], axis=0)
             predicted.append(means)
         predicted = np.concatenate(predicted)
-        further = {}
         if is_classes:
             rates = np.concatenate([-predicted, predicted], 1)
             label = target[held_out, 0].astype(int)
             result = subject_intervals.bootstrap_classification(rates, label, subjects, folds=len(test))
             main = result.overall.model["roc_auc"]
+            further = {}
         else:
             result = subject_intervals.bootstrap_regression(predicted, target[held_out], subjects, folds=len(test))
             main = result.overall.model["r2"]

@@ -214,13 +214,8 @@ def calibration_rows(judged):
         return rows
     for name, probability in (("model", found.probabilities), ("rates of the part", judged.part_rates)):
         scores = class_scores.classification_metrics(probability, found.true).overall
-        rows.append({
-            "states of": name,
-            "boxes": len(found.true),
-            "nll": scores["loss"],
-            "brier": scores["brier"],
-            "ece": scores["ece"],
-            "ece_of_a_calibrated_model": calibrating.simulated_ece(probability.max(1)).mean()})
+        numbers = calibrating.calibration_numbers(probability, scores)
+        rows.append({"states of": name, "boxes": len(found.true), **numbers})
     return rows
 
 

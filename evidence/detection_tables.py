@@ -79,11 +79,8 @@ def read_results(path, annotated, box_format):
     one of part_boxes.BOX_FORMATS, None for xywh. UserError that lists what cannot be read.
     """
     entries = common.read_json(path)
-    if not isinstance(entries, list):
-        raise common.UserError(f"{path}: expected a list of COCO results, found a {type(entries).__name__}")
-    strange = [f"result {number}: expected an object, found {str(entry)[:60]}"
-               for number, entry in enumerate(entries) if not isinstance(entry, dict)]
-    part_boxes.refuse(strange, f"{path}: cannot be read:", "Correct these entries.")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise common.UserError(f"{path}: expected a list of COCO results, found {str(entries)[:60]}")
     reading = part_boxes.Reading(box_format or "xywh", "state")
     found = part_boxes.read_coco(path, results_as_coco(entries, annotated, reading), reading)
     parts = list(found.category_ids)

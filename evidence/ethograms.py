@@ -135,8 +135,7 @@ def plot_ethogram(windows, bouts, names, path):
     """
     begin, end = windows.edges[[0, -1]]
     n_strips = min(max(round((end - begin) / STRIP_SEC), 1), MOST_STRIPS)
-    is_long = end - begin > 300
-    unit = 60 if is_long else 1
+    unit, unit_name = (60, "minutes") if end - begin > 300 else (1, "seconds")
     edges = np.linspace(begin, end, n_strips + 1) / unit
     figure, axes = plotting.new_figure(n_strips, 1, (9, 0.7 + 0.45 * len(names)))
     middles = windows.spans.mean(1) / unit
@@ -149,7 +148,7 @@ def plot_ethogram(windows, bouts, names, path):
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_yticks(range(len(names)), plotting.without_math(names, 28))
         axis.set_xlim(left, right)
-    axes[-1].set_xlabel("minutes" if is_long else "seconds", color=plotting.SOFT, fontsize=8)
+    axes[-1].set_xlabel(unit_name, color=plotting.SOFT, fontsize=8)
     plotting.save_figure(figure, path)
 
 
@@ -179,8 +178,7 @@ def annotate(recording, windows, names, path):
             frame = av.VideoFrame.from_ndarray(pixels)
             frame.pts = round(1000 * time)
             container.mux(stream.encode(frame))
-        if stream is not None:
-            container.mux(stream.encode())
+        container.mux(stream.encode())
 
 
 # --- against a table of events ---------------------------------------------------------------------
@@ -203,12 +201,9 @@ def count_pairs(found, true, iou):
 
 def covered(spans):
     """Seconds that at least one of the spans (n, 2) covers."""
-    total = 0.0
-    reached = -np.inf
-    for start, end in spans[np.argsort(spans[:, 0])]:
-        total += max(end - max(start, reached), 0.0)
-        reached = max(reached, end)
-    return total
+    starts, ends = spans[np.argsort(spans[:, 0])].T
+    reached = np.maximum.accumulate([-np.inf, *ends])[:-1]  # by the spans before
+    return np.maximum(ends - np.maximum(starts, reached), 0).sum()
 
 
 def read_spans(path):

@@ -178,7 +178,6 @@ def describe_part(table):
         "repeated_rows": (table.repeats - 1).sum(),
         "videos": len(of_videos),
         "events": len(n_labels),
-        "groups": None if table.groups is None else len(set(table.groups)),
         "classes": count_classes(table),
         "events_per_video": of_videos["event"].agg(["min", "median", "max"]).to_dict(),
         "pure_videos": (of_videos["label"] == 1).sum(),

@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 import common
-from evidence import metric_names, prediction_tables, reporting, seen_rows, verdicts
+from evidence import metric_names, reporting, seen_rows, verdicts
 
 
 METRICS_SCHEMA = 1  # of metrics.json; docs/judging.md
@@ -91,7 +91,7 @@ def subject_blocks(table, result):
     """HTML of what the fold table would say of each subject, where they are too few for an interval."""
     if result.has_intervals or table.groups is None:
         return []
-    rows = [{"subject": name, **prediction_tables.take(table, table.groups == name).fold_numbers()}
+    rows = [{"subject": name, **table.take(table.groups == name).fold_numbers()}
             for name in sorted(set(table.groups))]
     caption = "Each subject alone, beside its best baseline: they are too few for an interval"
     return [reporting.html_table(rows, caption=caption)]

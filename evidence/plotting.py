@@ -256,15 +256,14 @@ def plot_batch(run, dataset, labels):
     draw_figure(figure).save(run.path("training_batch.jpg"))
 
 
-def plot_scatter(predicted, target, names, path):
-    """Predicted over true as PNG, a panel per target (the first 40) with identity line, r and n.
-
-    predicted, target: (N, R) in the original unit, NaN = missing; names: R labels.
-    """
+def plot_scatter(table, path):
+    """Predicted over true of a ScoreTable as PNG, a panel per score (the first 40) with identity line, r and n."""
+    predicted = table.predicted
+    target = table.target
     known = np.isfinite(predicted - target)
     masked = np.where(known, target, np.nan)
     pearson_r = common.regression_metrics(predicted, masked)["pearson_r"]  # (R,)
-    n_panels = min(len(names), MOST_TARGETS)
+    n_panels = min(len(table.names), MOST_TARGETS)
     figure, axes = new_figure(n_panels, min(n_panels, 6), (2.1, 2.1))
     for j, axis in enumerate(axes):
         x = target[known[:, j], j]  # (n,)
@@ -273,7 +272,7 @@ def plot_scatter(predicted, target, names, path):
         both = [*x, *y] or [0, 1]
         _draw_diagonal(axis, [min(both), max(both)])
         axis.locator_params(nbins=4)
-        set_title(axis, names[j][:18])
+        set_title(axis, table.names[j][:18])
         facts = f"r {metric_names.number_text(pearson_r[j], '.2f')}\nn {len(x)}"
         axis.text(0.03, 0.97, facts, transform=axis.transAxes, va="top", fontsize=7)
     figure.supxlabel("true", fontsize=9, color=SOFT)

@@ -39,7 +39,7 @@ def judge_poses(run, table, setting, *, blocks, label_sd, unit, doubts, compose,
         [{**row, "target": row["patient"]} for row in patients],
         run.path("per_patient_error.png"),
         [f"mae_{axis}" for axis in probe_poses.AXES])
-    plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
+    plotting.plot_scatter(table, run.path("predicted_against_true.png"))
 
     alarms = axis_alarms(table) + pose_scores.place_alarms(results)
     if result.unit == subject_intervals.TIME_BLOCKS:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import common
-from evidence import prediction_tables, subject_intervals, verdicts
+from evidence import subject_intervals, verdicts
 from readers import probe_poses
 
 BASELINES = {
@@ -140,7 +140,7 @@ def patient_rows(table, baseline_name, sd):
     """
     rows = []
     for patient in np.unique(table.groups):
-        own = prediction_tables.take(table, table.groups == patient)
+        own = table.take(table.groups == patient)
         model = common.regression_metrics(own.predicted, own.target)["mae"]  # (6,)
         baseline = common.regression_metrics(own.baselines[baseline_name], own.target)["mae"]
         rows.append({

@@ -42,6 +42,22 @@ class Rows:
         """{heading: (M,)} of what is known of the rows."""
         return _known({**self.keys, "group": self.groups, "seen": self.seen, "warning": self.warning})
 
+    def rows_of(self, names):
+        """(M,) places of the rows in a list of names. UserError for names that repeat."""
+        place = {name: row for row, name in enumerate(names)}
+        if len(place) < len(names):
+            raise common.UserError(f"the column {next(iter(self.keys))} must tell rows apart, found {len(place)} "
+                                   f"values in {len(names)} rows; give each row its own")
+        return np.array([place[name] for name in self.row_names])
+
+    def take(self, rows):
+        """The table of these rows."""
+        return combine([self], lambda parts: parts[0][rows])
+
+    def labelled(self):
+        """The table of the rows with a true value."""
+        return self.take(self.is_known.any(1))
+
     @property
     def sample(self):
         """How much the rows hold: their number, different sets of labels, subjects, positives."""
@@ -251,25 +267,6 @@ def mean(tables):
     return found
 
 
-def rows_of(table, names):
-    """(M,) places of the rows of a table in a list of names. UserError for names that repeat."""
-    place = {name: row for row, name in enumerate(names)}
-    if len(place) < len(names):
-        raise common.UserError(f"the column {next(iter(table.keys))} must tell rows apart, found {len(place)} values "
-                               f"in {len(names)} rows; give each row its own")
-    return np.array([place[name] for name in table.row_names])
-
-
-def take(table, rows):
-    """The table of these rows."""
-    return combine([table], lambda parts: parts[0][rows])
-
-
-def labelled(table):
-    """The table of the rows with a true value."""
-    return take(table, table.is_known.any(1))
-
-
 def combine(records, function, names=None):
     """Several records of one dataclass as one.
 
@@ -351,7 +348,7 @@ def read_folds(run, chosen, part):
 
 def refuse_useless(table, path):
     """UserError for a table of read_predictions that lacks predictions or groups, or with labels that do not vary."""
-    judged = labelled(table)
+    judged = table.labelled()
     if isinstance(table, ScoreTable):
         predicted = table.predicted
         flat = [f"{name}_true" for name, column in zip(table.names, table.target.T)
@@ -373,11 +370,9 @@ def refuse_useless(table, path):
 
 def _keys_of(table):
     """{heading: (M,) text} of the column that says which row it is, else its number; and of FURTHER_KEYS."""
-    found = csv_tables.find_column(table, ID_COLUMNS)
-    keys = {"row": np.arange(1, len(table) + 1).astype(str)}
-    if found:
-        keys = {found: table[found].to_numpy(str)}
-    return keys | {heading: table[heading].to_numpy(str) for heading in FURTHER_KEYS if heading in table}
+    first = csv_tables.find_column(table, ID_COLUMNS) or "row"
+    numbered = table.assign(row=range(1, len(table) + 1))
+    return {heading: numbered[heading].to_numpy(str) for heading in (first, *FURTHER_KEYS) if heading in numbered}
 
 
 def _repeated_names(keys, notes):
@@ -484,10 +479,9 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
 def _stated_class(table, names, path):
     """The class that the column positive_class names, None without one. Raises UserError for several."""
     said = sorted(set(table.get("positive_class", [])) - {""})
-    found = csv_tables.pick_columns(said, names, f"{path}: found no")
-    if len(found) > 1:
-        raise common.UserError(f"{path}: positive_class names {common.shorten_list(found)}; expected one class")
-    return found[0] if found else None
+    if len(said) > 1:
+        raise common.UserError(f"{path}: positive_class names {common.shorten_list(said)}; expected one class")
+    return known_name(*said, names, path) if said else None
 
 
 def _threshold(table, column, label_column, path):

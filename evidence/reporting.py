@@ -183,7 +183,7 @@ def leakage_blocks(run):
 def history_blocks(run):
     """The section on learning curves: those of the run, and of each of its folds; one epoch makes none."""
     def order(path):
-        return path.parent.name == "baseline", len(str(path)), path  # fold_10 after fold_2
+        return len(str(path)), path  # fold_10 after fold_2, baseline last
     curves = [path for path in sorted(run.folder.glob("**/training_history.png"), key=order)
               if path.with_suffix(".csv").read_bytes().count(b"\n") > 2]
     blocks = [html_image(path, f"Learning curves, {path.parent.name}") for path in curves[:MOST_CURVES]]

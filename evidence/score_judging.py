@@ -9,8 +9,7 @@ import numpy as np
 
 import common
 from evidence import (
-    confounding, judging, metric_names, plotting, prediction_tables, rater_agreement, reporting,
-    subject_intervals, verdicts)
+    confounding, judging, metric_names, plotting, rater_agreement, reporting, subject_intervals, verdicts)
 
 
 def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), moments=(), table_file="scores.csv",
@@ -28,7 +27,7 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
     confounds = confounding.flag_confounds(confounds, result.overall.model["r2"], within, levels)
     common.write_table(run.path(table_file), rows)
     plotting.plot_per_target(rows, run.path(plot_file))
-    plotting.plot_scatter(table.predicted, table.target, table.names, run.path("predicted_against_true.png"))
+    plotting.plot_scatter(table, run.path("predicted_against_true.png"))
 
     best_r2 = ceiling.mean_r2 if ceiling else None
     is_same = is_baseline(table, result.baseline_name)
@@ -71,18 +70,13 @@ def is_baseline(table, name):
 def score_rows(result, table, ceiling):
     """One dict a score: metrics with intervals, baseline, bias and slope, and the share of the ceiling reached."""
     scores = subject_intervals.target_table(result)
-    scores["bias"], scores["slope"] = bias_and_slope(table.predicted, table.target)
+    scores["bias"] = common.mean_without_nan(table.predicted - table.target, axis=0)
+    judged = np.where(table.is_known, table.predicted, np.nan)
+    # of target on prediction, 1 = no correction needed
+    scores["slope"] = scores["pearson_r"] * common.sd_without_nan(table.target) / common.sd_without_nan(judged)
     if ceiling and ceiling.r2 is not None:
         scores = scores.assign(**ceiling.columns(), share_of_ceiling_r2=scores["r2"] / ceiling.r2)
     return scores.to_dict("records")
-
-
-def bias_and_slope(predicted, target):
-    """(R,) mean errors, (R,) slopes of target on prediction (1 = no correction needed) of (M, R) each."""
-    sums = common.regression_moments(predicted, target).sum(1)  # (8, R), about the means
-    n, _, _, spread, _, joint = sums[:6]
-    slope = joint / np.where(spread > 1e-12 * n, spread, np.nan)
-    return common.mean_without_nan(predicted - target, 0), slope
 
 
 def slope_alarms(rows):
@@ -118,7 +112,7 @@ def estimates_of_moments(table, moments):
     """{METRIC_LEVEL: Estimate} on the rows of each level of (M,) moments."""
     estimates = {}
     for level in set(moments):
-        of_level = prediction_tables.take(table, moments == level).compare()
+        of_level = table.take(moments == level).compare()
         estimates |= {f"{metric}_{level}": each for metric, each in of_level.overall.model.items()}
     return estimates
 

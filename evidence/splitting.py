@@ -455,9 +455,7 @@ def unused_groups(columns, split, groups):
 
 def _by_time(sequences, order):
     """The rows of each sequence in their order."""
-    for name in np.unique(sequences):
-        rows = np.flatnonzero(sequences == name)
-        yield rows[np.argsort(order[rows])]
+    return [sorted(rows, key=lambda row: order[row]) for rows in common.rows_by_key(sequences).values()]
 
 
 def split_by_time(sequences, order, ratios, gap):

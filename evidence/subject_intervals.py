@@ -58,10 +58,10 @@ class Comparison:
                 for side, estimates in vars(self).items()}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Result:
     """A model judged on a whole split, beside a baseline where there is one."""
-    names: list  # R targets or C classes
+    names: list | tuple = ()  # R targets or C classes
     n: np.ndarray  # (R,) labelled rows of each
     overall: Comparison  # of numbers: means over the targets, or metrics of all classes
     each: Comparison  # of arrays (R,) or (C,)
@@ -102,15 +102,14 @@ class Result:
 
 # --- the engine: a statistic of how often each subject is drawn -> estimates -------------------------
 
-def estimate(model, baseline, subjects, unit, *, n, rows, support,
-             names=(), draws=2000, seed=0, folds=1, per_subject=None, **described):
+def estimate(model, baseline, subjects, unit, *, rows, support, draws=2000, folds=1, per_subject=None, **described):
     """Result of statistics of how often each subject is drawn.
 
     model, baseline (None = without): (D, S) times drawn -> ({metric: (D,)}, {metric: (D, R)}), overall and each;
-    subjects: S; names: of the targets or classes; support: {(scope, metric): how many subjects it rests on}, where
+    subjects: S; support: {(scope, metric): how many subjects it rests on}, where
     those are not all, with the side before the scope where the sides differ; folds: how many models predicted the
-    rows; per_subject: {metric: (S,)}, None = pseudo-values of the jackknife; n, rows, described: the other fields of
-    the Result. An interval is value -+ t x standard error on the scale where the metric is nearest to normal; the
+    rows; per_subject: {metric: (S,)}, None = pseudo-values of the jackknife; rows, described: the other fields of the
+    Result. An interval is value -+ t x standard error on the scale where the metric is nearest to normal; the
     error is that of the jackknife, from 200 subjects on that of the bootstrap. Resting on under 5 subjects: no
     interval.
     """
@@ -123,7 +122,7 @@ def estimate(model, baseline, subjects, unit, *, n, rows, support,
     if subjects >= FEWEST_FOR_INTERVAL:
         reach, method = _reach_of_interval(subjects, unit, folds)
         block = max(1, 1_000_000 // rows)  # resamples at a time
-        drawn = [_compare(model, baseline, weights) for weights in draw_subjects(subjects, draws, seed, block)]
+        drawn = [_compare(model, baseline, weights) for weights in draw_subjects(subjects, draws, block)]
         for place, found in estimates.items():
             side, scope, metric = place
             values = np.concatenate([part[place] for part in drawn])
@@ -139,8 +138,6 @@ def estimate(model, baseline, subjects, unit, *, n, rows, support,
     elif per_subject is None:
         per_subject = _pseudo_values(model, baseline, whole, subjects, support)
     return Result(
-        names=list(names),
-        n=n,
         rows=rows,
         **_comparisons(estimates),
         subjects=subjects,
@@ -214,13 +211,13 @@ def _comparisons(estimates):
     return comparisons
 
 
-def draw_subjects(subjects, draws, seed, block):
+def draw_subjects(subjects, draws, block):
     """Yield blocks (D, S) of how often each subject counts: drawn at random; under 200, each left out once."""
     if subjects < FEWEST_FOR_BOOTSTRAP:
         for start in range(0, subjects, block):
             yield 1.0 - np.eye(subjects)[start:start + block]
         return
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     for start in range(0, draws, block):
         size = min(block, draws - start)
         picks = generator.integers(0, subjects, (size, subjects)) + subjects * np.arange(size)[:, None]

@@ -45,7 +45,7 @@ def read_table(path, args, baseline=None):
         if kind is class_judging and table.score is not None and meanings[bar["name"]].metric not in RANK_METRICS:
             raise common.UserError(f"--criteria {bar['name']}: of a score that is no probability only AUC and average "
                                    "precision mean something")
-    judged = prediction_tables.labelled(table)
+    judged = table.labelled()
     if len(judged.truth) < len(table.truth):
         judged.notes.append(f"only {len(judged.truth)} of {len(table.truth)} rows have a true value; no others count")
     return judged
@@ -68,7 +68,7 @@ def same_rows(tables, paths):
                 f"first are missing ({common.shorten_list(missing, 3) or 'none'}), "
                 f"{len(others)} and {len(names)} rows, "
                 f"targets {common.shorten_list(table.names, 5)} and {common.shorten_list(first.names, 5)}")
-        other = prediction_tables.take(table, prediction_tables.rows_of(first, others))
+        other = table.take(first.rows_of(others))
         rounding = 1e-3 * np.nanstd(first.truth, axis=0)  # one may write fewer digits
         if not np.allclose(other.truth, first.truth, rtol=0, atol=rounding, equal_nan=True):
             raise common.UserError(f"{path} and {paths[0]} have other true values in the same rows; compare one truth")
@@ -88,7 +88,7 @@ def compare_runs(folders, say):
     for folder in folders:
         path = next(filter(Path.exists, map(folder.joinpath, PREDICTIONS)), None)
         if path:
-            tables[folder.name] = prediction_tables.labelled(prediction_tables.read_predictions(path))
+            tables[folder.name] = prediction_tables.read_predictions(path).labelled()
         else:
             say(f"note: {folder.name} is not compared: it holds none of {', '.join(PREDICTIONS)}")
     rows = []
@@ -99,7 +99,7 @@ def compare_runs(folders, say):
             say(f"note: {' and '.join(names)} are not compared: they share {len(shared)} rows, "
                 f"expected {FEWEST_SHARED}")
             continue
-        pair = [prediction_tables.take(table, np.isin(table.row_names, shared)) for table in pair]
+        pair = [table.take(np.isin(table.row_names, shared)) for table in pair]
         try:
             rows += compare_tables(same_rows(pair, names), names)
         except common.UserError as error:

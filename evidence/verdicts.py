@@ -27,7 +27,8 @@ def regression_alarms(predicted, target, names):
     """Sentences on signs of a broken model or of data that cannot judge it, for (N, R), (N, R) and R names; else []."""
     is_finite = np.isfinite(predicted)
     labelled = ~np.isnan(target)
-    spread_p = common.sd_without_nan(np.where(labelled & is_finite, predicted, np.nan))  # (R,)
+    finite = np.where(is_finite, predicted, np.nan)
+    spread_p = common.sd_without_nan(np.where(labelled, finite, np.nan))  # (R,)
     spread_t = common.sd_without_nan(target)
     modal = [np.unique(column[known], return_counts=True)[1].max(initial=0)
              for column, known in zip(target.T, labelled.T)]  # how many rows share the most frequent label
@@ -41,7 +42,6 @@ def regression_alarms(predicted, target, names):
     ]
     alarms = [f"{fault}: {', '.join(itertools.compress(names, flags))}. {remedy}"
               for fault, flags, remedy in faults if flags.any()]
-    finite = np.where(is_finite, predicted, np.nan)
     low = np.fmin.reduce(finite)
     high = np.fmax.reduce(finite)
     margin = 0.01 * (high - low)

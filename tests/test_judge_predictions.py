@@ -443,7 +443,7 @@ def test_every_alarm_and_doubt_stands_on_the_page_and_in_the_log(tmp_path):
 
 def test_what_a_run_knows_beside_its_table_joins_its_metrics_and_its_page(tmp_path):
     common.write_table(tmp_path / "p.csv", scores())
-    table = prediction_tables.labelled(prediction_tables.read_predictions(tmp_path / "p.csv", "subject"))
+    table = prediction_tables.read_predictions(tmp_path / "p.csv", "subject").labelled()
     folds = [{"fold": k, "rows": 30, "best_epoch": 3 + k, "r2": 0.25} for k in range(2)]
     setting = judging.Setting(part="folds", seen=np.full(60, "new"), alarms=("found before training",), folds=folds)
     args = judge_predictions.parse_args(

@@ -274,7 +274,8 @@ def test_plot_scatter(tmp_path, n_targets):
     target[:, 0], target[3, -1] = np.nan, np.nan
     predicted = target + rng.normal(size=target.shape)
     predicted[5, -1] = np.nan
-    plotting.plot_scatter(predicted, target, [f"$rating^ {i}$" for i in range(n_targets)], tmp_path / "s.png")
+    names = [f"$rating^ {i}$" for i in range(n_targets)]
+    plotting.plot_scatter(SimpleNamespace(predicted=predicted, target=target, names=names), tmp_path / "s.png")
     check_png(tmp_path / "s.png", 200)
     with Image.open(tmp_path / "s.png") as picture:
         assert picture.height < 8 * 300, "the first 40 alone are drawn, six in a row"
