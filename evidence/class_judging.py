@@ -2,7 +2,6 @@
 
 Letters: M rows, C classes.
 """
-import functools
 import math
 
 import numpy as np
@@ -19,10 +18,8 @@ def judge_classes(run, table, setting, confounds=(), levels=()):
     """
     result = table.compare()
     calibrating.take_null(result.overall, table.probability.max(1))
-    within = functools.partial(
-        confounding.within_level_auc, table.probability[:, table.positive], table.label, table.positive)
     confounds = confounding.flag_confounds(
-        confounds, result.each.model["roc_auc"].at(table.positive), within, levels)
+        confounds, result.each.model["roc_auc"].at(table.positive), table, levels)
     plot_classes(run, table, result.confusion)
 
     name = table.names[table.positive]

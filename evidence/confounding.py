@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 import common
-from evidence import class_scores, prediction_tables, reporting, splitting, subject_intervals
+from evidence import prediction_tables, reporting, splitting, subject_intervals
 from readers import event_tables
 
 NO_CONFOUND = re.compile(
@@ -95,11 +95,11 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
     return sorted(found, key=lambda row: -np.nan_to_num(row[metric], nan=-math.inf))
 
 
-def flag_confounds(rows, model, within=None, levels=()):
+def flag_confounds(rows, model, table=None, levels=()):
     """The rows of level_priors with red_flag, True where the prior reaches the model's interval.
 
-    model: Estimate of its AUC or R2; NaN flags nothing, and neither does a prior that knows nothing
-    (AUC up to .5, R2 up to 0). within(levels (M,)): the model's AUC or R2 within levels, for those named in levels.
+    model: Estimate of its AUC or R2; NaN flags nothing, and neither does a prior that knows nothing (AUC up to .5, R2
+    up to 0). levels: {name: (M,) values in the rows of the table}, within which the model's AUC or R2 is given too.
     """
     bar = model.value if math.isnan(model.low) else model.low
     flagged = []
@@ -107,7 +107,7 @@ def flag_confounds(rows, model, within=None, levels=()):
         metric, chance = ("auc", 0.5) if "auc" in row else ("r2", 0.0)
         row = row | {"red_flag": bool(row[metric] > chance and row[metric] >= bar)}
         if row["name"] in levels:
-            row[f"model_{metric}_within_levels"] = within(levels[row["name"]])
+            row[f"model_{metric}_within_levels"] = table.quality_within(levels[row["name"]])
         flagged.append(row)
     return flagged
 
@@ -129,32 +129,6 @@ def confound_blocks(rows):
         del row["subjects"]
     caption = "The train rate (or mean) of each level of a column as the prediction"
     return [reporting.html_table(shown, caption=caption)]
-
-
-def within_level_auc(score, label, positive, levels):
-    """AUC over the pairs of a positive and another row of the same level: (N,) each -> float.
-
-    What is left of an AUC once a level can no longer tell the class; NaN without such a pair.
-    """
-    won = 0.0
-    pairs = 0
-    for level in np.unique(levels):
-        here = levels == level
-        is_positive = label[here] == positive
-        count = is_positive.sum() * (~is_positive).sum()
-        if count:
-            won += count * class_scores.ranking_metrics(score[here], is_positive)[0][0]
-            pairs += count
-    return won / pairs if pairs else math.nan
-
-
-def within_level_r2(predicted, target, levels):
-    """Mean R2 of how rows of the same level differ: (N, R) scores, NaN = missing, and (N,) levels -> float."""
-    import pandas as pd
-    scores = pd.DataFrame(np.hstack([np.where(np.isnan(target), np.nan, predicted), target]))
-    from_mean = scores - scores.groupby(levels).transform("mean")
-    predicted, target = np.hsplit(from_mean.to_numpy(), 2)
-    return common.mean_metrics(predicted, target)["r2"]
 
 
 def prior_levels(table):

@@ -164,8 +164,8 @@ def per_part_rows(judged, result):
     import pandas as pd
     counts = {name: values.sum(0).astype(int) for name, values in judged.counts.items()}  # (P,) each
     rates = detection_scores.rates_of(counts)
-    ends = [subject_intervals.share_interval(k, n) for k, n in zip(counts["claimed"], counts["absent"])]
-    hallucination = subject_intervals.Estimate(rates["hallucination_rate_anywhere"], *np.transpose(ends))
+    ends = subject_intervals.share_interval(counts["claimed"], counts["absent"])
+    hallucination = subject_intervals.Estimate(rates["hallucination_rate_anywhere"], *ends)
     columns = {
         "target": result.names,
         "boxes": counts["truth"],

@@ -106,6 +106,13 @@ class ScoreTable(Rows):
         target = np.where(np.isnan(predicted), np.nan, self.target)
         return common.mean_metrics(predicted, target)["r2"]
 
+    def quality_within(self, levels):
+        """Mean R2 of how rows of the same level, (M,) of any text, differ."""
+        import pandas as pd
+        scores = pd.DataFrame(np.hstack([np.where(self.is_known, self.predicted, np.nan), self.target]))
+        from_mean = scores - scores.groupby(levels).transform("mean")
+        return common.mean_metrics(*np.hsplit(from_mean.to_numpy(), 2))["r2"]
+
     def compare(self):
         """subject_intervals.Result of the model, paired with the best baseline."""
         best = self.best_baseline
@@ -180,6 +187,22 @@ class ClassTable(Rows):
     def quality(self, probability):
         """AUC of probabilities (M, C)."""
         return self.scores_of(probability).overall["roc_auc"]
+
+    def quality_within(self, levels):
+        """AUC over the pairs of a positive and another row of the same level, (M,) of any text.
+
+        What is left of an AUC once a level can no longer tell the class; NaN without such a pair.
+        """
+        score = self.probability[:, self.positive]
+        is_positive = self.label == self.positive
+        won = []
+        pairs = []
+        for level in np.unique(levels):
+            here = levels == level
+            pairs.append(is_positive[here].sum() * (~is_positive[here]).sum())
+            won.append(pairs[-1] * class_scores.ranking_metrics(score[here], is_positive[here])[0][0])
+        with common.undefined_is_nan():
+            return np.nansum(won) / np.sum(pairs)
 
     def compare(self):
         """subject_intervals.Result, paired with the best baseline; each decides by its own threshold, if any."""

@@ -3,7 +3,6 @@
 Letters: M rows, R scores.
 """
 import dataclasses
-import functools
 
 import numpy as np
 
@@ -23,8 +22,7 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
     result = table.compare()
     rows = score_rows(result, table, ceiling)
     moment_rows = rows_of_moments(table, moments)
-    within = functools.partial(confounding.within_level_r2, table.predicted, table.target)
-    confounds = confounding.flag_confounds(confounds, result.overall.model["r2"], within, levels)
+    confounds = confounding.flag_confounds(confounds, result.overall.model["r2"], table, levels)
     common.write_table(run.path(table_file), rows)
     plotting.plot_per_target(rows, run.path(plot_file))
     plotting.plot_scatter(table, run.path("predicted_against_true.png"))

@@ -222,7 +222,7 @@ def test_risk_coverage_by_hand_and_whatever_the_order_of_tied_rows():
 # --- intervals -----------------------------------------------------------------------------------
 
 def test_interval_of_a_share_of_7_of_19_and_against_scipy():
-    assert [round(end, 2) for end in subject_intervals.share_interval(7, 19)] == [0.19, 0.59]
+    assert [round(float(end), 2) for end in subject_intervals.share_interval(7, 19)] == [0.19, 0.59]
     for k, n in ((1, 5), (3, 8), (49, 50), (1, 400)):
         theirs = stats.binomtest(k, n).proportion_ci(0.95, "wilson")
         assert subject_intervals.share_interval(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
@@ -634,21 +634,27 @@ def test_a_confound_is_held_against_the_auc_of_the_class_that_it_predicts():
         assert row["red_flag"] == is_flagged
 
 
+def auc_within(score, label, levels):
+    """AUC of class 1 within levels, for scores (N,)."""
+    table = SimpleNamespace(probability=np.stack([-score, score], axis=1), positive=1, label=label)
+    return prediction_tables.ClassTable.quality_within(table, levels)
+
+
 def test_within_level_auc_by_hand():
     score = np.array([0.9, 0.2, 0.4, 0.8, 0.7, 0.1])
     label = np.array([1, 0, 0, 1, 0, 0])
     levels = np.array(list("aaabbc"))
     # level a: (.9 > .2), (.9 > .4); level b: (.8 > .7); level c has no pair
-    assert confounding.within_level_auc(score, label, 1, levels) == 1.0
-    assert confounding.within_level_auc(np.array([0.3, 0.2, 0.4, 0.7, 0.7, 0.1]), label, 1, levels) == pytest.approx(1.5 / 3)
-    assert math.isnan(confounding.within_level_auc(score, label, 1, np.arange(6)))
-    everywhere = confounding.within_level_auc(score, label, 1, np.zeros(6))
+    assert auc_within(score, label, levels) == 1.0
+    assert auc_within(np.array([0.3, 0.2, 0.4, 0.7, 0.7, 0.1]), label, levels) == pytest.approx(1.5 / 3)
+    assert math.isnan(auc_within(score, label, np.arange(6)))
+    everywhere = auc_within(score, label, np.zeros(6))
     assert everywhere == judge.roc_auc_score(label, score)
 
 
 def test_a_score_that_is_only_the_level_has_no_auc_within_levels():
     levels, label, order, pair = planted_levels()
-    assert judge.roc_auc_score(label, pair) > 0.75 and confounding.within_level_auc(pair, label, 1, pair) == 0.5
+    assert judge.roc_auc_score(label, pair) > 0.75 and auc_within(pair, label, pair) == 0.5
 
 
 # --- calibration ---------------------------------------------------------------------------------
@@ -887,5 +893,7 @@ def test_within_level_r2_is_that_of_the_distances_from_the_level_means():
         explained = [values - LinearRegression(fit_intercept=False).fit(by_level, values).predict(by_level)
                      for values in (target[known, r], predicted[known, r])]
         expected.append(judge.r2_score(*explained))
-    assert confounding.within_level_r2(predicted, target, levels) == pytest.approx(np.mean(expected))
-    assert confounding.within_level_r2(np.tile(5.0 * levels[:, None], 2), target, levels) == pytest.approx(0)
+    table = prediction_tables.ScoreTable(keys={}, names=[], baselines={}, target=target, predicted=predicted)
+    assert table.quality_within(levels) == pytest.approx(np.mean(expected))
+    table.predicted = np.tile(5.0 * levels[:, None], 2)
+    assert table.quality_within(levels) == pytest.approx(0)
