@@ -92,14 +92,28 @@ def audit_table(table, split, audits=None, durations=None, predictions=None, pos
         "parts": {part: describe_part(table.take(held)) for part, held in split.items()},
         **leakage,
         "seen_events": seen_events(table)}
+    notes = [_part_note(part, held) for part, held in report["parts"].items()]
+    for part, seen in report["seen_events"].items():
+        notes.append(f"{seen['count']} of {seen['of']} {part} events are in {seen['in']}")
     if durations is not None:
-        report["windows_past_the_end"] = past_the_end(table, durations)
+        late = past_the_end(table, durations)
+        report["windows_past_the_end"] = late
+        notes.append(
+            f"windows: {late['past']['count']} start past the end of their file "
+            f"({common.shorten_list(late['past']['examples'], 3) or 'none'}), {late['cut']['count']} are cut by it; "
+            f"{late['unknown_duration']} files of unknown length")
     if predictions is not None:
-        report["probability_clusters"] = probability_clusters(predictions)
+        clusters = probability_clusters(predictions)
+        report["probability_clusters"] = clusters
+        notes.append(
+            f"probabilities: {clusters['rows_in_clusters']} of {clusters['rows']} rows "
+            f"share theirs with two or more others ({clusters['values']} values)")
     if not audits:
         report["priors"] = confounding.no_pixel_priors(table, positive)
-    report["notes"] = audit_notes(report)
-    return report
+        notes += map(prior_note, report["priors"])
+        if not report["priors"]:
+            notes.append("no-pixel priors: too few labelled clips on both sides to judge any")
+    return report | {"notes": notes}
 
 
 def record_split(run, table, audits, split):
@@ -229,7 +243,8 @@ def _part_note(part, held):
         f"{held['mixed_videos']} mixed; {classes or 'no classes'}")
 
 
-def _prior_note(row):
+def prior_note(row):
+    """A line on what one column predicts without a pixel; a WARNING where that leaves a model nothing to show."""
     metric = "auc" if "auc" in row else "r2"
     interval = f"{row['low']:.3f}, {row['high']:.3f}"
     if math.isnan(row["low"]):
@@ -241,24 +256,3 @@ def _prior_note(row):
         return (f"WARNING: {text}: this column tells it without a look at the clips, and a model may learn no more "
                 "than that")
     return text
-
-
-def audit_notes(report):
-    """Lines of text: what each part holds, shared events, windows, clusters, priors."""
-    lines = [_part_note(part, held) for part, held in report["parts"].items()]
-    for part, seen in report["seen_events"].items():
-        lines.append(f"{seen['count']} of {seen['of']} {part} events are in {seen['in']}")
-    if windows := report.get("windows_past_the_end"):
-        past = windows["past"]
-        lines.append(
-            f"windows: {past['count']} start past the end of their file "
-            f"({common.shorten_list(past['examples'], 3) or 'none'}), {windows['cut']['count']} are cut by it; "
-            f"{windows['unknown_duration']} files of unknown length")
-    if clusters := report.get("probability_clusters"):
-        lines.append(
-            f"probabilities: {clusters['rows_in_clusters']} of {clusters['rows']} rows "
-            f"share theirs with two or more others ({clusters['values']} values)")
-    priors = report.get("priors")
-    if priors == []:
-        lines.append("no-pixel priors: too few labelled clips on both sides to judge any")
-    return lines + [_prior_note(row) for row in priors or []]

@@ -1247,7 +1247,7 @@ def test_priors_across_events_and_across_groups(tmp_path):
 @pytest.mark.parametrize("name, auc, is_told", [("pair", 0.95, True), ("pair", 0.949, False), ("row order", 1.0, False)])
 def test_a_column_that_tells_the_class_is_a_warning_in_the_audit(name, auc, is_told):
     prior = {"what": "tail", "across": "parts", "name": name, "auc": auc, "low": 0.9, "high": 0.99, "subjects": 9}
-    [note] = event_audit.audit_notes({"parts": {}, "seen_events": {}, "priors": [prior]})
+    note = event_audit.prior_note(prior)
     assert note.startswith("WARNING: no-pixel prior on pair" if is_told else f"no-pixel prior on {name} across parts: AUC")
 
 
