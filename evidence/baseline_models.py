@@ -88,7 +88,6 @@ def fit_ridge(features, target, lambdas=RIDGE_LAMBDAS, groups=None, sd_floor=0.0
     Targets labelled on the same rows share one eigendecomposition; a target with fewer than 3
     labelled rows is predicted by its mean. inner_error: summed over the left-out inner folds.
     """
-    target = np.asarray(target, np.float64)
     groups = np.arange(len(features)) if groups is None else groups
     mean, sd = standardisation(features, sd_floor)
     x = (features - mean) / sd

@@ -91,7 +91,6 @@ def fit_temperature(logits, label):
     Dividing by T changes neither the most probable class nor a two-class AUC. 1.0 where every row
     is right (the NLL would fall for ever, so nothing says how sure the model may be).
     """
-    logits = np.asarray(logits, np.float64)
     is_own = np.arange(logits.shape[1]) == label[:, None]
     own = logits[is_own]
     best_other = np.where(is_own, -np.inf, logits).max(1)

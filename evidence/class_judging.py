@@ -24,7 +24,7 @@ def judge_classes(run, table, setting, confounds=(), levels=()):
 
     name = table.names[table.positive]
     verdict = verdicts.verdict_sentence(
-        result, "roc_auc", None, setting.worst_seen, auc_label(result.names, name))
+        result, "roc_auc", setting.worst_seen, auc_label(result.names, name))
     alarms = verdicts.classification_alarms(
         table.probability, table.label, table.names, table.threshold, table.positive, table.score) + fold_alarms(table)
     stages = calibration_rows(table)

@@ -108,7 +108,7 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
         limits=[*general_limits(judged), *setting.limits])
     return judging.close_run(
         run, setting,
-        verdict=verdicts.verdict_sentence(result, "map", None, setting.worst_seen),
+        verdict=verdicts.verdict_sentence(result, "map", setting.worst_seen),
         result=result,
         metric="map",
         doubts=verdicts.baseline_doubts(

@@ -267,15 +267,6 @@ class Judged:
             overall |= state_scores(self.baseline_confusions[pictures].sum(0))
         return overall, each
 
-    def support(self, statistic, owners):
-        """Support for subject_intervals.estimate: (M,) numbers of the groups or pictures."""
-        support = subject_intervals.support_alone(statistic, owners.max() + 1)
-        occurs = self.confusions.any(2)  # (M, S), True = a box found in the picture has that state
-        n_owners = [len(np.unique(owners[pictures])) for pictures in occurs.T]
-        for metric in ("balanced_accuracy", "macro_f1"):  # a mean over the states needs two; the others may be rare
-            support["overall", metric] = sorted(n_owners)[-2]
-        return support
-
     def result(self, baseline_name="mean box", folds=0):
         """The subject_intervals.Result over all pictures; resampled are groups, else images; folds: of the run."""
         groups = self.truth.groups
@@ -288,6 +279,11 @@ class Judged:
                 return stack_draws(overall), stack_draws(each)
             return statistic
         model = over_draws(self.values)
+        support = subject_intervals.support_alone(model, len(units))
+        occurs = self.confusions.any(2)  # (M, S), True = a box found in the picture has that state
+        n_owners = sorted(len(np.unique(owners[pictures])) for pictures in occurs.T)
+        for metric in ("balanced_accuracy", "macro_f1"):  # a mean over the states needs two; the others may be rare
+            support["overall", metric] = n_owners[-2]
         return subject_intervals.estimate(
             model,
             over_draws(self.baseline_values) if self.baseline_matching else None,
@@ -295,7 +291,7 @@ class Judged:
             "images" if groups is None else "groups",
             draws=N_DRAWS,
             names=self.truth.parts,
-            support=self.support(model, owners),
+            support=support,
             n=self.counts["truth"].sum(0).astype(int),
             rows=len(self.every),
             folds=folds,

@@ -215,11 +215,13 @@ def read_spans(path):
     return pd.read_csv(path, dtype=words, keep_default_na=False)
 
 
-def events_in(windows, table):
-    """DataFrame of the events of an EventTable, cut to what was watched. UserError: none is of a recording."""
+def events_in(watched, table):
+    """DataFrame of the events of an EventTable, cut to what was watched. UserError: none is of a recording.
+
+    watched: DataFrame of the video (its index), start_sec and end_sec of each recording.
+    """
     import pandas as pd
     videos = [str(source.resolve()) for source in table.sources]
-    watched = windows.groupby("video").agg({"start_sec": "min", "end_sec": "max"})
     first_sec, last_sec = watched.reindex(videos).to_numpy().T  # NaN: of no recording
     start_sec = np.fmax(first_sec, table.windows[:, 0])  # without times: from the start to the end
     end_sec = np.fmin(last_sec, table.windows[:, 1])
@@ -235,9 +237,9 @@ def events_in(windows, table):
     if not is_watched.any():
         raise common.UserError(
             f"no event is of one of the recordings: expected {common.shorten_list(watched.index, 3)}, "
-            f"found {common.shorten_list(sorted(set(events['video'])), 3)}")
+            f"found {common.shorten_list(sorted(set(videos)), 3)}")
     events = events[has_time]
-    empty = set(windows["video"]) - set(events["video"])
+    empty = set(watched.index) - set(events["video"])
     if empty:
         print(f"note: {len(empty)} recordings have no event in the table, and every bout in them counts as false: "
               f"{common.shorten_list(sorted(empty), 3)}")
@@ -266,7 +268,8 @@ def judge_folder(folder, read_table, output):
     if table.groups is not None:
         videos = [str(source.resolve()) for source in table.sources]
         group_of = dict(zip(videos, event_tables.connected([videos, table.groups])))  # groups in one video are one
-    rows, method = judge_bouts(windows, bouts, events_in(windows, table), table.names, group_of)
+    watched = windows.groupby("video", sort=False).agg({"start_sec": "min", "end_sec": "max"})
+    rows, method = judge_bouts(watched, bouts, events_in(watched, table), table.names, group_of)
     output = output or folder / "bout_scores.csv"
     common.write_table(output, rows)
     for row in rows:
@@ -315,21 +318,20 @@ def bout_metrics(sums):
     return metrics
 
 
-def judge_bouts(windows, bouts, events, names, group_of=None):
+def judge_bouts(watched, bouts, events, names, group_of):
     """(rows of a table, one for each class; how their intervals are made).
 
-    windows, bouts, events: DataFrames with video, start_sec and end_sec, the last two also label. Of all videos that
-    have windows: precision, recall and F1 of bouts that are paired with events at each IoU, and Cohen's kappa over
+    watched: as in events_in; bouts, events: DataFrames with video, label, start_sec and end_sec. Of all videos that
+    were watched: precision, recall and F1 of bouts that are paired with events at each IoU, and Cohen's kappa over
     time, that of infinitely short frames. Intervals over videos, or over the groups of group_of {video: group} (others
     are their own): none where under 5 have what a number is about.
     """
     import pandas as pd
     counts = []
-    for video, rows in windows.groupby("video", sort=False):
-        watched_sec = rows["end_sec"].max() - rows["start_sec"].min()
-        counts += [compare_spans(spans_of(bouts, video, name), spans_of(events, video, name), watched_sec)
+    for video, start_sec, end_sec in watched.itertuples():
+        counts += [compare_spans(spans_of(bouts, video, name), spans_of(events, video, name), end_sec - start_sec)
                    for name in names]
-    groups = [(group_of or {}).get(video, video) for video in windows["video"].unique()]
+    groups = [group_of.get(video, video) for video in watched.index]
     keys = [np.repeat(groups, len(names)), len(groups) * list(names)]
     summed = pd.DataFrame(counts).groupby(keys, sort=False).sum()
     numbers = {key: column.to_numpy().reshape(-1, len(names)) for key, column in summed.items()}  # (V, C) each

@@ -167,10 +167,8 @@ def seen_events(table):
 
 def _renamed_copies(table, file_keys):
     """(N,) text: the videos with the same content, '' where there is one."""
-    videos = collections.defaultdict(set)
-    for key, video in zip(file_keys, table.videos):
-        videos[key].add(video)
-    return [" = ".join(sorted(videos[key])) if len(videos[key]) > 1 else "" for key in file_keys]
+    names = {key: sorted(set(table.videos[rows])) for key, rows in common.rows_by_key(file_keys).items()}
+    return [" = ".join(names[key]) if len(names[key]) > 1 else "" for key in file_keys]
 
 
 def count_classes(table):
@@ -226,7 +224,6 @@ def probability_clusters(path):
     clusters = counts[counts >= 3]
     return {
         "rows": len(rows),
-        "distinct": len(counts),
         "values": len(clusters),
         "rows_in_clusters": clusters.sum(),
         "examples": clusters.head().reset_index(name="count").to_dict("records")}

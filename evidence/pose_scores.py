@@ -185,12 +185,12 @@ def fold_numbers(table, sd):
     }
 
 
-def verdict(result, per_patient, unit, seen="new"):
+def verdict(result, per_patient, unit, seen):
     """One honest sentence: does the model beat its best baseline, over what, and what it proves nothing about.
 
     per_patient: rows of patient_rows; unit: patients, or folders where each counted as one; seen: see verdict_sentence.
     """
-    text = verdicts.verdict_sentence(result, "mae", seen=seen, label="mean error in label sds")
+    text = verdicts.verdict_sentence(result, "mae", seen, "mean error in label sds")
     if result.unit != subject_intervals.TIME_BLOCKS:
         return text
     n = len(per_patient)

@@ -30,7 +30,7 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
     best_r2 = ceiling.mean_r2 if ceiling else None
     is_same = is_baseline(table, result.baseline_name)
     verdict = verdicts.verdict_sentence(
-        result, "r2", best_r2, setting.worst_seen, "mean R2", is_same)
+        result, "r2", setting.worst_seen, "mean R2", best_r2, is_same)
     doubts = verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds)
     if is_same:
         doubts.append("A model that predicts what its baseline predicts adds nothing to it")

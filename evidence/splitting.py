@@ -238,8 +238,8 @@ def nested_folds(folds, divide):
     nested = []
     for fold in folds:
         rest = fold["train"]
-        parts = divide(rest)
-        nested.append({"train": rest[parts["train"]], "val": rest[parts["val"]], "test": fold["val"]})
+        parts = {part: rest[places] for part, places in divide(rest).items()}
+        nested.append(parts | {"test": fold["val"]})
     return nested
 
 

@@ -327,12 +327,11 @@ def chance_doubts(result, metric):
             "nothing. Add rows or groups"]
 
 
-def verdict_sentence(result, metric, ceiling=None, seen="new", label=None, is_same=False):
+def verdict_sentence(result, metric, seen="new", label=None, ceiling=None, is_same=False):
     """One honest sentence: does the model beat its baseline, by how much, and what could be reached at best.
 
-    result: a Result with a baseline; ceiling: what `metric` could reach, or None; seen: the worst of
-    seen_rows.WORDS among the rows; label: the metric's name in the sentence; is_same: model and baseline predict the
-    same.
+    result: a Result with a baseline; seen: the worst of seen_rows.WORDS among the rows; label: the metric's name in the
+    sentence; ceiling: what `metric` could reach, or None; is_same: model and baseline predict the same.
     """
     difference = result.overall.difference[metric]
     start = OUTCOMES[outcome_of(result.gain(metric))][0]

@@ -644,7 +644,7 @@ def small_result(patients=6, gain=0.3, seed=3, unit="patients"):
 def test_the_verdict_says_over_what_it_holds(patients, unit, words):
     table, result, sd = small_result(patients, unit=unit)
     per_patient = pose_scores.patient_rows(table, "zero", sd)
-    text = pose_scores.verdict(result, per_patient, unit)
+    text = pose_scores.verdict(result, per_patient, unit, "new")
     assert all(word in text for word in words), text
 
 
@@ -660,12 +660,12 @@ def test_a_patient_counts_as_better_by_the_error_of_the_verdict():
     second, = pose_scores.patient_rows(pose_table(np.array(["q"]), target, predicted, baseline), "other", sd)
     assert second["error"] == pytest.approx(3.65 / 5)
     result = small_result(3)[1]
-    assert "better in 2 of 2" in pose_scores.verdict(result, [row, second], "patients")
+    assert "better in 2 of 2" in pose_scores.verdict(result, [row, second], "patients", "new")
 
 
 def test_no_gain_is_not_called_one():
     result = small_result(gain=0.0)[1]
-    assert "The model beats" not in pose_scores.verdict(result, [], "patients")
+    assert "The model beats" not in pose_scores.verdict(result, [], "patients", "new")
 
 
 def test_an_axis_along_which_the_probe_never_moves_is_no_fault_of_the_model():

@@ -148,6 +148,11 @@ def table_of(spans):
     return pd.DataFrame(rows, columns=["video", "label", "start_sec", "end_sec"])
 
 
+def watched_of(spans):
+    """{video: (start, end)} -> DataFrame of what was watched of each video."""
+    return pd.DataFrame.from_dict(spans, orient="index", columns=["start_sec", "end_sec"])
+
+
 def test_bouts_are_judged_as_short_frames_are():
     """Kappa against scikit-learn on frames of 10 ms; precision, recall and F1 of all videos together by hand."""
     draws = np.random.default_rng(0)
@@ -157,10 +162,10 @@ def test_bouts_are_judged_as_short_frames_are():
         true[f"v{v}"] = {"bite": edges[:20].reshape(-1, 2), "walk": edges[20:].reshape(-1, 2)}
         moved = edges[:20].reshape(-1, 2) + draws.integers(0, 60, (10, 1)) / 100
         found[f"v{v}"] = {"bite": moved[draws.random(10) < 0.8]}
-        watched[f"v{v}"] = {"": [(0.0, 30.0), (20.0, 60.0)]}
+        watched[f"v{v}"] = (0.0, 60.0)
     found["v0"]["rear"] = true["v0"]["rear"] = [(1.0, 2.0)]
     (bite, walk, rear), method = ethograms.judge_bouts(
-        table_of(watched), table_of(found), table_of(true), ["bite", "walk", "rear"])
+        watched_of(watched), table_of(found), table_of(true), ["bite", "walk", "rear"], {})
     middles = np.arange(6000) / 100 + 0.005
     frames = [[], []]
     n_pairs = n_found = 0
@@ -197,20 +202,20 @@ def test_bouts_of_few_videos_are_told_without_nan(tmp_path, capsys):
 
 def test_events_past_what_was_watched_are_cut(capsys):
     """What lies past the end, and points of which no bout can hold a part, are said and do not count as missed."""
-    windows = table_of({"/v": {"": [(0, 10)]}})
+    watched = watched_of({"/v": (0, 10)})
     spans = np.array([(0, 4), (8, 14), (12, 13), (5, 5), (1, 2)], float)
     table = SimpleNamespace(
         windows=spans, sources=[*4 * [Path("/v")], Path("/w")], names=["bite"], label=np.zeros(5, int))
-    events = ethograms.events_in(windows, table)
+    events = ethograms.events_in(watched, table)
     said = capsys.readouterr().out
     assert "note: 2 events in these recordings are left out" in said and "2 of 5 events are in the recordings" in said
-    [row], _ = ethograms.judge_bouts(windows, table_of({"/v": {"bite": [(8, 10)]}}), events, ["bite"])
+    [row], _ = ethograms.judge_bouts(watched, table_of({"/v": {"bite": [(8, 10)]}}), events, ["bite"], {})
     assert (row["events"], row["bouts"], row["recall_at_0.5"]) == (2, 1, 0.5)
     assert np.isnan(row["recall_at_0.5_low"]), "one video gives no interval"
     table.windows = spans[[3, 3, 3, 3, 3]]
-    events = ethograms.events_in(windows, table)
+    events = ethograms.events_in(watched, table)
     assert "--min_event_sec 1" in capsys.readouterr().out
-    [row], _ = ethograms.judge_bouts(windows, table_of({"/v": {"bite": [(8, 10)]}}), events, ["bite"])
+    [row], _ = ethograms.judge_bouts(watched, table_of({"/v": {"bite": [(8, 10)]}}), events, ["bite"], {})
     assert (row["events"], row["bouts"], row["precision_at_0.5"]) == (0, 1, 0), "a false bout counts"
 
 
@@ -423,12 +428,12 @@ def test_windows_slide_by_their_step_and_the_last_one_ends_with_the_recording_on
 def test_bouts_of_two_cameras_are_judged_over_their_sessions(tmp_path, capsys):
     """What both cameras filmed is one case: the numbers are those of all videos, the interval that of the sessions."""
     videos = [f"/s{s}_cam{cam}" for s in range(6) for cam in "ab"]
-    windows = table_of({video: {"": [(0, 20)]} for video in videos})
+    watched = watched_of({video: (0, 20) for video in videos})
     bouts = table_of({video: {"bite": [(1, 5), (8, 9 + k // 2)]} for k, video in enumerate(videos)})
     events = table_of({video: {"bite": [(1, 4), (8, 12)]} for video in videos})
     sessions = {video: video[:3] for video in videos}
-    [each], method = ethograms.judge_bouts(windows, bouts, events, ["bite"])
-    [own], method_of_groups = ethograms.judge_bouts(windows, bouts, events, ["bite"], sessions)
+    [each], method = ethograms.judge_bouts(watched, bouts, events, ["bite"], {})
+    [own], method_of_groups = ethograms.judge_bouts(watched, bouts, events, ["bite"], sessions)
     assert "12 videos" in method and "6 groups" in method_of_groups
     assert (own["kappa"], own["recall_at_0.5"]) == pytest.approx((each["kappa"], each["recall_at_0.5"]))
     assert own["kappa_high"] - own["kappa_low"] > 1.2 * (each["kappa_high"] - each["kappa_low"])
@@ -453,7 +458,7 @@ def test_events_of_one_class_that_overlap_are_noted(capsys, second, is_noted):
     """Two observers in one table: each bout can be paired with an event of one of them alone."""
     table = SimpleNamespace(windows=np.array([(0, 5), second, (2, 8)], float), sources=3 * [Path("/v")],
                             names=["bite", "walk"], label=np.array([0, 0, 1]))
-    ethograms.events_in(table_of({"/v": {"": [(0, 10)]}}), table)
+    ethograms.events_in(watched_of({"/v": (0, 10)}), table)
     note = "note: events of one class overlap in 1 recordings."
     assert (note in capsys.readouterr().out) is is_noted
 

@@ -1196,7 +1196,7 @@ def test_probability_clusters(tmp_path):
     path = write(tmp_path / "p.csv", "clip_id,prob_ear,prob_tail\n" +
                  "".join(f"c{i},{1 - p!r},{p!r}\n" for i, p in enumerate(values)))
     found = event_audit.probability_clusters(path)
-    assert (found["rows"], found["values"], found["rows_in_clusters"], found["distinct"]) == (12, 2, 7, 5)
+    assert (found["rows"], found["values"], found["rows_in_clusters"]) == (12, 2, 7)
     assert found["examples"][0] == {"count": 4, "prob_ear": 0.75, "prob_tail": 0.25}
     assert "prob_CLASS" in fails(event_audit.probability_clusters, write(path, "clip_id,p\na,1\nb,2\n"))
 
