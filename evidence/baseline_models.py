@@ -195,14 +195,14 @@ def _solve_logistic(scores, label, n_classes, penalty):
     A column divided by the root of the curvature that it can have at most (a half of its squared
     length, Boehning 1992, and the penalty) makes the problem round: few steps, whatever the unit.
     """
-    present = np.unique(label)
+    is_present = np.isin(np.arange(n_classes), label)
     scale = 1.0 / np.sqrt((scores**2).sum(0) / 2 + penalty)  # (K,)
     x = torch.from_numpy(scores * scale)
-    y = torch.from_numpy(np.searchsorted(present, label))
+    y = torch.from_numpy(label)
     scale = torch.from_numpy(scale)[:, None]
     strength = penalty if n_classes == 2 else penalty / 2
-    weights = torch.zeros(x.shape[1], len(present), dtype=torch.float64, requires_grad=True)
-    intercept = torch.zeros(len(present), dtype=torch.float64, requires_grad=True)
+    weights = torch.zeros(x.shape[1], n_classes, dtype=torch.float64, requires_grad=True)
+    intercept = torch.from_numpy(np.where(is_present, 0.0, -np.inf)).requires_grad_()  # -inf has the gradient 0
     optimizer = torch.optim.LBFGS(
         [weights, intercept],
         max_iter=500,
@@ -219,12 +219,7 @@ def _solve_logistic(scores, label, n_classes, penalty):
         return loss
 
     optimizer.step(closure)
-
-    every_weight = np.zeros((scores.shape[1], n_classes))
-    every_weight[:, present] = (weights * scale).detach().numpy()
-    every_intercept = np.full(n_classes, -np.inf)
-    every_intercept[present] = intercept.detach().numpy()
-    return every_weight, every_intercept
+    return (weights * scale).detach().numpy(), intercept.detach().numpy()
 
 
 # --- a readout of an untuned network -------------------------------------------------------------
