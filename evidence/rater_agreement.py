@@ -35,11 +35,11 @@ def _stack_ratings(ratings, fewest):
 
     Images with fewer than `fewest` ratings are left out.
     """
-    parts = [part[~np.isnan(part)] for part in map(np.asarray, ratings)]
-    parts = [part for part in parts if len(part) >= fewest]
-    counts = np.array([len(part) for part in parts], np.int64)
-    values = np.concatenate([np.empty(0), *parts])
-    return values, np.repeat(np.arange(len(counts)), counts), counts
+    import pandas as pd
+    scores = pd.Series(list(ratings)).explode().astype(float).dropna()  # the image is the index
+    scores = scores[scores.groupby(level=0).transform("size") >= fewest]
+    image, _ = pd.factorize(scores.index)
+    return scores.to_numpy(), image, np.bincount(image)
 
 
 def _weight_of_noise(values, image, counts):
