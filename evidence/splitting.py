@@ -332,14 +332,15 @@ def leakage_report(split, keys, pixels, phash, values, pairs=None):
     if phash is not None:
         readable = [row for row, held_by in enumerate(parts_of) if held_by and pixels[row]]
         alike["near_duplicates"] = _near_duplicates(readable, pixels, phash)
-    # {what: {text: its rows}}
-    held = {what: _rows_by_value(column) for what, column in values.items() if column is not None}
+
+    def count_parts(rows):
+        return collections.Counter(part for row in rows for part in parts_of[row])
+    # {what: {text: how often it stands in each part}}
+    counts = {what: {text: count_parts(rows) for text, rows in _rows_by_value(column).items()}
+              for what, column in values.items() if column is not None}
     for what, sets in alike.items():
-        held[what] = {" = ".join(sorted(keys[row] for row in rows if parts_of[row])): rows for rows in sets}
-    counts = {}  # {what: {text: how often it stands in each part}}
-    for what, found in held.items():
-        counts[what] = {text: collections.Counter(part for row in rows for part in parts_of[row])
-                        for text, rows in found.items()}
+        counts[what] = {" = ".join(sorted(keys[row] for row in rows if parts_of[row])): count_parts(rows)
+                        for rows in sets}
 
     parts = [part for part in split if len(split[part])]
     between = {}

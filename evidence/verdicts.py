@@ -222,16 +222,17 @@ def parse_criteria(text, meanings):
     if bad:
         raise common.UserError("--criteria expects NAME>NUMBER or NAME<NUMBER separated by commas, found: "
                                + "; ".join(bad))
-    unknown = [match[1] + common.did_you_mean(match[1], meanings) for match in matches if match[1] not in meanings]
+    found = [match.groups() for match in matches]
+    unknown = [name + common.did_you_mean(name, meanings) for name, _, _ in found if name not in meanings]
     if unknown:
         raise common.UserError(
             f"--criteria names no metric of this run: {', '.join(unknown)}. Use METRIC or METRIC_TARGET.")
-    criteria = []
-    for match in matches:
-        name, relation, bar = match.groups()
-        metric = metric_names.METRICS[meanings[name].metric].label
-        criteria.append({"name": name, "metric": metric, "relation": relation, "bar": float(bar)})
-    return criteria
+    return [{
+        "name": name,
+        "metric": metric_names.METRICS[meanings[name].metric].label,
+        "relation": relation,
+        "bar": float(bar),
+    } for name, relation, bar in found]
 
 
 def judge_criteria(criteria, estimates, seen="new"):

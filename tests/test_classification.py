@@ -302,7 +302,7 @@ def test_the_interval_is_t_times_the_sd_of_metrics_of_resampled_rows(monkeypatch
     subjects = np.repeat([f"s{k:02d}" for k in range(25)], 4)
     result = subject_intervals.bootstrap_classification(probability, label, subjects)
     drawn = []
-    for pick in np.random.default_rng(3).integers(0, 25, (40, 25)):
+    for pick in np.random.default_rng(0).integers(0, 25, (40, 25)):
         rows = np.concatenate([np.flatnonzero(subjects == f"s{k:02d}") for k in pick])
         drawn.append(class_scores.classification_metrics(probability[rows], label[rows]))
     reach = stats.t.ppf(0.975, 24) * math.sqrt(25 / 24)

@@ -112,7 +112,7 @@ def test_the_interval_is_t_times_the_sd_of_metrics_of_resampled_rows(monkeypatch
     subjects = np.repeat([f"s{k:02d}" for k in range(24)], 5)
     result = subject_intervals.bootstrap_regression(predicted, target, subjects)
     drawn = []
-    for pick in np.random.default_rng(3).integers(0, 24, (40, 24)):
+    for pick in np.random.default_rng(0).integers(0, 24, (40, 24)):
         rows = np.concatenate([np.flatnonzero(subjects == f"s{k:02d}") for k in pick])
         drawn.append(common.regression_metrics(predicted[rows], target[rows]))
     reach = stats.t.ppf(0.975, 23) * math.sqrt(24 / 23)
