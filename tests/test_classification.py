@@ -331,7 +331,7 @@ def test_bootstrap_classification_holds_values_and_pairs_the_baseline():
             model, difference = comparison.model[name], comparison.difference[name]
             np.testing.assert_array_equal(model.value, value)
             np.testing.assert_array_equal(comparison.baseline[name].value, value)
-            assert (model.low < value).all() and (value < model.high).all(), name
+            assert np.all(model.low < value) and np.all(value < model.high), name
             assert not np.any([difference.low, difference.high]), name
     confusion = class_scores.confusion_matrix(label, probability.argmax(1), probability.shape[1])
     assert result.rows == result.subjects == confusion.sum() and result.method.endswith("rows")
