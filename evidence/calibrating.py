@@ -73,11 +73,10 @@ def conformal_quantile(abs_residuals, alpha, subjects=None, seed=0):
     (Dunn, Wasserman & Ramdas 2023).
     """
     kept = ~np.isnan(abs_residuals)
-    values = np.asarray(abs_residuals, np.float64)[kept]
+    values = abs_residuals[kept]
     if subjects is not None:
         order = np.random.default_rng(seed).permutation(len(values))
-        owners = np.asarray(subjects, str)[kept][order]
-        first_of_each = np.unique(owners, return_index=True)[1]
+        first_of_each = np.unique(subjects[kept][order], return_index=True)[1]
         values = values[order][first_of_each]
     rank = math.ceil((len(values) + 1) * (1 - alpha) - 1e-9)
     if rank > len(values):

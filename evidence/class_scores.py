@@ -96,7 +96,6 @@ def class_statistic(probability, label, threshold=None, positive=1, owners=slice
     Every metric of a resample follows from how often each row was drawn. owners: (N,) number of each row's subject;
     default: every row its own.
     """
-    probability = np.asarray(probability, np.float64)
     count = probability.shape[1]
     cell = label * count + predicted_class(probability, threshold, positive)
     row_terms = _row_terms(probability, label)  # (2, N)

@@ -446,10 +446,13 @@ def _read_scores(table, path, names, baseline, shared):
              or csv_tables.looks_numeric(table[first + kind])]
     # without those of a score whose name begins with this one
     blocks = _known({kind: _block(table, [f"{name}_{kind}" for name in names], path) for kind in kinds})
-    target = blocks.pop("true")
-    predicted = blocks.pop("predicted")
     found = ScoreTable(
-        names=names, target=target, predicted=predicted, spread=blocks.get("sd"), baselines=blocks, **shared)
+        names=names,
+        target=blocks.pop("true"),
+        predicted=blocks.pop("predicted"),
+        spread=blocks.get("sd"),
+        baselines=blocks,
+        **shared)
     found.baselines = _score_baselines(found, table, baseline, path)
     return found
 

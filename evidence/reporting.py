@@ -182,10 +182,9 @@ def leakage_blocks(run):
 
 def history_blocks(run):
     """The section on learning curves: those of the run, and of each of its folds; one epoch makes none."""
-    def order(path):
-        return len(str(path)), path  # fold_10 after fold_2, baseline last
-    curves = [path for path in sorted(run.folder.glob("**/training_history.png"), key=order)
-              if path.with_suffix(".csv").read_bytes().count(b"\n") > 2]
+    by_folder = sorted(run.folder.glob("**/training_history.png"))
+    by_folder.sort(key=lambda path: len(str(path)))  # fold_10 after fold_2, baseline last
+    curves = [path for path in by_folder if path.with_suffix(".csv").read_bytes().count(b"\n") > 2]
     blocks = [html_image(path, f"Learning curves, {path.parent.name}") for path in curves[:MOST_CURVES]]
     if curves[MOST_CURVES:]:
         blocks.append(html_text(f"{len(curves) - MOST_CURVES} more: training_history.png in the other folders."))

@@ -645,10 +645,10 @@ def test_conformal_quantile_is_the_stated_rank_and_infinite_where_too_few():
     assert calibrating.conformal_quantile(residuals, 0.1) == 18  # rank 18 of 19 at alpha .1
     assert calibrating.conformal_quantile(residuals[:9], 0.1) == 9
     assert calibrating.conformal_quantile(residuals[:8], 0.1) == math.inf
-    assert calibrating.conformal_quantile([], 0.1) == math.inf
+    assert calibrating.conformal_quantile(residuals[:0], 0.1) == math.inf
     assert calibrating.conformal_quantile(np.append(residuals, np.nan), 0.1) == 18
-    assert calibrating.conformal_quantile(residuals, 0.1, ["one", "two"] * 9 + ["one"]) == math.inf
-    each = calibrating.conformal_quantile(residuals, 0.1, [f"s{k}" for k in range(19)])
+    assert calibrating.conformal_quantile(residuals, 0.1, np.array(["one", "two"] * 9 + ["one"])) == math.inf
+    each = calibrating.conformal_quantile(residuals, 0.1, np.array([f"s{k}" for k in range(19)]))
     assert each == 18  # one row a subject: the same as without subjects
 
 
