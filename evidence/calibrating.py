@@ -143,7 +143,7 @@ def fit_threshold(probability, label, positive=1):
     edges = np.array([1.0, *np.unique(score)[::-1], 0.0])
     cuts = (edges[:-1] + edges[1:]) / 2
     best = cuts[f1 >= f1.max() - 1e-12]
-    return float(best[np.abs(best - 0.5).argmin()])
+    return best[np.abs(best - 0.5).argmin()]
 
 
 # --- predictions tables of classes ---------------------------------------------------------------
@@ -162,7 +162,7 @@ def calibrate(logits, label, positive):
 def mean_threshold(calibrations):
     """Threshold of the mean of several models; None where one of them has none: the most probable class counts."""
     thresholds = [calibration.get("threshold") for calibration in calibrations]
-    return None if None in thresholds else float(np.mean(thresholds))
+    return None if None in thresholds else np.mean(thresholds)
 
 
 def apply_calibration(table, calibration):

@@ -293,4 +293,4 @@ def retrieval_rank(guess, truth, patients):
         own = apart.diagonal()[:, None]
         nearer = (apart < own).sum(1) + 0.5 * ((apart == own).sum(1) - 1)
         ranks += (nearer / (len(rows) - 1)).tolist()
-    return float(common.mean_without_nan(np.array(ranks)))  # NaN where there is none
+    return common.mean_without_nan(np.array(ranks))  # NaN where there is none

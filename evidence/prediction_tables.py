@@ -304,7 +304,7 @@ def combine(records, function, names=None):
         if any(part is None for part in parts):
             fields[name] = None
         elif isinstance(first, dict):
-            fields[name] = {key: function([np.asarray(part[key]) for part in parts]) for key in first}
+            fields[name] = {key: function([part[key] for part in parts]) for key in first}
         elif isinstance(first, np.ndarray):
             fields[name] = function(parts)
     return dataclasses.replace(records[0], **fields)
@@ -571,7 +571,7 @@ def choose_positive(wanted, names, label):
     if wanted:
         return names.index(known_name(wanted, names, "--positive_class"))
     counts = np.bincount(label[label >= 0], minlength=len(names))
-    return int(np.argmin(np.where(counts, counts, len(label) + 1)))  # of those that have rows
+    return np.argmin(np.where(counts, counts, len(label) + 1))  # of those that have rows
 
 
 def known_name(name, known, source):
