@@ -1060,7 +1060,7 @@ def limits(args):
 def make_split(args, study):
     """{train, val, test: (n,) rows}: the files of the parts, --split_file, or shares."""
     if args.val_json:
-        return {part: np.flatnonzero(study.origin == part) for part in splitting.PARTS}
+        return splitting.rows_by_part(study.origin)
     return splitting.split_of_flags(args, study.truth.images, study.strata, study.truth.groups)
 
 

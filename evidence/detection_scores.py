@@ -148,10 +148,10 @@ def found_states(matching, detections):
     return FoundStates(*rows[:, :3].astype(int).T, probabilities=rows[:, 3:])
 
 
-def count_matches(matching, n_parts, threshold):
+def count_matches(matching, threshold):
     """Counts (M, P) of each picture at IoU .5: truth, and right and wrong detections from `threshold`."""
-    n_pictures = len(matching.params.imgIds)
-    counts = {name: np.zeros((n_pictures, n_parts)) for name in ("truth", "right", "wrong")}
+    shape = len(matching.params.imgIds), len(matching.params.catIds)
+    counts = {name: np.zeros(shape) for name in ("truth", "right", "wrong")}
     for cell in filter(None, matching.evalImgs):
         place = cell["image_id"], cell["category_id"] - 1
         hit = cell["dtMatches"][0] > 0
@@ -168,8 +168,8 @@ def count_hallucinations(truth, detections, threshold):
     And of those with a box: absent_boxes, claimed_there. A part annotated in another place too is not absent anywhere.
     """
     from torchvision.ops import box_iou
-    names = ("absent", "claimed", "absent_boxes", "claimed_there")
-    counts = {name: np.zeros((len(detections), len(truth.parts))) for name in names}
+    counts = {name: np.zeros((len(detections), len(truth.parts)))
+              for name in ("absent", "claimed", "absent_boxes", "claimed_there")}
     for picture, detected in enumerate(detections):
         labels = truth.labels[picture]
         said_absent = truth.states[picture] == part_boxes.ABSENT
@@ -237,7 +237,7 @@ class Judged:
             # (n, S) rates of the states in the part of each box found
             self.part_rates = state_rates[self.found.pictures, self.found.labels]
             self.baseline_confusions = self.count_states(self.part_rates)
-        matched = count_matches(self.matching["map"], len(truth.parts), threshold)
+        matched = count_matches(self.matching["map"], threshold)
         self.counts = matched | count_hallucinations(truth, detections, threshold)
 
     def count_states(self, probabilities):

@@ -85,7 +85,7 @@ def make_split(args, table):
     parts = given_parts(args, table)
     if not any(parts):
         return splitting.split_of_flags(args, *split_columns(args, table))
-    split = {part: np.flatnonzero(parts == part) for part in splitting.PARTS}
+    split = splitting.rows_by_part(parts)
     return split if len(split["val"]) else split | part_of_train(args, table, split["train"])
 
 

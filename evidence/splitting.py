@@ -454,6 +454,11 @@ def unused_groups(columns, split, groups):
     return sentences
 
 
+def rows_by_part(part_of):
+    """(N,) part of each row -> {train, val, test: its rows}."""
+    return {part: np.flatnonzero(part_of == part) for part in PARTS}
+
+
 def _by_time(sequences, order):
     """The rows of each sequence in their order."""
     return [sorted(rows, key=lambda row: order[row]) for rows in common.rows_by_key(sequences).values()]
@@ -473,7 +478,7 @@ def split_by_time(sequences, order, ratios, gap):
             stop = start + round(ratios[part] * room) if part != used[-1] else len(rows)
             part_of[rows[start:stop]] = part
             start = stop + gap
-    split = {part: np.flatnonzero(part_of == part) for part in ratios}
+    split = rows_by_part(part_of)
     empty = [part for part in used if not len(split[part])]
     if empty:
         raise common.UserError(
@@ -494,7 +499,7 @@ def folds_by_time(sequences, order, n_folds, gap):
         for own, start, stop in zip(part_of, edges, edges[1:]):
             own[rows[max(start - gap, 0):stop + gap]] = "gap"
             own[rows[start:stop]] = "val"
-    folds = [{part: np.flatnonzero(own == part) for part in PARTS} for own in part_of]
+    folds = [rows_by_part(own) for own in part_of]
     if not all(len(fold["train"]) and len(fold["val"]) for fold in folds):
         raise common.UserError(
             f"--folds {n_folds}: the sequences are too short for so many blocks of time with --gap {gap}")
