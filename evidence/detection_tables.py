@@ -80,7 +80,7 @@ def read_results(path, annotated, box_format):
     """
     entries = common.read_json(path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise common.UserError(f"{path}: expected a list of COCO results, found {str(entries)[:60]}")
+        raise common.UserError(f"{path}: expected a list of COCO results, each an object, found {str(entries)[:60]}")
     reading = part_boxes.Reading(box_format or "xywh", "state")
     found = part_boxes.read_coco(path, results_as_coco(entries, annotated, reading), reading)
     parts = list(found.category_ids)

@@ -330,7 +330,7 @@ RESULT_FAULTS = {
     "logits": ([{**RESULT, "state_probabilities": [2.5, -1, 0.2, -0.7]}], ["result 0", "from 0 to 1", "2.5"]),
     "percent": ([{**RESULT, "state_probabilities": [70, 10, 10, 10]}], ["result 0", "sum 1"]),
     "sum": ([{**RESULT, "state_probabilities": [0.7, 0.7, 0.1, 0.1]}], ["result 0", "sum 1"]),
-    "no object": ([3], ["result 0", "expected an object"]),
+    "no object": ([3], ["each an object", "found [3]"]),
     "no list": ({"a": 1}, ["expected a list"])}
 
 
