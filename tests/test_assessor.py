@@ -137,6 +137,8 @@ def test_scaler_is_fitted_on_train_rows_only(sample, trained):
     for k, name in enumerate(scaler["names"]):
         values = [float(rows[image][f"{name}_mean"]) for image in names if rows[image][f"{name}_mean"]]
         assert scaler["mean"][k] == pytest.approx(np.mean(values)) and scaler["sd"][k] == pytest.approx(np.std(values))
+        baseline = [float(row[f"{name}_train_mean"]) for row in read_csv(trained / "predictions_test.csv")]
+        assert baseline == pytest.approx([np.mean(values)] * len(baseline))
 
 
 def test_a_split_and_weights_can_be_used_again(sample, trained, tmp_path):
@@ -250,11 +252,24 @@ def test_dry_run_of_sparse_ratings(sample, tmp_path):
     assert metrics["headline"]["level"] != "good" and "A dry run" in metrics["doubts"][-1]
 
 
+def untuned(weights):
+    """For each value of the backbone: is it that of the random weights that the script begins with?"""
+    torch.manual_seed(common.hash_seed(42))  # as the script seeds them
+    backbone, _ = backbones.build_backbone("shufflenet_v2_x0_5", pretrained=False)
+    trunk = {name: value for name, value in weights.items() if name.startswith("backbone.")}
+    same = []
+    for name, value in backbone.state_dict().items():
+        [kept] = [other for path, other in trunk.items() if path.endswith(f".{name}")]
+        same.append(torch.equal(value, kept))
+    return same
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         ["--freeze_backbone"],
-        ["--freeze_epochs", 1, "--backbone_lr_mult", 0.1, "--loss", "weighted", "--cache", "none", "--augment", "light"],
+        ["--freeze_epochs", 1, "--backbone_lr_mult", 0.1, "--loss", "weighted", "--cache", "none", "--augment", "light",
+         "--save_every", 1],
         ["--loss", "smooth_l1", "--optimizer", "sgd", "--scheduler", "step", "--warmup_epochs", 1],
         [
             "--head", "ridge", "--flip_average", "--freeze_stages", 2, "--freeze_norm", "--image_size", 64,
@@ -269,15 +284,13 @@ def test_options_run(sample, tmp_path, flags):
     assert len(read_csv(only_run(tmp_path) / "training_history.csv")) == 2
     metrics = json.loads((only_run(tmp_path) / "metrics.json").read_text())
     content = common.read_checkpoint(only_run(tmp_path) / "best_model.pth")
-    weights = content["model"]
     assert content["freeze_backbone"] == ("--freeze_backbone" in flags)
     if "--freeze_backbone" in flags:
-        torch.manual_seed(common.hash_seed(42))  # as the script seeds its random weights
-        backbone, _ = backbones.build_backbone("shufflenet_v2_x0_5", pretrained=False)
-        trunk = {name: value for name, value in weights.items() if name.startswith("backbone.")}
-        for name, value in backbone.state_dict().items():
-            [kept] = [other for path, other in trunk.items() if path.endswith(f".{name}")]
-            assert torch.equal(value, kept), name
+        assert all(untuned(content["model"]))
+    if "--freeze_epochs" in flags:
+        first, second = (common.read_checkpoint(only_run(tmp_path) / f"checkpoint_epoch_{epoch}.pth")["model"]
+                         for epoch in (1, 2))
+        assert all(untuned(first)) and not any(untuned(second))
     assert "ridge" not in flags or not any("overfitting" in alarm for alarm in metrics["alarms"]), "it is solved"
     for path in only_run(tmp_path).glob("top_epoch_*.pth"):
         with pytest.raises(common.UserError, match="solved at the end of a run; give its best_model.pth"):
@@ -397,6 +410,54 @@ def test_weights_of_a_rating_without_sd_are_1_without_a_warning(recwarn):
     study = SimpleNamespace(ratings=np.arange(8.0).reshape(4, 2), sd=np.array([[1, np.nan]] * 4), n=None)
     weights = train_assessor.rating_weights(study, np.arange(4), "weighted")
     assert (weights == 1).all() and not recwarn.list
+
+
+def test_weights_are_inverse_variances_of_mean_1_and_count_in_the_loss():
+    """By hand: the train ratings 1, 2, 3 have variance 2/3; noise / variance is 3/8, 3, 3/2 in the last three rows."""
+    study = SimpleNamespace(ratings=np.array([[1.0], [2], [3], [9]]), sd=np.array([[0.0], [1], [2], [1]]),
+                            n=np.array([[1], [4], [2], [0]]))
+    raw = np.array([1 / (1 + 3 / 8), 1 / 4, 1 / (1 + 3 / 2)])
+    weights = train_assessor.rating_weights(study, np.arange(3), "weighted")
+    assert weights[:, 0] == pytest.approx([1, *raw / raw[:2].mean()])
+    study.n = None  # noise / variance: 3/2, 6, 3/2
+    weights = train_assessor.rating_weights(study, np.arange(3), "weighted")
+    assert weights[2] / weights[1] == pytest.approx((1 + 3 / 2) / 7) and weights[3] == pytest.approx(weights[1])
+    assert (train_assessor.rating_weights(study, np.arange(3), "mse") == 1).all()
+    predicted, target = torch.tensor([[2.0, 7], [1, 5.5]]), torch.tensor([[1.0, math.nan], [3, 5]])
+    loss = train_assessor.rating_loss("weighted", predicted, target, torch.tensor([[2.0, 9], [0.5, 4]]))
+    assert loss == pytest.approx(((1 * 2) / 1 + (4 * 0.5 + 0.25 * 4) / 2) / 2)
+
+
+def test_rows_without_a_picture_shift_no_rating_to_another_one(tmp_path):
+    """Pictures as bright as they are rated; the first is missing and the third is broken."""
+    rows = [[f"{k}.png", f"p{p}", 20 * k + p, f"lens{k}"] for k in range(6) for p in range(2 + k % 2)]
+    for k in range(1, 6):
+        Image.new("RGB", (40, 40), (20 * k,) * 3).save(tmp_path / f"{k}.png")
+    (tmp_path / "2.png").write_text("no picture")
+    with open(tmp_path / "r.csv", "w", newline="") as handle:
+        csv.writer(handle).writerows([["image", "participant", "valence", "lens"], *rows])
+    args = train_assessor.parse_args(["--images_dir", str(tmp_path), "--ratings_file", str(tmp_path / "r.csv"),
+                                      "--group_column", "lens", "--image_size", "32", "--on_bad_file", "skip"])
+    table = train_assessor.read_table(args)
+    study = train_assessor.load_study(args, SimpleNamespace(say=lambda text: None), table)
+    kept = [1, 3, 4, 5]
+    assert study.images.tolist() == [f"{k}.png" for k in kept]
+    assert [int(study.picture(row).mean()) for row in range(4)] == [20 * k for k in kept]
+    assert study.ratings[:, 0].tolist() == [np.mean(20 * k + np.arange(2 + k % 2)) for k in kept]
+    assert study.sd[:, 0] == pytest.approx([np.std(np.arange(2 + k % 2), ddof=1) for k in kept])
+    assert study.n[:, 0].tolist() == [2 + k % 2 for k in kept]
+    assert [list(each) for each in study.single_ratings["valence"]] == [
+        [20 * k + p for p in range(2 + k % 2)] for k in kept]
+    assert study.groups.tolist() == study.columns["lens"].tolist() == [f"lens{k}" for k in kept]
+    assert {row["image"]: row["reason"] for row in study.skipped}["0.png"] == "no such picture"
+    assert {row["image"] for row in study.skipped} == {"0.png", "2.png"}
+
+
+def test_the_head_works_in_fp32_whatever_the_backbone_works_in():
+    model = train_assessor.Assessor(torch.nn.Flatten(), 12, 2, "ridge", 0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(torch.full((1, 3, 2, 2), 50.1))
+    assert found.dtype == torch.float32 and torch.allclose(found, model.head(torch.full((1, 12), 50.1)), rtol=1e-6)
 
 
 # --- prediction --------------------------------------------------------------------
@@ -563,12 +624,28 @@ def test_an_ensemble_is_the_mean_of_its_members(sample, folds, tmp_path):
     assert predict(twice, "all.csv") == pytest.approx(list(np.mean(single, axis=0)), abs=1e-9), "it counts once"
 
 
-def test_members_of_other_ratings_are_refused(sample, trained, tmp_path):
+def test_members_of_other_ratings_or_pictures_are_refused(trained, tmp_path):
     content = common.read_checkpoint(trained / "best_model.pth")
-    common.save_checkpoint(tmp_path / "other.pth", content | {"names": content["names"][::-1]})
-    text = run_here("predict_assessor.py", "--checkpoint", trained, tmp_path / "other.pth", "--image_dir", sample.images,
-                    code=2).stderr
-    assert "must agree" in text
+    for other in ({"names": content["names"][::-1]}, {"image_size": 64}, {"pixel_range": [0, 4095]}):
+        common.save_checkpoint(tmp_path / "other.pth", content | other)
+        with pytest.raises(common.UserError, match=f"other.pth has {[*other][0]} .*must agree"):
+            predict_assessor.load_members([trained / "best_model.pth", tmp_path / "other.pth"],
+                                          common.choose_compute("cpu", "off"))
+
+
+def test_columns_of_the_predictions_by_hand():
+    """Two members, three pictures, two ratings: mean, sd over the members with n - 1, mean -+ width."""
+    predicted = np.array([[[1.0, 10], [2, 20], [3, 30]], [[3, 10], [2, 24], [7, 36]]])
+    inputs = [(f"{name}.jpg", None) for name in "cab"]
+    found = predict_assessor.output_columns(inputs, predicted, ["calm", "bold"], np.array([0.5, np.inf]))
+    assert {name: list(values) for name, values in found.items()} == {
+        "image": ["c.jpg", "a.jpg", "b.jpg"],
+        "calm": [2, 2, 5], "calm_sd": pytest.approx([2 ** 0.5, 0, 8 ** 0.5]), "calm_low": [1.5, 1.5, 4.5],
+        "calm_high": [2.5, 2.5, 5.5],
+        "bold": [10, 22, 33], "bold_sd": pytest.approx([0, 8 ** 0.5, 18 ** 0.5]), "bold_low": [-np.inf] * 3,
+        "bold_high": [np.inf] * 3}
+    alone = predict_assessor.output_columns(inputs, predicted[:1], ["calm", "bold"], None)
+    assert list(alone) == ["image", "calm", "bold"], "one member has no sd"
 
 
 def test_members_that_differ_are_each_said(trained, tmp_path, capsys):
@@ -580,12 +657,25 @@ def test_members_that_differ_are_each_said(trained, tmp_path, capsys):
     assert f"model: {network} False; {network} True; 32 px, 2 ratings, 3 checkpoint(s)" in capsys.readouterr().out
 
 
-def test_conformal_interval_is_the_residual_quantile(folds):
+def test_conformal_interval_is_the_residual_quantile(sample, folds):
     members = predict_assessor.load_members(
         common.checkpoint_files([folds]), common.choose_compute("cpu", "off")
     )
     widths = predict_assessor.half_widths(members, 0.5)
     residuals = np.concatenate([member.settings["abs_residuals"].numpy() for member in members])
+    rated = {row["image"]: row for row in read_csv(sample.ratings)}
+    for k, settings in enumerate(member.settings for member in members):
+        rows = read_csv(folds / f"fold_{k}" / "predictions_val.csv")
+        errors = [[abs(float(row[f"{name}_predicted"]) - float(row[f"{name}_true"] or "nan"))
+                   for name in settings["names"]] for row in rows]
+        np.testing.assert_allclose(settings["abs_residuals"], errors, rtol=1e-6)
+        assert settings["residual_rows"] == [row["image"] for row in rows]
+        assert settings["residual_subjects"] == [rated[row["image"]]["subject"] for row in rows]
+        names = json.loads((folds / f"fold_{k}" / "splits.json").read_text())["train"]
+        ratings = np.array([[float(rated[name][f"{score}_mean"] or "nan") for score in settings["names"]]
+                            for name in names])
+        assert settings["label_sd"].numpy() == pytest.approx(np.nanstd(ratings, axis=0))
+        assert settings["known_data"]["label_range"][1].numpy() == pytest.approx(np.nanmax(ratings, axis=0))
     assert residuals.shape[0] == 48 and len(widths) == residuals.shape[1]
     assert ((np.nanmin(residuals, axis=0) <= widths) & (widths <= np.nanmax(residuals, axis=0))).all()
     seeds = [*members, *members, *members]  # as of several seeds on one split: the same rows again
@@ -686,7 +776,8 @@ def test_further_fields_of_a_checkpoint_are_ignored(tmp_path):
     settings = dict(backbone="shufflenet_v2_x0_5", head="mlp", dropout=0.0, image_size=64, flip_average=False)
     args = SimpleNamespace(
         **settings, pretrained=False, weights=None, freeze_stages=0, freeze_norm=False, seed=0)
-    model = train_assessor.build_model(args, np.zeros(1))
+    model = train_assessor.build_model(args, np.full(1, 3.5))
+    assert (model.eval()(torch.rand(2, 3, 64, 64)) == 3.5).all(), "it begins by predicting the train mean"
     common.save_checkpoint(tmp_path / "m.pth", {
         "format": common.FORMAT, "script": "train_assessor.py", "model": model.state_dict(), "names": ["Valence"],
         "seed": 7, "pretrained": True, **settings})

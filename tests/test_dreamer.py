@@ -3,6 +3,7 @@
     python -m pytest tests/test_dreamer.py
 """
 import csv
+import dataclasses
 import json
 import shutil
 import types
@@ -112,6 +113,26 @@ def test_metrics_are_those_of_the_predictions_file(trained):
     assert set(verdicts.values()) == {"NOT RESOLVABLE"}, "two blocks of time give no interval"
     without_time = set(pose_scores.BASELINES) - {"interpolated", "nearest_in_time", "patient_mean"}
     assert without_time == {row["baseline"] for row in metrics["baselines"]}
+
+
+def test_the_history_is_that_of_the_losses_as_documented(trained):
+    """Sums by the flags' weights; of the best epoch the losses and errors are those of predictions_val.csv."""
+    history = read_csv(trained / "training_history.csv")
+    for row in history:
+        for part in ("train", "val"):
+            wanted = sum(weight * float(row[f"{part}_{name}"]) for name, weight in (
+                ("main_task_loss", 1), ("t2_loss", 1), ("latent_loss", 0.2)))
+            assert float(row[f"{part}_loss"]) == pytest.approx(wanted, rel=1e-5)
+    content = common.read_checkpoint(trained / "best_model.pth")
+    rows = read_csv(trained / "predictions_val.csv")
+    predicted, target = (np.array([[float(row[f"{axis}_{kind}"] or "nan") for axis in AXES] for row in rows])
+                         for kind in ("predicted", "true"))
+    error = (predicted - target) / content["scaler"]["at1"]["sd"].numpy()
+    loss = np.nanmean(np.where(np.abs(error) < 1, error ** 2 / 2, np.abs(error) - 0.5), axis=1)
+    best = history[content["epoch"] - 1]
+    assert float(best["val_main_task_loss"]) == pytest.approx(loss.mean(), rel=1e-5)
+    found = [float(best[f"val_mae_{axis}"]) for axis in AXES]
+    assert found == pytest.approx(np.nanmean(np.abs(predicted - target), axis=0), rel=1e-5)
 
 
 def test_another_program_judges_the_predictions_alike(trained, tmp_path):
@@ -392,6 +413,10 @@ def test_inner_folds_never_cut_what_belongs_together(slices):
     sweep = types.SimpleNamespace(patients=np.full(40, "p"), sequences=np.full(40, "s"), place=np.linspace(0, 1, 40))
     blocks, sizes = np.unique(train_dreamer.Study.inner_groups(sweep, np.arange(40)), return_counts=True)
     assert len(blocks) == train_dreamer.TIME_BLOCKS and set(sizes) == {4}, "the last row is no block of its own"
+    sweep.sequences = np.repeat(["s", "t"], [18, 22])
+    assert len(set(train_dreamer.Study.inner_groups(sweep, np.arange(40)))) == 11, "the fifth of s and the fifth of t"
+    short = types.SimpleNamespace(sequences=np.array(list("abbb")), order=np.array([0, 0, 1, 4]))
+    assert train_dreamer.Study.place.fget(short).tolist() == [0, 0, 0.25, 1]
 
 
 # --- the model --------------------------------------------------------------------------
@@ -414,6 +439,52 @@ def test_shapes_are_as_written(token_type, tokens):
     assert model.encoder(torch.zeros(1, 1, 224, 224, dtype=torch.uint8)).shape == (1, 512, 49) and seen == [(2, tokens, 32)]
     assert found.features_t2.shape == (2, 512, 49) and found.at1.shape == found.at2.shape == (2, 6)
     assert torch.allclose(found.at2, torch.zeros(2, 6)) and torch.allclose(found.at1, -torch.ones(2, 6))
+
+
+def test_a_world_model_works_in_sds_of_the_train_poses():
+    """A readout that says 0.5 everywhere: at2 is half an sd beyond its mean; the motion enters scaled."""
+    scaler = {name: {"mean": np.arange(6.0) + first, "sd": np.arange(1.0, 7) * first}
+              for first, name in enumerate(("at1", "motion", "at2"), 1)}
+    model = train_dreamer.build_model(tiny_args(), scaler, "additive").eval()
+    nn.init.constant_(model.readout[-1].bias, 0.5)
+    entered = []
+    model.imagination.motion.register_forward_hook(lambda module, inputs, output: entered.append(inputs[0]))
+    frame = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    motion = torch.tensor([[7.0, 0, 3, 5, 179, -179]])
+    with torch.no_grad():
+        found = model(frame, motion)
+        false = model.imagine(found.features_t1, 2 * motion, motion)
+    at2 = torch.arange(6.0) + 3 + 0.5 * 3 * torch.arange(1.0, 7)
+    at1 = at2 - motion[0]
+    at1[5] -= 360  # -179 subtracted from 16
+    assert torch.allclose(found.at2[0], at2) and torch.allclose(found.at1[0], (at1 + 180) % 360 - 180)
+    wanted = (motion[0] - torch.arange(6.0) - 2) / (2 * torch.arange(1.0, 7))
+    wanted[5] = (-179 - 7 + 360) / 12
+    assert torch.allclose(entered[0][0], wanted)
+    assert not torch.allclose(entered[1], entered[0]) and torch.equal(false.at1, found.at1), "the true motion composes"
+
+
+def test_a_readout_of_the_frame_is_its_solved_layer_and_a_scaled_correction():
+    args = readout_args()
+    scaler = {"at1": {"sd": np.arange(1.0, 7)}}
+    model = train_dreamer.build_model(args, scaler, "additive").eval()
+    grids = np.random.default_rng(0).normal(5, 2, (40, model.encoder.scales.n_features)).astype(np.float32)
+    model.scale_grids(grids)
+    nn.init.normal_(model.correction[-1].weight)
+    motion = torch.full((40, 6), 100.0)
+    with torch.no_grad():
+        found = model(torch.from_numpy(grids), motion)
+        scaled = torch.from_numpy((grids - grids.mean(0)) / model.grid_sd.numpy())
+        wanted = model.solved(torch.from_numpy(grids)) + torch.arange(1.0, 7) * model.correction(scaled)
+    assert torch.allclose(found.at1, wanted, rtol=1e-3, atol=1e-3)
+    assert ((model.grid_sd.numpy() >= grids.std(0)) & (model.grid_sd.numpy() < grids.std(0) + 0.5)).all()
+    assert torch.allclose(found.at2, probe_poses.add_poses(found.at1, motion), atol=1e-4)
+
+
+def test_position_codes_are_those_of_vaswani():
+    codes = train_dreamer.sine_cosine(7, 8)
+    wanted = [[f(k / 10_000 ** (2 * i / 8)) for i in range(4) for f in (np.sin, np.cos)] for k in range(7)]
+    assert np.allclose(codes, wanted, atol=1e-6)
 
 
 def test_a_grey_frame_gives_what_it_gave_as_colour(tmp_path):
@@ -463,14 +534,42 @@ def test_missing_labels_change_neither_loss_nor_gradient():
     predicted, target, sd = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6), torch.rand(6) + 0.5
     target[1, 2] = target[3, 0] = torch.nan
     target[2] = torch.nan
-    scaler = {name: {"sd": sd} for name in ("at1", "at2")}
-    loss = train_dreamer.DreamLoss(tiny_args(), scaler).of_pose("at1", predicted, target)
+    scaler = {"at1": {"sd": sd}, "at2": {"sd": 2 * sd}}
+    loss_function = train_dreamer.DreamLoss(tiny_args(), scaler)
+    loss = loss_function.of_pose("at1", predicted, target)
+    assert torch.allclose(loss_function.of_pose("at2", 2 * predicted, 2 * target), loss, atol=1e-5)
     loss.sum().backward()
     known = ~target.isnan()
     for row in (0, 1, 3):
         error = ((predicted - target) / sd)[row, known[row]]
         assert torch.allclose(loss[row], nn.functional.smooth_l1_loss(error, torch.zeros_like(error)))
     assert loss[2] == 0 and (predicted.grad[~known] == 0).all() and (predicted.grad[known] != 0).all()
+
+
+def test_losses_and_errors_of_a_model_that_says_the_mean_by_hand():
+    """Before training at2 is its mean, 0: each loss is that of the true poses in their own sds, in two batches."""
+    args = tiny_args("--lambda_t2_action", 0.5, "--lambda_latent", 0)
+    scaler = {"motion": UNIT["motion"], **{name: {"mean": np.zeros(6), "sd": np.full(6, sd)}
+                                           for name, sd in (("at1", 2.0), ("at2", 8.0))}}
+    model = train_dreamer.build_model(args, scaler, "additive")
+    loss_function = train_dreamer.DreamLoss(args, scaler)
+    draws = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (5, 2, 1, 32, 32), dtype=torch.uint8, generator=draws)
+    poses = {name: 10 * torch.rand(5, 6, generator=draws) for name in ("at1", "at2", "motion", "other_motion")}
+    batches = [{"frames": frames[cut], **{name: each[cut] for name, each in poses.items()}}
+               for cut in (slice(0, 3), slice(3, 5))]
+    at1, _, numbers = train_dreamer.evaluate(model, batches, loss_function, common.choose_compute("cpu", "off"))
+    assert np.allclose(at1, -poses["motion"], atol=1e-5)
+    wanted = [nn.functional.smooth_l1_loss(error, torch.zeros(5, 6)).item()
+              for error in ((poses["motion"] + poses["at1"]) / 2, poses["at2"] / 8)]
+    assert [numbers["main_task_loss"], numbers["t2_loss"]] == pytest.approx(wanted)
+    assert numbers["loss"] == pytest.approx(wanted[0] + wanted[1] / 2)
+    assert [numbers[f"mae_{axis}"] for axis in AXES] == pytest.approx((poses["motion"] + poses["at1"]).mean(0).tolist())
+    with torch.no_grad():
+        imagined = model(frames[:, 0], poses["motion"])
+        total, parts = loss_function(imagined, poses, model.true_features(frames[:, 1]))
+    assert [parts["main_task_loss"].item(), parts["t2_loss"].item()] == pytest.approx(wanted)
+    assert total.item() == pytest.approx(numbers["loss"])
 
 
 def test_no_gradient_reaches_the_target_frame():
@@ -746,6 +845,9 @@ def test_a_patient_mean_needs_train_rows_of_each_patient():
     assert np.allclose(found, [study.at1[20:35].mean(0), study.at1[0:15].mean(0)])
     filled = train_dreamer.predict_baselines(study, train, np.array([38, 50]))["patient_mean"]
     assert np.allclose(filled, [study.at1[20:35].mean(0), centre]), "the train mean for a patient without train rows"
+    place = train_dreamer.predict_baselines(study, train, np.array([17]))["frame_index"]
+    near = np.exp(-0.5 * ((17 - np.arange(15)) / 19 / 0.05) ** 2)
+    assert np.allclose(place, near @ study.at1[:15] / near.sum()), "nearest in place within the own sequence"
     assert "patient_mean" not in train_dreamer.predict_baselines(study, train, np.array([50, 51]))
     assert "patient_mean" not in train_dreamer.predict_baselines(study, train[:15], np.array([16, 17])), "one patient"
 
@@ -986,6 +1088,21 @@ def test_patients_that_the_final_readout_was_solved_on_are_train_patients():
     training = types.SimpleNamespace(model=model, seen=seen_rows.SeenRows([1], [2]))
     found = train_dreamer.use_readout(training, study, np.array([0, 1]), readout)
     assert found["train_patients"] == ["a", "b"] and found["seen"].fitted.tolist() == [1, 2]
+
+
+def test_a_solved_readout_reads_angles_about_their_mean():
+    """Poses that are linear in the grids of t1, with a yaw on both sides of 180 degrees."""
+    grids = np.random.default_rng(0).normal(size=(80, 4)).astype(np.float32)
+    poses = grids @ np.random.default_rng(1).normal(size=(4, 6)) + [10, 20, 30, 0, 90, 178]
+    poses[:, 5] = (poses[:, 5] + 180) % 360 - 180
+    assert poses[:, 5].min() < -170 and poses[:, 5].max() > 170
+    study = train_dreamer.Study(**{
+        **dict.fromkeys(field.name for field in dataclasses.fields(train_dreamer.Study)),
+        "patients": np.repeat(list("abcd"), 20), "at1": poses, "grids": grids[::-1],
+        "frames": np.stack([79 - np.arange(80), np.zeros(80, int)], 1), "blocks": {"all": slice(None)}})
+    readout = train_dreamer.solve_readout(study, np.arange(60))
+    found = readout.predict(study.grids_at_t1(np.arange(60, 80)))
+    assert np.abs(probe_poses.difference(found, poses[60:])).max() < 0.05
 
 
 def test_a_trained_readout_lends_its_encoder_to_the_baseline(slices):

@@ -411,10 +411,20 @@ def test_what_cannot_be_read_is_named(tmp_path, mistake):
 
 
 def test_all_missing_and_unreadable_pictures_are_listed_or_skipped(tmp_path):
-    write_sequence(tmp_path / "data" / "a_01", edit=lambda rows: rows[0].update(ft1_image_path="ft1/gone.png"))
+    written = write_sequence(
+        tmp_path / "data" / "a_01", edit=lambda rows: rows[0].update(ft1_image_path="ft1/gone.png"))
     (tmp_path / "data" / "a_01" / "ft2" / "frame_0004.png").write_bytes(b"no picture")
     study, _, _ = load(tmp_path / "data", "--on_bad_file", "skip")
-    assert [row["reason"][:10] for row in study.skipped] == ["no file 'f", "unreadable"] and len(study.names) == 4
+    assert [row["reason"][:10] for row in study.skipped] == ["no file 'f", "unreadable"]
+    assert [row["row"] for row in study.skipped] == [1, 4]
+    kept = [1, 2, 4, 5]  # each with its own poses and pictures
+    assert study.order.tolist() == kept
+    assert study.names.tolist() == [f"a_01/frame_000{i}-frame_000{i + 1}" for i in kept]
+    assert all(np.allclose(found, poses[kept]) for found, poses in zip((study.at1, study.motion, study.at2), written))
+    for i, pair in zip(kept, study.frames):
+        for which, number, frame in (("ft1", i, pair[0]), ("ft2", i + 1, pair[1])):
+            with Image.open(tmp_path / "data" / "a_01" / which / f"frame_{number:04d}.png") as picture:
+                assert np.array_equal(study.picture(frame)[:, :, 0], picture)
     with pytest.raises(common.UserError, match="gone.png"):
         load(tmp_path / "data")
 
@@ -708,6 +718,16 @@ def test_augmentation_turns_both_frames_alike_and_repeats(clinic):
     first, second = data[3, 0]["frames"]
     assert np.array_equal(first, second) and np.array_equal(first, data[3, 0]["frames"][0])
     assert not np.array_equal(first, data[4, 0]["frames"][0])
+
+
+@pytest.mark.parametrize("preset, turn", [("light", 0), ("full", 5)])
+def test_augmentation_draws_up_to_its_limits_on_both_sides(preset, turn):
+    drawn = [train_dreamer.draw_augmentation(preset, common.generator_for(0, 0, row)) for row in range(300)]
+    limits = {"rotation_deg": (-turn, turn), "brightness": (0.9, 1.1), "contrast": (0.9, 1.1)}
+    for name, (low, high) in limits.items():
+        values = [getattr(each, name) for each in drawn]
+        assert low <= min(values) <= low + 0.02 * (high - low) and high >= max(values) >= high - 0.02 * (high - low)
+    assert {each.noise[0] for each in drawn} == {2.55} and len({each.noise[1] for each in drawn}) == 300
 
 
 def test_nearest_places_prefer_the_own_sequence():
