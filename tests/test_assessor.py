@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torchvision
@@ -94,14 +95,25 @@ def test_metrics_are_those_of_the_predictions_file(trained):
     assert metrics["part"] == "test" and metrics["model"]["r2"]["value"] == pytest.approx(np.mean(per_target), abs=1e-9)
 
 
-def test_columns_of_the_table_predict_without_a_pixel(trained, folds):
+def test_columns_of_the_table_predict_without_a_pixel(sample, trained, folds):
     """Each with its R2 in other rows than it was made of, beside that of the model within its levels."""
+    subject = {row["image"]: row["subject"] for row in read_csv(sample.ratings)}
     for run in trained, folds:
         rows = {row["name"]: row for row in json.loads((run / "metrics.json").read_text())["confounds"]}
         assert set(rows) == {"subject", "row order"}
         assert rows["subject"]["r2"] < 0.1 and not rows["subject"]["red_flag"], "no subject is in two parts"
-        assert math.isfinite(rows["subject"]["model_r2_within_levels"])
         assert "Without a pixel" in (run / "report.html").read_text()
+        part = "test" if run == trained else "folds"
+        table = read_csv(run / f"predictions_{part}.csv")
+        r2 = []
+        for name in ("Valence", "Anger"):  # what is known of a subject without a train row is the train mean
+            rated = [row for row in table if row[f"{name}_true"]]
+            found = pd.DataFrame({kind: [float(row[f"{name}_{kind}"]) for row in rated]
+                                  for kind in ("true", "predicted", "train_mean")})
+            within = found - found.groupby([subject[row["image"]] for row in rated]).transform("mean")
+            r2.append([r2_score(found.true, found.train_mean), r2_score(within.true, within.predicted)])
+        known = [rows["subject"]["r2"], rows["subject"]["model_r2_within_levels"]]
+        assert known == pytest.approx(np.mean(r2, axis=0).tolist(), abs=1e-9)
 
 
 def test_groups_are_on_one_side_and_the_report_says_zero(sample, trained):
@@ -451,6 +463,27 @@ def test_rows_without_a_picture_shift_no_rating_to_another_one(tmp_path):
     assert study.groups.tolist() == study.columns["lens"].tolist() == [f"lens{k}" for k in kept]
     assert {row["image"]: row["reason"] for row in study.skipped}["0.png"] == "no such picture"
     assert {row["image"] for row in study.skipped} == {"0.png", "2.png"}
+
+
+def test_heat_maps_are_of_pictures_as_the_model_takes_them(monkeypatch):
+    taken = []
+    monkeypatch.setattr(train_assessor.heat_maps, "explain", lambda *given: taken.append(given))
+    monkeypatch.setattr(backbones, "map_paths", lambda backbone, inputs: ["layer"])
+    model = SimpleNamespace(backbone=None)
+    settings = {"pixel_mean": [0.1, 0.2, 0.3], "pixel_sd": [0.5, 0.25, 2.0]}
+    pixels = np.full((2, 4, 4, 3), 51, np.uint8)
+    train_assessor.explain(model, settings, pixels, common.choose_compute("cpu", "off"), [1])
+    [(explained, paths, inputs, ratings)] = taken
+    assert explained is model and paths == ["backbone.layer"] and ratings == [1]
+    assert inputs.shape == (2, 3, 4, 4) and inputs[1, :, 2, 3].tolist() == pytest.approx([0.2, 0, -0.05], abs=1e-6)
+
+
+def test_a_report_says_the_limits_of_its_own_run():
+    def words(**flags):
+        given = {"group_column": "subject", "head": "mlp", "init_from": "run", "pretrained": True} | flags
+        return " ".join(train_assessor.limits(SimpleNamespace(**given)))
+    assert "No --group_column" not in words() and "solved anew" not in words()
+    assert "No --group_column" in words(group_column=None) and "solved anew" in words(head="ridge")
 
 
 def test_the_head_works_in_fp32_whatever_the_backbone_works_in():

@@ -355,6 +355,12 @@ def test_an_epoch_is_kept_where_it_is_better_on_validation_rows(read_off):
     losses = [float(row["val_main_task_loss"]) for row in read_csv(read_off / "training_history.csv")]
     text = next(line for line in (read_off / "log.txt").read_text().splitlines() if line.startswith("validation loss of"))
     start = float(text.split()[6].rstrip(","))
+    rows = read_csv(read_off / "predictions_val.csv")
+    sd = common.read_checkpoint(read_off / "best_model.pth")["scaler"]["at1"]["sd"].numpy()
+    solved, target = (np.array([[float(row[f"{axis}_{kind}"] or "nan") for axis in AXES] for row in rows])
+                      for kind in ("grid_readout", "true"))
+    error = np.abs(solved - target) / sd
+    assert start == pytest.approx(np.nanmean(np.where(error < 1, error ** 2 / 2, error - 0.5), axis=1).mean(), abs=1e-4)
     epoch = json.loads((read_off / "metrics.json").read_text())["best_epoch"]
     assert epoch == (int(np.argmin(losses)) + 1 if min(losses) < start else 0)
 
