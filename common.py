@@ -2198,7 +2198,7 @@ def checkpoint_fields(path):
 
 def check_weights(state, source):
     """Raises CheckpointError where a state dict holds numbers that are not finite."""
-    bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(f"{source} holds weights that are not finite ({shorten_list(bad, 1)})")
 

@@ -217,7 +217,18 @@ def test_training_stops_early_as_its_flags_say(tmp_path):
 def test_the_learning_rate_of_other_schedules_does_not_wait_for_a_gain(tmp_path):
     training, loader = make_training(
         tmp_path, False, epochs=4, scheduler="none", plateau_patience=0, warmup_epochs=0, min_lr=0.01)
+    training.optimizer.param_groups[0]["factor"] = 0.25  # as that of a backbone
     assert [row["learning_rate"] for row in train(training, loader).progress.history] == [0.1] * 4
+    assert [group["lr"] for group in training.optimizer.param_groups] == [0.025, 0.1]
+
+
+@pytest.mark.parametrize("minutes, age, is_saved", [(0.5, 29.9, False), (0.5, 30.1, True), (0.0, 1e9, False)])
+def test_a_step_is_saved_after_so_many_minutes(tmp_path, monkeypatch, minutes, age, is_saved):
+    training, loader = make_training(tmp_path, False, save_minutes=minutes)
+    monkeypatch.setattr(common.Checkpoints, "age", age)
+    batch = next(training.batches(loader))
+    training.step(squared_error(training.model(batch["x"])))
+    assert (tmp_path / "last.pth").exists() is is_saved
 
 
 @pytest.mark.parametrize("age, is_saved", [(9.0, False), (11.0, True)])

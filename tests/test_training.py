@@ -114,6 +114,22 @@ def test_sgd_after_a_first_step_that_was_not_taken():
     assert torch.allclose(model.weight, before - 0.1)
 
 
+@pytest.mark.parametrize("name, kind", [
+    ("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)])
+def test_what_an_optimizer_decays_and_how_fast_it_trains_the_backbone(name, kind):
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)), torch.nn.Linear(3, 1))
+    model[0][1].bias.requires_grad = False
+    args = SimpleNamespace(optimizer=name, lr=0.1, weight_decay=0.5, backbone_lr_mult=0.01)
+    for backbone, rate in ((None, 0.1), (model[0], 0.001)):
+        optimizer = common.build_optimizer(model, args, backbone)
+        settings = {parameter: (group["lr"], group["weight_decay"], group["factor"] * args.lr)
+                    for group in optimizer.param_groups for parameter in group["params"]}
+        assert type(optimizer) is kind
+        assert {name: settings[parameter] for name, parameter in model.named_parameters() if parameter in settings} == {
+            "0.0.weight": (rate, 0.5, rate), "0.0.bias": (rate, 0, rate), "0.1.weight": (rate, 0, rate),
+            "1.weight": (0.1, 0.5, 0.1), "1.bias": (0.1, 0, 0.1)}
+
+
 def test_other_schedules():
     assert [common.schedule_factor("step", epoch, 9, 0) for epoch in (0, 2.9, 3, 6)] == pytest.approx([1, 1, 0.1, 0.01])
     assert common.schedule_factor("step", 1, 2, 0) == 0.1, "every epoch of a run of two"
@@ -380,6 +396,7 @@ def go_on(folder, *words, data="same"):
     def run_split(child, _):
         child.write_args(fingerprint=data)
         opened.append(child.folder.name)
+        assert child.folds_after == (child.folder.name == "fold_0" and "--fold" not in words)
     with common.start_run(parsed(folder.parent, "--resume", folder, *words)) as run:
         run.write_args(fingerprint=data)
         run.each_fold([None, None], run_split)
@@ -723,7 +740,8 @@ def test_validation_and_prediction_have_a_bar_on_a_terminal_alone(monkeypatch, c
 
 
 @pytest.mark.parametrize("train, val_batch_size, dry_run, sizes", [
-    (True, 5, False, [4, 4, 4]), (True, None, True, [4, 4]), (False, 5, True, [5, 5, 2]), (False, None, False, [4, 4, 4])])
+    (True, 5, False, [4, 4, 4]), (True, None, True, [4, 4]),
+    (False, 5, True, [5, 5, 2]), (False, None, False, [4, 4, 4])])
 def test_batches_of_training_and_of_evaluation(train, val_batch_size, dry_run, sizes):
     args = SimpleNamespace(batch_size=4, val_batch_size=val_batch_size, num_workers=0, seed=0, dry_run=dry_run)
     twelve = {(0, k): torch.tensor(k) for k in range(12)}

@@ -212,7 +212,8 @@ def test_a_signal_to_all_ends_all_alike(cases, script):
         assert [member.returncode for member in members] == [75, 75], texts
 
 
-@pytest.mark.parametrize("n, batch_size, size", [(23, 4, 3), (9, 8, 2), (7, 2, 4), (5, 1, 2), (17, 6, 2), (4, 8, 3), (1, 4, 2), (11, 8, 4)])
+@pytest.mark.parametrize("n, batch_size, size", [
+    (23, 4, 3), (9, 8, 2), (7, 2, 4), (5, 1, 2), (17, 6, 2), (4, 8, 3), (1, 4, 2), (11, 8, 4)])
 def test_slices_of_a_batch(n, batch_size, size):
     """In training the slices make up each batch, none of a single sample where BatchNorm could not take it."""
     samplers = [common.EpochBatches(n, batch_size, 3, True, None, rank, size) for rank in range(size)]
