@@ -452,6 +452,14 @@ def test_weights_of_a_classifier_and_of_a_whole_detector(tmp_path):
     assert other.roi_heads.box_predictor.cls_score.out_features == 3
 
 
+def test_the_seed_decides_the_random_part():
+    made = []
+    for seed in (1, 1, 2):
+        flags = SimpleNamespace(seed=seed, pretrained=False, weights=None, init_from=None)
+        made.append(train_detector.build_model(flags, small_settings(), None).roi_heads.state_head[0].weight)
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
 @pytest.mark.parametrize("prefix", ["model.", "module.", "detector.net."])
 def test_a_prefix_of_all_layers_is_taken_off(tmp_path, capsys, prefix):
     model, other = small_detector(), small_detector()

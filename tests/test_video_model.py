@@ -456,6 +456,20 @@ def test_bounded_scores_begin_at_the_mean_and_stay_inside():
         assert open_head(torch.zeros(1, 8))[0].tolist() == pytest.approx([1.5, 7.0], abs=1e-4)
 
 
+def test_the_shift_of_the_class_shares_is_added_outside_training():
+    head = train_video.Head(8, 2, 0.0)
+    head.prior_shift.copy_(torch.tensor([0.5, -0.25]))
+    with torch.inference_mode():
+        difference = head.eval()(torch.ones(1, 8)) - head.train()(torch.ones(1, 8))
+    assert difference[0].tolist() == pytest.approx([0.5, -0.25])
+
+
+def test_the_seed_decides_the_random_part_of_a_network():
+    flags = ["--model", "cnn_lstm", "--image_size", 32]
+    one, again, other = (train_video.build_model(arguments(*flags, "--seed", seed), 2).head.linear.weight for seed in (1, 1, 2))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
 def test_the_first_output_is_the_class_prior():
     args, table = arguments(), table_of([0] * 9 + [1] * 3)
     objective = behaviours(args, table)
@@ -667,8 +681,12 @@ def test_rows_repeated_by_the_manifest_are_drawn_as_often():
 
 def test_sampler_draws_all_classes_alike():
     labels = [0] * 90 + [1] * 10
-    objective = behaviours(arguments("--balance", "sampler"), table_of(labels))
-    batches = common.EpochBatches(100, 8, seed=1, train=True, weights=objective.sampler_weights)
+    args = arguments("--balance", "sampler", "--batch_size", 8, "--num_workers", 0)
+    study, _ = study_of(args, n_frames=1, size=1, n_clips=100)
+    study.table = table_of(labels)
+    objective = behaviours(args, study.table)
+    compute = common.choose_compute("cpu", "off")
+    batches = train_video.make_loaders(study, {}, objective, compute, None)[0].batch_sampler
     drawn = []
     for epoch in range(40):
         batches.epoch = epoch
@@ -697,6 +715,25 @@ def test_mixup_mixes_clips_and_classes_alike():
         kept.append(shares.diagonal().mean().item())
     # E[share + (1 - share) / 4] of a random partner, itself included
     assert np.mean(kept) == pytest.approx(0.625, abs=0.1) and np.min(kept) < 0.4 < 0.9 < np.max(kept)
+
+
+@pytest.mark.parametrize("alpha", [0, 5])
+def test_a_step_learns_what_mixup_made(alpha):
+    """Clips, targets and weights that reach model and loss are those of the batch, or blends of any two of them."""
+    torch.manual_seed(0)
+    batch = {"input": torch.eye(4), "mask": torch.ones(4, 2) > 0, "target": torch.eye(4), "weight": torch.arange(4.0)}
+    args = arguments("--mixup", alpha)
+    learnt = []
+    objective = SimpleNamespace(loss=lambda *seen: learnt.append(seen))
+    training = SimpleNamespace(args=args, batches=lambda loader: loader, step=lambda loss: None, epoch_means=dict)
+
+    class Model(nn.Module):
+        def forward(self, clips, mask):
+            return clips
+    train_video.train_one_epoch(Model(), [batch], objective, training, common.choose_compute("cpu", "off"))
+    (clips, target, weight), = learnt
+    assert torch.equal(clips, target) and torch.allclose(weight, target @ batch["weight"])
+    assert torch.equal(target, batch["target"]) == (alpha == 0)
 
 
 def test_the_positive_class_is_the_rarest_that_is_there():
