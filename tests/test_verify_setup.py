@@ -148,6 +148,9 @@ def test_driver_without_a_usable_gpu_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     [check] = verify_setup.check_gpu()
     assert check.status == "WARN" and "sees no GPU" in check.found and "--gres" in check.remedy
+    (tmp_path / "nvidia-smi").unlink()
+    [check] = verify_setup.check_gpu()
+    assert check.status == "OK" and "runs on the CPU" in check.found
 
 
 def test_space_warns_and_fails(tmp_path, monkeypatch):

@@ -121,9 +121,15 @@ def test_baselines_see_the_clips_that_are_predicted():
                      "--no_pretrained", "--num_workers", 0, "--use_amp", "off")
     study, clips = study_of(args, size=32, n_clips=2)
     compute = common.choose_compute("cpu", "off")
-    features = train_video.untuned_features(args, study, SimpleNamespace(compute=compute, say=print), np.arange(2))
+    run = SimpleNamespace(compute=compute, say=print)
+    features = train_video.untuned_features(args, study, run, np.arange(2))
     pooled = features.of_rows["logistic"]
     assert features.of_rows["motion_readout"].shape == (2, 4 * (64 + 128 + 256)), "three resolutions at 32 pixels"
+    solved = common.with_flags(args, model="motion_readout")
+    own = train_video.untuned_features(solved, dataclasses.replace(study, args=solved), run, np.arange(2)).of_rows
+    np.testing.assert_allclose(own["motion_readout"], features.of_rows["motion_readout"], rtol=1e-3, atol=1e-4)
+    last = np.r_[64 + 128:448, 448 + 64 + 128:2 * 448]  # of the means, and of the standard deviations
+    assert (own["logistic"] == own["motion_readout"][:, last]).all(), "the plain readout of a solved model knows no motion"
     model = train_video.build_model(args, 2).eval()
     for row, frames in enumerate(clips):
         assert study.starts(row) == [0, 16, 32]
