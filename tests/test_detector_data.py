@@ -274,6 +274,23 @@ def test_a_resumed_run_notices_other_absent_parts_groups_and_ids(tmp_path, flags
         assert study.data_record(split)["fingerprint"] != before, name
 
 
+@pytest.mark.parametrize("select, column, higher_is_better", [
+    ("val_loss", "val_loss", False), ("map", "val_map", True), ("joint_map", "val_joint_map", True)])
+def test_the_best_epoch_has_the_lowest_loss_or_the_highest_ap(select, column, higher_is_better, tmp_path, flags, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def training(*_, select, higher_is_better, **__):
+        raise Asked(select, higher_is_better)
+    monkeypatch.setattr(common, "Training", training)
+    study = study_of(tmp_path, flags, PARTS)
+    run = SimpleNamespace(compute=common.choose_compute("cpu", "off"), say=print)
+    args = flags("--no_pretrained", "--select", select, "--num_workers", 0)
+    with pytest.raises(Asked) as asked:
+        train_detector.fit(run, args, study, {"train": np.array([0, 1]), "val": np.array([1])})
+    assert asked.value.args == (column, higher_is_better)
+
+
 def test_a_refused_resume_leaves_the_written_annotations(tmp_path, flags):
     study = study_of(tmp_path, flags, PARTS)
 

@@ -685,6 +685,34 @@ def test_rows_repeated_by_the_manifest_are_drawn_as_often():
     assert class_scores.softmax(objective.prior_shift[None])[0] == pytest.approx([2 / 3, 1 / 3]), "seen 1 to 2, in the data 1 to 1"
 
 
+@pytest.mark.parametrize("task, column, higher_is_better, bias, shift", [
+    ("classify", "val_b_average_precision", True, np.log([0.75, 0.25]), np.log([1.5, 0.5])), ("regress", "val_loss", False, 0, 0)])
+def test_a_network_starts_from_the_train_rows_and_is_chosen_by_the_column_of_its_task(
+        task, column, higher_is_better, bias, shift, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def training(run, model, *_, select, higher_is_better, **__):
+        raise Asked(model, select, higher_is_better)
+    monkeypatch.setattr(common, "Training", training)
+    monkeypatch.setattr(train_video, "build_model", lambda *_: frame_lstm())
+    monkeypatch.setattr(train_video.plotting, "plot_batch", lambda *_: None)
+    args = arguments("--model", "cnn_lstm", "--num_workers", 0, *(["--balance", "sampler"] if task == "classify" else []),
+                     task=task)
+    study, _ = study_of(args, n_frames=1, size=1, n_clips=5)
+    study.table = table_of([0, 0, 0, 1, 1])
+    study.store.hashes = np.arange(20).reshape(5, 4)
+    if task == "regress":
+        study.table = scored_table(np.arange(10).reshape(5, 2), ["a", "b"])
+    run = SimpleNamespace(compute=common.choose_compute("cpu", "off"), say=print)
+    with pytest.raises(Asked) as asked:
+        train_video.fit(run, args, study, {"train": np.arange(4), "val": np.array([4])}, train_video.Features({}, None))
+    model, *chosen = asked.value.args
+    assert chosen == [column, higher_is_better]
+    assert model.head.linear.bias.tolist() == pytest.approx(np.broadcast_to(bias, 2), abs=1e-6)
+    assert model.head.prior_shift.tolist() == pytest.approx(np.broadcast_to(shift, 2), abs=1e-6)
+
+
 def test_sampler_draws_all_classes_alike():
     labels = [0] * 90 + [1] * 10
     args = arguments("--balance", "sampler", "--batch_size", 8, "--num_workers", 0)
