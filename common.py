@@ -1910,12 +1910,10 @@ def warp_clip(frames, drawn, size):
 def _stretch_contrast(pixels):
     """Each colour of uint8 (H, W, 3) stretched to 0..255, a constant one left alone; as torchvision's autocontrast."""
     cv2 = load_opencv()
-    extremes = [cv2.minMaxLoc(colour)[:2] for colour in cv2.split(pixels)]
-    low, high = np.float32(extremes).T
-    levels = np.arange(256, dtype=np.float32)[:, None]
-    stretched = (levels - low) * (255 / np.maximum(high - low, 1))
-    table = np.where(high > low, stretched, levels)  # (256, 3): a new level for each
-    return cv2.LUT(pixels, table.clip(0, 255).round().astype(np.uint8)[None])
+    colours = cv2.split(pixels)
+    return cv2.merge([
+        cv2.normalize(colour, None, 0, 255, cv2.NORM_MINMAX) if colour.min() < colour.max() else colour
+        for colour in colours])
 
 
 def _erase(clip, area, ratio, x, y):

@@ -132,10 +132,6 @@ class Study(picture_files.StoredPictures):
     columns: dict  # the table's other columns: name -> (N,) text
     skipped: list  # dicts of image and reason
 
-    def mean_metrics(self, rows, predicted):
-        """Means over the ratings of the metrics of predicted (M, R) for these rows."""
-        return common.mean_metrics(predicted, self.ratings[rows])
-
     def labels(self, rows):
         """A text for each of these rows: the picture's name, and its first ratings."""
         texts = []
@@ -209,29 +205,27 @@ def load_study(args, run, table):
     )
 
 
+@dataclasses.dataclass(eq=False)
 class RatedImages(common.Samples):
     """Samples of chosen rows; a key is (epoch, index), which seeds the augmentation.
 
-    Each sample: input uint8 (S, S, 3), or (F,) where `features` (N, F) of a frozen backbone are given;
-    target (R,) scaled, NaN = missing; weight (R,); name.
+    Each sample: input uint8 (S, S, 3), or (F,) where there are features; target (R,); weight (R,); name.
     """
-
-    def __init__(self, study, rows, target, weight, args, augment, features=None):
-        self.study = study
-        self.rows = rows
-        self.args = args
-        self.augment = augment
-        self.features = features
-        self.target = torch.tensor(target[rows], dtype=torch.float32)
-        self.weight = torch.tensor(weight[rows], dtype=torch.float32)
+    study: Study
+    rows: np.ndarray  # (M,)
+    target: torch.Tensor  # (N, R) scaled, NaN = missing
+    weight: torch.Tensor  # (N, R)
+    args: argparse.Namespace
+    augment: str
+    features: np.ndarray | None = None  # (N, F) of a frozen backbone
 
     def __getitem__(self, key):
         epoch, index = key
         row = int(self.rows[index])
         return {
             "input": torch.from_numpy(self.input_of(epoch, row)),
-            "target": self.target[index],
-            "weight": self.weight[index],
+            "target": self.target[row],
+            "weight": self.weight[row],
             "name": self.study.images[row],
         }
 
@@ -342,8 +336,8 @@ def scaled_ratings(study, scaler):
 
 def make_loaders(study, split, scaler, args, compute, features):
     """Loader of the augmented train rows, and {part: loader} of the rows of each part as they are."""
-    target = scaled_ratings(study, scaler)
-    weight = rating_weights(study, split["train"], args.loss)
+    target = torch.tensor(scaled_ratings(study, scaler), dtype=torch.float32)
+    weight = torch.tensor(rating_weights(study, split["train"], args.loss), dtype=torch.float32)
     own_features = features[args.head] if args.freeze_backbone else None
     is_cached = study.store.cache == "ram" or args.freeze_backbone
 
@@ -391,8 +385,9 @@ def outputs_of(network, loader, compute):
 def evaluate(model, loader, scaler, compute):
     """Whole split at once -> (predicted (M, R) float64 in the unit of the ratings, loss in the unit of training)."""
     output = outputs_of(model.eval(), loader, compute)  # (M, R)
-    dataset = loader.dataset
-    loss = rating_loss(dataset.args.loss, torch.from_numpy(output), dataset.target, dataset.weight).item()
+    data = loader.dataset
+    target, weight = data.target[data.rows], data.weight[data.rows]
+    loss = rating_loss(data.args.loss, torch.from_numpy(output), target, weight).item()
     return output * scaler["sd"] + scaler["mean"], loss
 
 
@@ -423,7 +418,7 @@ def fit(run, args, study, split, features):
         model.freeze_backbone(args.freeze_backbone or epoch <= args.freeze_epochs)
         row = train_one_epoch(model, train_loader, training, compute)
         predicted, row["val_loss"] = evaluate(model, loaders["val"], scaler, compute)
-        means = study.mean_metrics(split["val"], predicted)
+        means = common.mean_metrics(predicted, study.ratings[split["val"]])
         row |= {f"val_{name}": means[name] for name in HISTORY_METRICS}
         training.end_epoch(row)
 
@@ -448,12 +443,12 @@ def finish_best_model(training, study, split, loaders, scaler):
         readout = baseline_models.fit_readout(features["train"], target, study.groups_of(rows))
         readout.write_into(model.head[-1])
     predicted = {part: evaluate(model, loader, scaler, run.compute)[0] for part, loader in loaders.items()}
+    val = split["val"]
     if args.head == "ridge":
-        solved = study.mean_metrics(split["val"], predicted["val"])
+        solved = common.mean_metrics(predicted["val"], study.ratings[val])
         weighting = ", every rating counts the same in it" if args.loss == "weighted" else ""
         run.say("the readout is solved anew on the features of the chosen epoch: val R2 "
                 f"{best['history']['val_r2']:.2f} -> {solved['r2']:.2f}{weighting}")
-    val = split["val"]
     subjects = study.groups_of(val)
     best |= {
         "known_data": row_warnings.known_data(features["train"], features["val"], study.ratings[split["train"]]),
@@ -645,7 +640,7 @@ def run_split(run, args, study, split, features=None):
     training, predicted = fit(run, args, study, split, features)
     best_epoch = training.progress.best_epoch
     plotting.plot_history(training.progress.history, run.path("training_history.png"), best_epoch)
-    train, val = (study.mean_metrics(split[part], predicted[part]) for part in ("train", "val"))
+    train, val = (common.mean_metrics(predicted[part], study.ratings[split[part]]) for part in ("train", "val"))
     remedy = OVERFITTING_REMEDY if args.head == "mlp" else None  # a solved head always fits its own rows better
     alarms += verdicts.split_gap_alarms(train, val, remedy)
     tables = {}

@@ -76,20 +76,12 @@ SPLIT_WAYS = {  # and the flags of each, which the other ways refuse
     "split_ratio": ["split_ratio", "train_ratio", "test_ratio"],
     "val_json": ["val_json", "test_json"],
 }
-NEEDED_FLAGS = {
-    "train": ("train_json", "train_images"),
-    "convert": ("json", "output"),
-    "predict": ("checkpoint", "images_dir"),
-    "evaluate": ("checkpoint", "json", "images_dir"),
-    "audit": ("json", "images_dir"),
-}
-# of the flags of other modes, those that are refused
-UNUSED_FLAGS = {
-    "train": {"json", "images_dir", "checkpoint", "output"},
-    "convert": {"checkpoint", "folds", "fold"},
-    "predict": {"json", "folds", "fold"},
-    "evaluate": {"output", "folds", "fold"},
-    "audit": {"checkpoint", "folds", "fold"},
+MODE_FLAGS = {  # mode: (flags that it needs, others that it alone or few other modes read)
+    "train": ("train_json train_images", "folds fold"),
+    "convert": ("json output", "images_dir"),
+    "predict": ("checkpoint images_dir", "output"),
+    "evaluate": ("checkpoint json images_dir", ""),
+    "audit": ("json images_dir", "output"),
 }
 # what --checkpoint decides
 CHECKPOINT_FLAGS = ("model", "min_size", "max_size", "anchor_sizes", "pixel_range", "absent")
@@ -114,7 +106,7 @@ def parse_args(argv=None):
 
 def add_data_arguments(data):
     """What is done, with which pictures and boxes."""
-    data("--mode", choices=tuple(NEEDED_FLAGS), default="train", help="what to do")
+    data("--mode", choices=tuple(MODE_FLAGS), default="train", help="what to do")
     for part in splitting.PARTS:
         data(f"--{part}_json", type=Path, may_change=True,
              help=f"part annotations or COCO file of the {part} split")
@@ -194,17 +186,18 @@ def environment_defaults():
 
 def check_flags(parser, args):
     """parser.error for combinations that cannot work."""
-    needed = NEEDED_FLAGS[args.mode]
+    needed, others = map(str.split, MODE_FLAGS[args.mode])
     missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
         parser.error(f"--mode {args.mode} needs {' and '.join(missing)}")
-    idle = [f"--{name}" for name in sorted(UNUSED_FLAGS[args.mode] & args.given)]
+    of_all_modes = " ".join(itertools.chain(*MODE_FLAGS.values())).split()
+    idle = args.given.intersection(of_all_modes) - {*needed, *others}
     if idle:
-        parser.error(f"--mode {args.mode} does not use {' and '.join(idle)}; leave it out (training starts from a "
-                     "checkpoint with --init_from; runs are written to --output_dir)")
-    fixed = [f"--{name}" for name in CHECKPOINT_FLAGS if name in args.given]
+        parser.error(f"--mode {args.mode} does not use --{' and --'.join(sorted(idle))}; leave it out (training starts "
+                     "from a checkpoint with --init_from; runs are written to --output_dir)")
+    fixed = [name for name in CHECKPOINT_FLAGS if name in args.given]
     if fixed and "checkpoint" in needed:
-        parser.error(f"--mode {args.mode} takes {' and '.join(fixed)} from the checkpoint; leave it out")
+        parser.error(f"--mode {args.mode} takes --{' and --'.join(fixed)} from the checkpoint; leave it out")
     if args.compile:
         parser.error("--compile: the detector's inputs vary in size; leave it out")
     anchors = args.anchor_sizes or []
