@@ -34,7 +34,6 @@ import subprocess
 import sys
 import threading
 import time
-import typing
 import uuid
 import zipfile
 from pathlib import Path
@@ -2213,42 +2212,6 @@ def load_state(model, state, source):
         raise CheckpointError(f"{source} does not fit this model: {one_line(error)}") from None
 
 
-class Checkpoints:
-    """Writes the files that a run continues from: last.pth, the one before it, best_model.pth, training_history.csv.
-
-    They are written as often as SAVING_TIME allows. A best model that waits for the next save is lost in a kill
-    together with its epoch, which is then repeated to the same bits.
-    """
-
-    def __init__(self, run):
-        self.run = run
-        self.saved_at = time.monotonic()
-        self.saving_seconds = 0.0  # what the last save took
-        self.unwritten_best = None  # content of a best_model.pth that waits for the next save
-
-    @property
-    def age(self):
-        """Seconds since the last save."""
-        return time.monotonic() - self.saved_at
-
-    def save(self, content, history):
-        """Write all files; the last.pth of before becomes last.pth.prev."""
-        start = time.monotonic()
-        # best first: a kill between the two repeats the epoch and writes the same best again
-        if self.unwritten_best:
-            save_checkpoint(self.run.path("best_model.pth"), self.unwritten_best)
-            self.unwritten_best = None
-        save_checkpoint(self.run.path("last.pth"), content, keep_previous=True)
-        self.write_history(history)
-        self.saved_at = time.monotonic()
-        self.saving_seconds = self.saved_at - start
-
-    def write_history(self, history):
-        """training_history.csv, once there is a row."""
-        if history:
-            write_table(self.run.path("training_history.csv"), history)
-
-
 def read_last(run, folder):
     """Content of the newest usable checkpoint of a run or its fold, or of the one that --resume names; None: none yet.
 
@@ -2334,18 +2297,6 @@ class Progress:
         self.samples = 0
 
 
-@dataclasses.dataclass
-class EpochState:
-    """What is known of the epoch under way and may be forgotten in a kill."""
-    sampler: EpochBatches
-    exchange: GradientExchange
-    started: float = dataclasses.field(default_factory=time.perf_counter)
-    samples: int = 0  # of all processes, since it started
-    learning_rate: float = 0.0
-    names: list | tuple = ()  # of the samples of this batch
-    step: OptimizerStep = dataclasses.field(default_factory=OptimizerStep)  # that this batch is a part of
-
-
 @dataclasses.dataclass(eq=False)
 class Training:
     """The training of one model: optimiser steps, learning rate, history, best epoch, early stopping, saving, stopping.
@@ -2365,7 +2316,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     args: argparse.Namespace
     select: str  # history column that chooses the best epoch, or 'last'
-    metadata: typing.Callable  # () -> dict of what predict needs beside the weights, stored in best_model.pth
+    metadata: dict  # what predict needs beside the weights, stored in best_model.pth
     higher_is_better: bool = True
     seen: object = None  # what every checkpoint says of the rows behind it, as evidence/seen_rows.py reads it
 
@@ -2377,12 +2328,23 @@ class Training:
         self.progress = Progress(
             stopping=EarlyStopping(0 if self.select == "last" else args.patience, args.min_epochs, args.min_delta),
             plateau=EarlyStopping(args.plateau_patience + 1))
-        self.current = EpochState(sampler=None, exchange=None)
+        # What is known of the epoch under way and may be forgotten in a kill:
+        self.sampler = None
+        self.exchange = None
+        self.started = time.perf_counter()
+        self.n_samples = 0  # of all processes, since it started
+        self.learning_rate = 0.0
+        self.names = []  # of the samples of this batch
+        self.open_step = OptimizerStep()  # that this batch is a part of
         self.stream = None  # batches of the loader, of this epoch and all after it
         self.queued = None  # OptimizerStep, the last one until it is looked at
         # Apple GPUs have no float64
         self.sum_type = torch.float32 if compute.device.type == "mps" else torch.float64
-        self.checkpoints = Checkpoints(self.run)
+        self.saved_at = time.monotonic()
+        self.saving_seconds = 0.0  # what the last save took
+        # Content of a best_model.pth that waits for the next save: lost in a kill together with its epoch, which is
+        # then repeated to the same bits.
+        self.unwritten_best = None
         if self.processes.size > 1 and compute.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if args.compile:
@@ -2407,7 +2369,7 @@ class Training:
     def batches(self, loader):
         """The batches that remain in this epoch. Model and sampler are made ready."""
         progress = self.progress
-        sampler = loader.batch_sampler
+        self.sampler = sampler = loader.batch_sampler
         n_batches = len(sampler)
         if self.stream is None:
             self.run.say(f"loader: {loader.num_workers or 'no'} workers, {n_batches} batches an epoch")
@@ -2415,29 +2377,30 @@ class Training:
             sampler.start = progress.batch
             sampler.goes_on = True
             self.stream = iter(loader)
-        self.current = EpochState(sampler, GradientExchange(self.processes, self.model))
+        self.exchange = GradientExchange(self.processes, self.model)
+        self.started = time.perf_counter()
+        self.n_samples = 0
         self._set_learning_rate()  # also where the run was stopped after the last batch: the history needs it
         remaining = itertools.islice(self.stream, n_batches - progress.batch)
         label = f"epoch {progress.epoch + 1}/{self.args.epochs}"
         for batch in with_progress(label, remaining, n_batches, progress.batch):
-            self.current.names = batch.get("name", [])
+            self.names = batch.get("name", [])
             self._set_learning_rate()
             self._seed_dropout()
             yield batch
         self._check_queued()
-        self.current.exchange.close()
+        self.exchange.close()
         self.processes.spread(self.model)  # buffers differ, and weights may on unlike processors
 
     def _set_learning_rate(self):
-        sampler = self.current.sampler
-        batch = min(self.progress.batch, len(sampler) - 1)
-        first = sampler.step_span(batch, self.args.accumulate).start
-        passed = self.progress.epoch + first / sampler.n_samples  # epochs; any cut into batches gives the same
+        batch = min(self.progress.batch, len(self.sampler) - 1)
+        first = self.sampler.step_span(batch, self.args.accumulate).start
+        passed = self.progress.epoch + first / self.sampler.n_samples  # epochs; any cut into batches gives the same
         factor = schedule_factor(self.args.scheduler, passed, self.args.epochs, self.args.warmup_epochs)
         rate = max(self.args.lr * self.progress.plateau_factor * factor, self.args.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        self.current.learning_rate = rate
+        self.learning_rate = rate
 
     def _seed_dropout(self):
         seed = hash_seed(self.args.seed, self.progress.epoch, self.progress.batch)
@@ -2454,30 +2417,29 @@ class Training:
         whose loss or gradient is not finite is not taken, and the next call or the end of the epoch raises NotFinite;
         for a gradient in fp16 only where no loss scale above 1 makes it finite.
         """
-        current = self.current
-        sampler = current.sampler
-        step = current.step
+        sampler = self.sampler
+        step = self.open_step
         batch = self.progress.batch
         is_full = (batch + 1) % self.args.accumulate == 0 or batch + 1 == len(sampler)
         own = len(sampler.own_span(batch))  # 0 in a batch too small for all processes
         step.n_samples = len(sampler.step_span(batch, self.args.accumulate))
-        current.exchange.is_open = is_full
+        self.exchange.is_open = is_full
         own_loss = loss.detach()
         one_or_nan = 1 + 0 * own_loss  # a loss that is not finite makes its gradient NaN
         self.scaler.scale(loss * one_or_nan * (own / step.n_samples)).backward()
-        step.batches.append(StepBatch(batch + 1, current.names, own_loss))
+        step.batches.append(StepBatch(batch + 1, self.names, own_loss))
         step.names = ("loss", *parts)
         values = torch.stack([own_loss, *(value.detach() for value in parts.values())])
         step.sums += values.to(self.sum_type) * own
-        current.samples += len(sampler.step_span(batch, 1))
+        self.n_samples += len(sampler.step_span(batch, 1))
         self.progress.batch += 1
         if is_full:
             self._step_optimizer(step)
             self._save_or_stop()
 
     def _step_optimizer(self, step):
-        self.current.step = OptimizerStep()
-        self.current.exchange.finish(step.sums)
+        self.open_step = OptimizerStep()
+        self.exchange.finish(step.sums)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf)
@@ -2523,7 +2485,7 @@ class Training:
 
     def _save_or_stop(self):
         """Save where it is due or a stop signal has come to any process; leave on the signal."""
-        is_due = self.processes.is_first and 0 < 60 * self.args.save_minutes < self.checkpoints.age
+        is_due = self.processes.is_first and 0 < 60 * self.args.save_minutes < self._seconds_since_save()
         stop, is_due = self.processes.largest([self.run.signals.received, is_due])
         if is_due or stop:
             self._check_queued()
@@ -2550,7 +2512,7 @@ class Training:
         progress = self.progress
         numbers = self.processes.on_first(lambda: row)  # those of one, by which all decide alike
         progress.history.append(
-            {"epoch": progress.epoch + 1, "learning_rate": self.current.learning_rate, **numbers})
+            {"epoch": progress.epoch + 1, "learning_rate": self.learning_rate, **numbers})
         progress.next_epoch()
         progress.best_epoch = next(iter(self._best_epochs()), None)
         is_best = progress.best_epoch == progress.epoch
@@ -2558,7 +2520,7 @@ class Training:
         if self.processes.is_first:
             self.run.watch(progress.history[-1])
             if is_best:
-                self.checkpoints.unwritten_best = self.model_file()
+                self.unwritten_best = self.model_file()
             self._save_epoch()
         self._report(numbers, is_best)
 
@@ -2590,11 +2552,11 @@ class Training:
     def _report(self, numbers, is_best):
         """The epoch on a line: the number that chooses, and the first two others."""
         progress = self.progress
-        seconds = time.perf_counter() - self.current.started
+        seconds = time.perf_counter() - self.started
         memory = peak_memory(self.run.compute.device) / 1e9
         left = seconds * (self.args.epochs * (1 + self.run.folds_after) - progress.epoch)
-        samples = self.current.samples  # none of a model that is solved
-        rate = f"{samples / seconds:.1f} samples/s, " if samples else ""
+        # a model that is solved has seen none
+        rate = f"{self.n_samples / seconds:.1f} samples/s, " if self.n_samples else ""
         end = f"({seconds:.2f} s, {rate}peak {memory:.2f} GB, {left / 60:.0f} min left){' *' if is_best else ''}"
         chosen_first = sorted(numbers, key=lambda name: name != self.select)
         shown = "".join(f"  {name} {numbers[name]:.4g}" for name in chosen_first[:3])
@@ -2610,10 +2572,27 @@ class Training:
 
     # --- saving and loading -------------------------------------------------
 
+    def _seconds_since_save(self):
+        return time.monotonic() - self.saved_at
+
     def save(self):
-        """Write the checkpoint of this moment, by the first process."""
-        if self.processes.is_first:
-            self.checkpoints.save(self._last_file(), self.progress.history)
+        """Write what a run continues from at this moment; the last.pth of before becomes last.pth.prev."""
+        if not self.processes.is_first:
+            return
+        start = time.monotonic()
+        # best first: a kill between the two repeats the epoch and writes the same best again
+        if self.unwritten_best:
+            save_checkpoint(self.run.path("best_model.pth"), self.unwritten_best)
+            self.unwritten_best = None
+        save_checkpoint(self.run.path("last.pth"), self._last_file(), keep_previous=True)
+        self._write_history()
+        self.saved_at = time.monotonic()
+        self.saving_seconds = self.saved_at - start
+
+    def _write_history(self):
+        """training_history.csv, once there is a row."""
+        if self.progress.history:
+            write_table(self.run.path("training_history.csv"), self.progress.history)
 
     def _last_file(self):
         """Content of last.pth at this moment."""
@@ -2629,7 +2608,7 @@ class Training:
             save_checkpoint(self.run.path(f"checkpoint_epoch_{epoch}.pth"), self._last_file())
         if args.save_top_k:
             self._save_top()
-        has_time = self.checkpoints.saving_seconds <= SAVING_TIME * self.checkpoints.age
+        has_time = self.saving_seconds <= SAVING_TIME * self._seconds_since_save()
         if is_asked_for or args.save_top_k or self.progress.done or has_time:
             self.save()
 
@@ -2650,7 +2629,7 @@ class Training:
     def model_file(self):
         """Content of best_model.pth for the epoch that has just ended."""
         progress = self.progress
-        return self._file(epoch=progress.epoch, metric=self.select, history=progress.history[-1], **self.metadata())
+        return self._file(epoch=progress.epoch, metric=self.select, history=progress.history[-1], **self.metadata)
 
     def _file(self, **fields):
         """Content of a checkpoint with these fields."""
@@ -2696,7 +2675,7 @@ class Training:
                 load_model_file(self.run.path("best_model.pth"))
             except CheckpointError as error:
                 raise CheckpointError(f"{error}; it held the best epoch: put back a copy, or start a new run") from None
-        self.checkpoints.write_history(progress.history)  # a kill after the last save may have cost its last row
+        self._write_history()  # a kill after the last save may have cost its last row
         self.run.say(f"continuing after epoch {progress.epoch} and {progress.batch} batches")
         self._say_stopped_early()
 

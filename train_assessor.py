@@ -411,7 +411,7 @@ def fit(run, args, study, split, features):
     training = common.Training(
         run, model, optimizer, args,
         select="last" if args.select == "last" else f"val_{args.select}",
-        metadata=lambda: model_metadata(args, study, split, scaler),
+        metadata=model_metadata(args, study, split, scaler),
         higher_is_better=args.select != "loss",
         seen=seen_rows.of_run(args, study.hashes, split))
     for epoch in training.epochs():

@@ -889,14 +889,13 @@ def fit(run, args, study, split):
     train_loader = make_loader(study, split["train"], settings, args, compute, train=True)
     val_loader = make_loader(study, split["val"], settings, args, compute)
     optimizer = common.build_optimizer(model, args)
-    content = {
-        "settings": settings,
-        "absent": args.absent,
-        "baseline": detection_judging.mean_boxes(train_truth)}
     training = common.Training(
         run, model, optimizer, args,
         select=f"val_{args.select.removeprefix('val_')}",
-        metadata=lambda: content,
+        metadata={
+            "settings": settings,
+            "absent": args.absent,
+            "baseline": detection_judging.mean_boxes(train_truth)},
         higher_is_better=args.select != "val_loss",
         seen=seen_rows.of_run(args, study.hashes, split))
     for _ in training.epochs():

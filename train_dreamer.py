@@ -772,7 +772,7 @@ def fit(run, args, study, split, readout):
     training = common.Training(
         run, model, optimizer, args,
         select="last" if args.select == "last" else f"val_{args.select}",
-        metadata=lambda: model_metadata(args, study, split, scaler),
+        metadata=model_metadata(args, study, split, scaler),
         higher_is_better=False,
         seen=seen_rows.of_run(args, study.hashes, split))
     for _ in training.epochs():
@@ -858,8 +858,13 @@ def use_of_inputs(model, loader, numbers, loss_function, compute, study, trained
 
 
 @torch.no_grad()
-def encode_frames(study, rows, encoder, compute):
-    """float32 (frames in the store, ...): what an encoder makes of the frames of these rows, 0 for the others."""
+def with_features(study, rows, args, compute, encoder=None):
+    """The Study with a GridEncoder's grids of the frames of these rows, 0 for other frames.
+
+    encoder: None = as the flags describe it.
+    """
+    if encoder is None:
+        encoder = build_encoder(args, GridEncoder)
     encoder = compute.place(encoder).eval()
     wanted = np.unique(study.frames[rows])
     outputs = []
@@ -868,17 +873,8 @@ def encode_frames(study, rows, encoder, compute):
         frames = torch.from_numpy(to_grey(frames))  # (64, S, S, 3) -> (64, 1, S, S)
         with compute.autocast():
             outputs.append(encoder(compute.send(frames)).float().cpu().numpy())
-    outputs = np.concatenate(outputs)
-    everywhere = np.zeros((len(study.store), *outputs.shape[1:]), np.float32)
-    everywhere[wanted] = outputs
-    return everywhere
-
-
-def with_features(study, rows, args, compute, encoder=None):
-    """The Study with a GridEncoder's grids of the frames of these rows; encoder: None = as the flags describe it."""
-    if encoder is None:
-        encoder = build_encoder(args, GridEncoder)
-    grids = encode_frames(study, rows, encoder, compute)
+    grids = np.zeros((len(study.store), encoder.scales.n_features), np.float32)
+    grids[wanted] = np.concatenate(outputs)
     return dataclasses.replace(study, grids=grids, blocks=encoder.scales.blocks)
 
 

@@ -892,7 +892,7 @@ def fit(run, args, study, split, features):
     training = common.Training(
         run, model, optimizer, args,
         select=column,
-        metadata=lambda: model_metadata(args, study, objective, model),
+        metadata=model_metadata(args, study, objective, model),
         higher_is_better=higher_is_better,
         seen=seen_rows.of_run(args, study.hashes, split))
     for _ in training.epochs():

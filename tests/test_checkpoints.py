@@ -116,7 +116,7 @@ def make_training(folder, resumed, select="val_loss", precision="fp32", **flags)
     signals = SimpleNamespace(received=0, armed=False, leave=lambda: None, disarm=lambda: None)
     common.write_json(folder / "args.json", {})  # as of every run that trains
     run = common.Run(folder, args, compute, signals, resumed)
-    training = common.Training(run, model, common.build_optimizer(model, args), args, select, dict, False)
+    training = common.Training(run, model, common.build_optimizer(model, args), args, select, {}, False)
     return training, common.make_loader(Numbers(), args, compute, train=True, batch_size=2)
 
 

@@ -109,7 +109,7 @@ def start(device, folder, model, sample, accumulate, collate=None):
         optimizer.register_step_pre_hook(lambda each, *_: setattr(each, "found_inf", None))
     else:
         optimizer = common.build_optimizer(model, args)
-    training = common.Training(run, model, optimizer, args, "last", dict)
+    training = common.Training(run, model, optimizer, args, "last", {})
     return training, common.make_loader(
         Repeated(sample), args, compute, True, collate=collate, batch_size=4), compute
 

@@ -72,7 +72,7 @@ class ScriptEpochs:
         self.loader, _ = train_assessor.make_loaders(study, split, scaler, args, self.run.compute, None)
         self.model = self.run.compute.place(train_assessor.build_model(args, [0.0, 0.0]))
         optimizer = common.build_optimizer(self.model, args)
-        self.training = common.Training(self.run, self.model, optimizer, args, "last", dict)
+        self.training = common.Training(self.run, self.model, optimizer, args, "last", {})
 
     def epoch(self):
         train_assessor.train_one_epoch(self.model, self.loader, self.training, self.run.compute)

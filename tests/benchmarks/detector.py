@@ -78,7 +78,7 @@ class ScriptEpochs:
             study, rows, self.settings, self.args, self.run.compute, train=True)
         self.model = self.run.compute.place(train_detector.build_model(self.args, self.settings, None))
         optimizer = common.build_optimizer(self.model, self.args)
-        self.training = common.Training(self.run, self.model, optimizer, self.args, "val_loss", dict)
+        self.training = common.Training(self.run, self.model, optimizer, self.args, "val_loss", {})
 
     def epoch(self):
         train_detector.train_one_epoch(self.model, self.loader, self.training, self.run.compute, 0.5)

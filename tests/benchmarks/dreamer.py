@@ -77,7 +77,7 @@ class ScriptEpochs:
         self.loader = train_dreamer.make_loader(study, rows, self.args, self.run.compute, train=True)
         self.model = self.run.compute.place(train_dreamer.build_model(self.args, unit_scaler(), "additive"))
         optimizer = common.build_optimizer(self.model, self.args)
-        self.training = common.Training(self.run, self.model, optimizer, self.args, "last", dict)
+        self.training = common.Training(self.run, self.model, optimizer, self.args, "last", {})
         self.loss_function = train_dreamer.DreamLoss(self.args, unit_scaler())
 
     def epoch(self):

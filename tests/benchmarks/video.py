@@ -70,7 +70,7 @@ class ScriptEpochs:
         self.loader, _ = train_video.make_loaders(study, split, objective, self.run.compute, None)
         self.model = self.run.compute.place(train_video.build_model(self.args, 2))
         optimizer = common.build_optimizer(self.model, self.args)
-        self.training = common.Training(self.run, self.model, optimizer, self.args, "last", dict)
+        self.training = common.Training(self.run, self.model, optimizer, self.args, "last", {})
 
     def epoch(self):
         train_video.train_one_epoch(self.model, self.loader, self.objective, self.training, self.run.compute)

@@ -59,7 +59,7 @@ def run_case(case, processes):
     with common.Run(folder, args, compute, signals, resumed) as run:
         common.write_json(run.path("args.json"), {})  # without it an error removes the folder
         optimizer = common.build_optimizer(model, args)
-        training = common.Training(run, model, optimizer, args, "val_loss", dict, False)
+        training = common.Training(run, model, optimizer, args, "val_loss", {}, False)
         steps, outputs = 0, []
         for _ in training.epochs():
             for batch in training.batches(loader):

@@ -190,7 +190,7 @@ def main():
     training.processes = processes
     training.progress = types.SimpleNamespace(done=True, epoch=3, batch=0)
     training.args = types.SimpleNamespace(save_minutes=0, given=[])
-    training.checkpoints = types.SimpleNamespace(age=0)
+    training.saved_at = 0
     training.run = types.SimpleNamespace(signals=common.StopSignals(), say=print, folder="run")
     training.stream = Workers() if processes.is_first else None
     training.save = training._check_queued = lambda: None
