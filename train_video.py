@@ -54,10 +54,10 @@ OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm, --f
 CNN_LSTM = "cnn_lstm"
 MOTION_READOUT = "motion_readout"
 FRAME_MODELS = (CNN_LSTM, MOTION_READOUT)  # these read frames one by one, with an image network
-# values with which a flag asks for nothing, beside 0 and empty ones
-IDLE = {"balance": "none", "consistency_weight": 0.1}
 # the motion readout is solved in one step, without epochs: what its flags of training are,
-SOLVED = {"epochs": 1, "freeze_backbone": True, "select": "last", "augment": "none", **IDLE}
+SOLVED = {
+    "epochs": 1, "freeze_backbone": True, "select": "last", "augment": "none",
+    "balance": "none", "consistency_weight": 0.1}
 # those that must be off,
 OFF_IN_SOLVED = ("augment_for boost_to bounded focal_alpha init_from jitter_sec label_smoothing mixup sample_weight "
                  "target_weights").split()
@@ -232,10 +232,10 @@ def refuse(parser, who, names):
         parser.error(f"{who} does not use {', '.join(flags)}")
 
 
-def changed(args, names, idle=IDLE):
-    """Those of these flags that are neither off (0, empty) nor as in `idle`."""
+def changed(args, names):
+    """Those of these flags that are neither off (0, empty) nor as in SOLVED, where they ask for nothing."""
     values = {name: getattr(args, name) for name in names}
-    return {name for name, value in values.items() if value and value != idle.get(name)}
+    return {name for name, value in values.items() if value and value != SOLVED.get(name)}
 
 
 def check_learning_flags(parser, args):
@@ -250,7 +250,7 @@ def check_learning_flags(parser, args):
         parser.error("--task regress reads sequences of any length: --model "
                      f"{' or '.join(FRAME_MODELS)}, found {args.model}")
     if args.model == MOTION_READOUT:
-        unused = changed(args, [*SOLVED, *OFF_IN_SOLVED], SOLVED) | (UNUSED_BY_SOLVED & args.given)
+        unused = changed(args, [*SOLVED, *OFF_IN_SOLVED]) | (UNUSED_BY_SOLVED & args.given)
         if not args.freeze_backbone:  # as a configuration may say
             unused.add("freeze_backbone")
         refuse(parser, f"--model {MOTION_READOUT}, which is solved, not trained,", unused)
