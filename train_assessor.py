@@ -386,8 +386,8 @@ def evaluate(model, loader, scaler, compute):
     """Whole split at once -> (predicted (M, R) float64 in the unit of the ratings, loss in the unit of training)."""
     output = outputs_of(model.eval(), loader, compute)  # (M, R)
     data = loader.dataset
-    target, weight = data.target[data.rows], data.weight[data.rows]
-    loss = rating_loss(data.args.loss, torch.from_numpy(output), target, weight).item()
+    target = data.target[data.rows]
+    loss = rating_loss(data.args.loss, torch.from_numpy(output), target, data.weight[data.rows]).item()
     return output * scaler["sd"] + scaler["mean"], loss
 
 
