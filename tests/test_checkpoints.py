@@ -234,8 +234,8 @@ def test_a_step_is_saved_after_so_many_minutes(tmp_path, monkeypatch, minutes, a
 @pytest.mark.parametrize("age, is_saved", [(9.0, False), (11.0, True)])
 def test_an_epoch_is_saved_where_that_takes_a_tenth_of_the_time_or_less(tmp_path, monkeypatch, age, is_saved):
     training, _ = make_training(tmp_path, False, epochs=9, select="last")
-    training.checkpoints.saving_seconds = 1.0
-    monkeypatch.setattr(common.Checkpoints, "age", age)
+    training.saving_seconds = 1.0
+    monkeypatch.setattr(training, "_seconds_since_save", lambda: age)
     training.end_epoch({"train_loss": 0.5})
     assert (tmp_path / "last.pth").exists() is is_saved
 
@@ -498,7 +498,7 @@ def test_the_time_left_is_that_of_the_epochs_to_come_in_this_and_later_folds(tmp
     training.run.folds_after = 2
     for batch in training.batches(loader):
         training.step(training.model(batch["x"]).pow(2).mean())
-    monkeypatch.setattr(common.time, "perf_counter", lambda: training.current.started + 120)
+    monkeypatch.setattr(common.time, "perf_counter", lambda: training.started + 120)
     training.end_epoch({"val_loss": 0.5})
     assert re.search(r"\(120.00 s, 0.1 samples/s, peak [\d.]+ GB, 28 min left\)", capsys.readouterr().out)
 
