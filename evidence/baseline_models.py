@@ -202,7 +202,8 @@ def _solve_logistic(scores, label, n_classes, penalty):
     scale = torch.from_numpy(scale)[:, None]
     strength = penalty if n_classes == 2 else penalty / 2
     weights = torch.zeros(x.shape[1], n_classes, dtype=torch.float64, requires_grad=True)
-    intercept = torch.from_numpy(np.where(is_present, 0.0, -np.inf)).requires_grad_()  # -inf has the gradient 0
+    # the gradient of -inf is 0
+    intercept = torch.from_numpy(np.where(is_present, 0.0, -np.inf)).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weights, intercept],
         max_iter=500,

@@ -282,8 +282,8 @@ class Judged:
         support = subject_intervals.support_alone(model, len(units))
         occurs = self.confusions.any(2)  # (M, S), True = a box found in the picture has that state
         n_owners = sorted(len(np.unique(owners[pictures])) for pictures in occurs.T)
-        for metric in ("balanced_accuracy", "macro_f1"):  # a mean over the states needs two; the others may be rare
-            support["overall", metric] = n_owners[-2]
+        for metric in ("balanced_accuracy", "macro_f1"):
+            support["overall", metric] = n_owners[-2]  # a mean over the states needs two; the others may be rare
         return subject_intervals.estimate(
             model,
             over_draws(self.baseline_values) if self.baseline_matching else None,

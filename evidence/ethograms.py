@@ -329,8 +329,10 @@ def judge_bouts(watched, bouts, events, names, group_of):
     import pandas as pd
     counts = []
     for video, start_sec, end_sec in watched.itertuples():
-        counts += [compare_spans(spans_of(bouts, video, name), spans_of(events, video, name), end_sec - start_sec)
-                   for name in names]
+        for name in names:
+            found = spans_of(bouts, video, name)
+            true = spans_of(events, video, name)
+            counts.append(compare_spans(found, true, end_sec - start_sec))
     groups = [group_of.get(video, video) for video in watched.index]
     keys = [np.repeat(groups, len(names)), len(groups) * list(names)]
     summed = pd.DataFrame(counts).groupby(keys, sort=False).sum()

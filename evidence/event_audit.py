@@ -167,7 +167,8 @@ def seen_events(table):
 
 def _renamed_copies(table, file_keys):
     """(N,) text: the videos with the same content, '' where there is one."""
-    names = {key: sorted(set(table.videos[rows])) for key, rows in common.rows_by_key(file_keys).items()}
+    names = {key: sorted(set(table.videos[rows]))
+             for key, rows in common.rows_by_key(file_keys).items()}
     return [" = ".join(names[key]) if len(names[key]) > 1 else "" for key in file_keys]
 
 

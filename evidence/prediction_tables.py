@@ -109,7 +109,8 @@ class ScoreTable(Rows):
     def quality_within(self, levels):
         """Mean R2 of how rows of the same level, (M,) of any text, differ."""
         import pandas as pd
-        scores = pd.DataFrame(np.hstack([np.where(self.is_known, self.predicted, np.nan), self.target]))
+        predicted = np.where(self.is_known, self.predicted, np.nan)
+        scores = pd.DataFrame(np.hstack([predicted, self.target]))
         from_mean = scores - scores.groupby(levels).transform("mean")
         return common.mean_metrics(*np.hsplit(from_mean.to_numpy(), 2))["r2"]
 
@@ -200,7 +201,8 @@ class ClassTable(Rows):
         for level in np.unique(levels):
             here = levels == level
             pairs.append(is_positive[here].sum() * (~is_positive[here]).sum())
-            won.append(pairs[-1] * class_scores.ranking_metrics(score[here], is_positive[here])[0][0])
+            auc, _ = class_scores.ranking_metrics(score[here], is_positive[here])
+            won.append(pairs[-1] * auc[0])
         with common.undefined_is_nan():
             return np.nansum(won) / np.sum(pairs)
 
@@ -395,7 +397,8 @@ def _keys_of(table):
     """{heading: (M,) text} of the column that says which row it is, else its number; and of FURTHER_KEYS."""
     first = csv_tables.find_column(table, ID_COLUMNS) or "row"
     numbered = table.assign(row=range(1, len(table) + 1))
-    return {heading: numbered[heading].to_numpy(str) for heading in (first, *FURTHER_KEYS) if heading in numbered}
+    return {heading: numbered[heading].to_numpy(str)
+            for heading in (first, *FURTHER_KEYS) if heading in numbered}
 
 
 def _repeated_names(keys, notes):

@@ -70,8 +70,8 @@ def score_rows(result, table, ceiling):
     scores = subject_intervals.target_table(result)
     scores["bias"] = common.mean_without_nan(table.predicted - table.target, axis=0)
     judged = np.where(table.is_known, table.predicted, np.nan)
-    r = scores["pearson_r"].replace(0, np.nan)  # 0 stands for a constant prediction, which has no slope
-    # of target on prediction, 1 = no correction needed
+    # of target on prediction, 1 = no correction needed; a constant prediction has r 0 and no slope
+    r = scores["pearson_r"].replace(0, np.nan)
     scores["slope"] = r * common.sd_without_nan(table.target) / common.sd_without_nan(judged)
     if ceiling and ceiling.r2 is not None:
         scores = scores.assign(**ceiling.columns(), share_of_ceiling_r2=scores["r2"] / ceiling.r2)

@@ -339,8 +339,9 @@ def leakage_report(split, keys, pixels, phash, values, pairs=None):
     counts = {what: {text: count_parts(rows) for text, rows in _rows_by_value(column).items()}
               for what, column in values.items() if column is not None}
     for what, sets in alike.items():
-        counts[what] = {" = ".join(sorted(keys[row] for row in rows if parts_of[row])): count_parts(rows)
-                        for rows in sets}
+        counts[what] = {
+            " = ".join(sorted(keys[row] for row in rows if parts_of[row])): count_parts(rows)
+            for rows in sets}
 
     parts = [part for part in split if len(split[part])]
     between = {}
@@ -461,7 +462,8 @@ def rows_by_part(part_of):
 
 def _by_time(sequences, order):
     """The rows of each sequence in their order."""
-    return [sorted(rows, key=lambda row: order[row]) for rows in common.rows_by_key(sequences).values()]
+    return [sorted(rows, key=lambda row: order[row])
+            for rows in common.rows_by_key(sequences).values()]
 
 
 def split_by_time(sequences, order, ratios, gap):

@@ -103,7 +103,8 @@ class Result:
 
 # --- the engine: a statistic of how often each subject is drawn -> estimates -------------------------
 
-def estimate(model, baseline, subjects, unit, *, rows, support, draws=2000, folds=1, per_subject=None, **described):
+def estimate(model, baseline, subjects, unit, *,
+             rows, support, draws=2000, folds=1, per_subject=None, **described):
     """Result of statistics of how often each subject is drawn.
 
     model, baseline (None = without): (D, S) times drawn -> ({metric: (D,)}, {metric: (D, R)}), overall and each;
