@@ -77,8 +77,8 @@ def looks_numeric(cells):
 def read_text(path):
     """Text of a file, unpacked where it is gzip: UTF-8 or UTF-16 (BOM), Windows-1252 as the last resort."""
     if not path.is_file():
-        found = "a folder; join its tables in one" if path.is_dir() else "no such file"
-        raise common.UserError(f"{path}: expected a table or list, found {found}.")
+        raise common.UserError(
+            f"{path}: expected a table or list, found no such file. Tables in a folder: join them in one.")
     data = path.read_bytes()
     if data.startswith(b"\x1f\x8b"):
         try:
@@ -92,10 +92,9 @@ def read_text(path):
             text = data.decode(encoding)
             if "\0" not in text:
                 return text
-    remedy = "Save it as CSV (UTF-8)"
-    if data.startswith(b"MATLAB"):
-        remedy = "In MATLAB: writetable, with one row an event (path, label, start_frame, end_frame) or a picture"
-    raise common.UserError(f"{path}: expected a table or list, found binary data ({len(data)} bytes). {remedy}.")
+    raise common.UserError(
+        f"{path}: expected a table or list, found binary data ({len(data)} bytes). Save it as CSV (UTF-8); in MATLAB: "
+        "writetable, with one row an event (path, label, start_frame, end_frame) or a picture.")
 
 
 def _parse(path, text, delimiter, strict=True):

@@ -282,9 +282,8 @@ def headless_list(table, root, notes):
             continue
         first, *n_frames, _ = rows[0]
         if all(map(str.isdigit, n_frames)) and file_names.match_videos([first], root)[0][first]:
-            frames = ", a number of frames" if n_frames else ""
             notes[:] = [note for note in notes if "is no header" not in note]
-            notes.append(f"no header line: each line is read as a path{frames} and a label")
+            notes.append("no header line: each line is read as a path and, at its end, a label")
             lines_in_file = [1, *table.index][-len(rows):]
             listed = pd.DataFrame(rows, lines_in_file)
             return listed.iloc[:, [0, -1]].set_axis(["path", "label"], axis=1)

@@ -433,7 +433,7 @@ def test_the_note_on_many_pictures_names_no_flag_of_clips(tmp_path, monkeypatch,
     monkeypatch.setattr(pixel_cache, "LARGE", 0)
     picture_files.ImageStore([save(tmp_path, "a.png", smooth_picture(20, 20, 0))], 16, "none")
     said = capsys.readouterr().out
-    assert "(--cache). A smaller --image_size would take less" in said and "--fps" not in said
+    assert "(--cache none). A smaller --image_size would take less" in said and "--fps" not in said
 
 
 def test_all_bad_files_are_listed_at_once(tmp_path, capsys):

@@ -894,7 +894,7 @@ def test_a_long_event_takes_no_more_memory_than_its_cache_keeps(films, cache, mo
 def test_what_many_frames_take_is_said_before_they_are_decoded(films, monkeypatch, capsys):
     monkeypatch.setattr(pixel_cache, "LARGE", 1e6)
     monkeypatch.setattr(video_files.ClipStore, "decode", lambda *a: pytest.fail(capsys.readouterr().out))
-    with pytest.raises(pytest.fail.Exception, match=r"note: 1 clips take about 0.4 GB decoded, kept nowhere.*--fps"):
+    with pytest.raises(pytest.fail.Exception, match=r"note: 1 clips take about 0.4 GB decoded \(--cache none\).*--fps"):
         open_store([films["bframes.mp4"]], [WHOLE], fps=1600, short_side=96, cache="none")
 
 
