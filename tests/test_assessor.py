@@ -464,6 +464,16 @@ def test_rows_without_a_picture_shift_no_rating_to_another_one(tmp_path):
     assert {row["image"]: row["reason"] for row in study.skipped}["0.png"] == "no such picture"
     assert {row["image"] for row in study.skipped} == {"0.png", "2.png"}
 
+    split = {"train": np.array([0, 3]), "val": np.array([1]), "test": np.array([2])}
+    args = common.with_flags(args, augment="full", num_workers=0)
+    scaler = {"mean": np.array([10.0]), "sd": np.array([4.0])}
+    loader, loaders = train_assessor.make_loaders(study, split, scaler, args, common.choose_compute("cpu", "off"), {})
+    assert loader.dataset.augment == "full" and {each.dataset.augment for each in loaders.values()} == {"none"}
+    for part, each in loaders.items():
+        batch = {name: value for batch in each for name, value in batch.items()}
+        assert batch["input"][:, 0, 0, 0].tolist() == [20 * kept[row] for row in split[part]]
+        assert batch["target"][:, 0].tolist() == [(study.ratings[row, 0] - 10) / 4 for row in split[part]]
+
 
 def test_heat_maps_are_of_pictures_as_the_model_takes_them(monkeypatch):
     taken = []

@@ -497,13 +497,13 @@ def test_a_grey_frame_gives_what_it_gave_as_colour(tmp_path):
     torch.manual_seed(0)
     resnet, width = backbones.build_backbone("resnet18", pretrained=False)
     features = nn.Sequential(*list(resnet.children())[:-2]).eval()
-    grey = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
+    grey = torch.randint(0, 256, (2, 1, 72, 72), dtype=torch.uint8)  # no multiple of 32
     wanted = features(((grey / 255 - 0.5) / 0.5).repeat(1, 3, 1, 1)).flatten(2)
-    encoder = train_dreamer.Encoder(resnet, tiny_args("--image_size", 64)).eval()
+    encoder = train_dreamer.Encoder(resnet, tiny_args("--image_size", 72)).eval()
     assert torch.allclose(encoder(grey), wanted, atol=1e-5) and wanted.shape == (2, width, encoder.n_cells)
     assert encoder.n_features == width
     torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
-    args = tiny_args("--image_size", 64, "--weights", tmp_path / "resnet18.pth")
+    args = tiny_args("--image_size", 72, "--weights", tmp_path / "resnet18.pth")
     encoder = train_dreamer.Encoder(resnet, args).eval()
     grey_of_imagenet = (grey / 255 - (0.485 + 0.456 + 0.406) / 3) / ((0.229 + 0.224 + 0.225) / 3)
     wanted = features(grey_of_imagenet.repeat(1, 3, 1, 1)).flatten(2)
@@ -575,6 +575,8 @@ def test_losses_and_errors_of_a_model_that_says_the_mean_by_hand():
         total, parts = model.loss_function(imagined, poses, model.true_features(frames[:, 1]))
     assert [parts["main_task_loss"].item(), parts["t2_loss"].item()] == pytest.approx(wanted)
     assert total.item() == pytest.approx(numbers["loss"])
+    primary = train_dreamer.DreamLoss(tiny_args("--primary_task_only"), scaler)
+    assert primary.total({"main_task_loss": 2.0, "t2_loss": 3.0, "latent_loss": 5.0}) == 2
 
 
 def test_no_gradient_reaches_the_target_frame():
