@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.special
 import torch
 import torchvision
 from torch import nn
@@ -16,6 +18,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import common
 import train_detector
+from evidence import row_warnings
 from readers import backbones
 from readers.part_boxes import STATES, UNKNOWN
 
@@ -291,6 +294,64 @@ def test_the_overlap_and_temperature_of_a_run_stay_with_its_checkpoint(monkeypat
         monkeypatch.setattr(common, "load_model_file", lambda path: content)
         found, _ = train_detector.load_detector(tmp_path / "best_model.pth", FP32, flag)
         assert (found.roi_heads.nms_thresh, found.temperature) == (expected, 1.7)
+
+
+def test_the_temperature_of_the_states_is_that_of_the_lowest_loss(monkeypatch):
+    """Of the val boxes that were found, by SciPy; the features of the train and the val pictures stay with it."""
+    draws = np.random.default_rng(0)
+    logits = 4 * draws.normal(size=(60, 4))
+    true = np.where(draws.random(60) < 0.6, logits.argmax(1), draws.integers(0, 4, 60))
+    features = {"train": draws.random((5, 3)), "val": draws.random((4, 3))}
+    monkeypatch.setattr(train_detector, "detect", lambda model, loader, compute: {
+        "picture_features": list(features[loader]), "detections": "those of the val pictures"})
+    monkeypatch.setattr(train_detector.detection_scores, "coco_match", lambda truth, found, metric: (truth, found))
+    monkeypatch.setattr(train_detector.detection_scores, "found_states", lambda matching, found: SimpleNamespace(
+        probabilities=scipy.special.softmax(logits, 1), true=true) if matching == ("truth", found) else None)
+    saved = []
+    training = SimpleNamespace(model=SimpleNamespace(settings=small_settings()), load_best=dict, save_model=saved.append,
+                               run=SimpleNamespace(compute=FP32, say=print))
+    train_detector.finish_best_model(training, "truth", "train", "val")
+    judge = scipy.optimize.minimize_scalar(
+        lambda log_t: -scipy.special.log_softmax(logits / np.exp(log_t), 1)[np.arange(60), true].mean(), bounds=(-3, 3))
+    assert saved[0]["temperature"] == pytest.approx(np.exp(judge.x), rel=0.01) and judge.x > 0.3
+    expected = row_warnings.known_data(features["train"], features["val"])
+    assert repr(saved[0]["known_data"]) == repr(expected)
+
+
+def test_overfitting_is_told_of_the_best_epoch(monkeypatch):
+    """The one that is judged, not the last; beside the alarms of the split."""
+    history = [{"train_loss": 0.5, "val_loss": loss} for loss in (3.0, 2.0, 9.0)]
+    judged = []
+    for name, value in {"check_split": ["leak"], "check_states": None, "write_annotations": None, "load_models": (None, None),
+                        "detect_rows": "found", "fit": SimpleNamespace(history=history, best_epoch=2)}.items():
+        monkeypatch.setattr(train_detector, name, lambda *_, value=value: value)
+    monkeypatch.setattr(train_detector.plotting, "plot_history", lambda *_: None)
+    monkeypatch.setattr(train_detector, "judge", lambda *given, **known: judged.append((given[-2:], known)))
+    run = SimpleNamespace(write_record=lambda *_, **__: None, say=print, path=str, compute=None)
+    args = train_detector.parse_args(["--train_json", "a.json", "--train_images", "images", "--group_column", "street"])
+    split = {"train": np.arange(2), "val": np.array([2]), "test": np.array([], int)}
+    train_detector.run_split(run, args, SimpleNamespace(truth=None), split)
+    (where, known), = judged
+    assert where == ("val", ["found"]) and known["best_epoch"] == 2
+    assert known["alarms"] == ["leak", *train_detector.overfitting_alarms(history[1])] and len(known["alarms"]) == 2
+
+
+def test_evaluation_reads_pictures_as_the_checkpoint_does(monkeypatch, tmp_path):
+    class Asked(Exception):
+        pass
+
+    def load_study(args, files, say, parts):
+        raise Asked(args.absent, args.min_size, args.pixel_range, files, parts)
+    content = {"settings": small_settings(pixel_range=[0, 4095]), "absent": "drop", "epoch": 2}
+    monkeypatch.setattr(train_detector, "load_models", lambda *_: ({}, content))
+    monkeypatch.setattr(train_detector, "load_study", load_study)
+    (tmp_path / "best_model.pth").touch()
+    args = train_detector.parse_args(["--mode", "evaluate", "--checkpoint", str(tmp_path / "best_model.pth"), "--json", "a.json",
+                                      "--images_dir", "images", "--output_dir", str(tmp_path)])
+    with pytest.raises(Asked) as asked:
+        train_detector.evaluate_checkpoint(args)
+    files = {"test": (args.json, args.images_dir)}
+    assert asked.value.args == ("drop", 64, [0, 4095], files, content["settings"]["parts"])
 
 
 def test_states_that_no_train_box_has_still_have_a_loss():
