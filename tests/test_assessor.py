@@ -442,24 +442,26 @@ def test_weights_are_inverse_variances_of_mean_1_and_count_in_the_loss():
 
 def test_rows_without_a_picture_shift_no_rating_to_another_one(tmp_path):
     """Pictures as bright as they are rated; the first is missing and the third is broken."""
-    rows = [[f"{k}.png", f"p{p}", 20 * k + p, f"lens{k}"] for k in range(6) for p in range(2 + k % 2)]
+    raters = [2, 3, 2, 3, 1, 3]
+    rows = [[f"{k}.png", f"p{p}", 20 * k + k * p, f"lens{k}"] for k in range(6) for p in range(raters[k])]
     for k in range(1, 6):
         Image.new("RGB", (40, 40), (20 * k,) * 3).save(tmp_path / f"{k}.png")
     (tmp_path / "2.png").write_text("no picture")
     with open(tmp_path / "r.csv", "w", newline="") as handle:
         csv.writer(handle).writerows([["image", "participant", "valence", "lens"], *rows])
     args = train_assessor.parse_args(["--images_dir", str(tmp_path), "--ratings_file", str(tmp_path / "r.csv"),
-                                      "--group_column", "lens", "--image_size", "32", "--on_bad_file", "skip"])
+                                      "--group_column", "lens", "--image_size", "32", "--on_bad_file", "skip",
+                                      "--loss", "weighted"])
     table = train_assessor.read_table(args)
     study = train_assessor.load_study(args, SimpleNamespace(say=lambda text: None), table)
     kept = [1, 3, 4, 5]
     assert study.images.tolist() == [f"{k}.png" for k in kept]
     assert [int(study.picture(row).mean()) for row in range(4)] == [20 * k for k in kept]
-    assert study.ratings[:, 0].tolist() == [np.mean(20 * k + np.arange(2 + k % 2)) for k in kept]
-    assert study.sd[:, 0] == pytest.approx([np.std(np.arange(2 + k % 2), ddof=1) for k in kept])
-    assert study.n[:, 0].tolist() == [2 + k % 2 for k in kept]
+    assert study.ratings[:, 0].tolist() == [np.mean(20 * k + k * np.arange(raters[k])) for k in kept]
+    assert study.sd[:, 0].tolist() == pytest.approx([1, 3, math.nan, 5], nan_ok=True), "one rater has no sd"
+    assert study.n[:, 0].tolist() == [raters[k] for k in kept]
     assert [list(each) for each in study.single_ratings["valence"]] == [
-        [20 * k + p for p in range(2 + k % 2)] for k in kept]
+        [20 * k + k * p for p in range(raters[k])] for k in kept]
     assert study.groups.tolist() == study.columns["lens"].tolist() == [f"lens{k}" for k in kept]
     assert {row["image"]: row["reason"] for row in study.skipped}["0.png"] == "no such picture"
     assert {row["image"] for row in study.skipped} == {"0.png", "2.png"}
@@ -469,10 +471,13 @@ def test_rows_without_a_picture_shift_no_rating_to_another_one(tmp_path):
     scaler = {"mean": np.array([10.0]), "sd": np.array([4.0])}
     loader, loaders = train_assessor.make_loaders(study, split, scaler, args, common.choose_compute("cpu", "off"), {})
     assert loader.dataset.augment == "full" and {each.dataset.augment for each in loaders.values()} == {"none"}
+    weights = train_assessor.rating_weights(study, split["train"], "weighted")[:, 0]
+    assert len(set(weights)) == 4
     for part, each in loaders.items():
         batch = {name: value for batch in each for name, value in batch.items()}
         assert batch["input"][:, 0, 0, 0].tolist() == [20 * kept[row] for row in split[part]]
         assert batch["target"][:, 0].tolist() == [(study.ratings[row, 0] - 10) / 4 for row in split[part]]
+        assert batch["weight"][:, 0].tolist() == pytest.approx(weights[split[part]])
 
 
 def test_heat_maps_are_of_pictures_as_the_model_takes_them(monkeypatch):

@@ -537,16 +537,16 @@ def test_a_layer_normalises_before_each_half():
 
 
 def test_missing_labels_change_neither_loss_nor_gradient():
-    predicted, target, sd = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6), torch.rand(6) + 0.5
+    predicted, target, sd = torch.randn(5, 6, requires_grad=True), torch.randn(5, 6), torch.rand(6) + 0.5
     target[1, 2] = target[3, 0] = torch.nan
-    target[2] = torch.nan
+    target[2] = target[4, 1:] = torch.nan
     scaler = {"at1": {"sd": sd}, "at2": {"sd": 2 * sd}}
     loss_function = train_dreamer.DreamLoss(tiny_args(), scaler)
     loss = loss_function.of_pose("at1", predicted, target)
     assert torch.allclose(loss_function.of_pose("at2", 2 * predicted, 2 * target), loss, atol=1e-5)
     loss.sum().backward()
     known = ~target.isnan()
-    for row in (0, 1, 3):
+    for row in (0, 1, 3, 4):
         error = ((predicted - target) / sd)[row, known[row]]
         assert torch.allclose(loss[row], nn.functional.smooth_l1_loss(error, torch.zeros_like(error)))
     assert loss[2] == 0 and (predicted.grad[~known] == 0).all() and (predicted.grad[known] != 0).all()
