@@ -172,7 +172,7 @@ def test_features_are_computed_of_the_rows_asked_for_alone():
 def test_the_motion_readout_to_compare_with_has_masks_of_its_own_and_weights_that_fit(model, weights, monkeypatch):
     """Weights of a clip network are not those of --backbone; frames that repeat the one before are no motion."""
     study, _ = study_of(arguments("--model", model, "--weights", "own.pth", "--n_frames", 4), n_clips=1)
-    study.store.audit[0].repeats = (1, 3)
+    study.store.audit[0].indices = np.array([5, 5, 6, 6])
     monkeypatch.setattr(train_video, "build_model", lambda *_: nn.Identity())
     monkeypatch.setattr(train_video, "features_of_rows", lambda network, study, *_: (study.args, study.mask(0, 0).tolist()))
     args, mask = train_video.motion_features(study.args, study, common.choose_compute("cpu", "off"), np.arange(1))
