@@ -161,6 +161,14 @@ def test_compiled_training_has_the_same_losses_and_names(tmp_path):
     assert list(common.read_checkpoint(tmp_path / "True" / "best_model.pth")["model"]) == ["weight", "bias"]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_is_compiled_where_it_is_asked_for(tmp_path, monkeypatch, compiled):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: asked.append(model))
+    training, _ = make_training(tmp_path, False, compile=compiled)
+    assert asked == [training.model] * compiled
+
+
 @pytest.mark.parametrize("stop_after", range(1, 7))
 def test_a_stop_after_any_batch_continues_exactly(tmp_path, capsys, stop_after):
     """Also after the last batch of an epoch, when nothing but its evaluation is left."""
@@ -231,6 +239,17 @@ def test_a_step_is_saved_after_so_many_minutes(tmp_path, monkeypatch, minutes, a
     batch = next(training.batches(loader))
     training.step(squared_error(training.model(batch["x"])))
     assert (tmp_path / "last.pth").exists() is is_saved
+
+
+def test_age_and_duration_of_a_save(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(common, "save_checkpoint", lambda *_, **__: setattr(clock, "now", clock.now + 5))
+    checkpoints = common.Checkpoints(SimpleNamespace(path=tmp_path.joinpath))
+    clock.now = 130.0
+    assert checkpoints.age == 30
+    checkpoints.save({}, [])
+    assert (checkpoints.age, checkpoints.saving_seconds) == (0, 5)
 
 
 @pytest.mark.parametrize("age, is_saved", [(9.0, False), (11.0, True)])

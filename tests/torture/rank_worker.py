@@ -39,11 +39,16 @@ class Samples(torch.utils.data.Dataset):
         return {"x": pixels, "target": target, "name": str(index)}
 
 
-def build_model():
-    """A convolution, GroupNorm (which looks at one sample at a time) and a linear layer, in float64."""
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4), torch.nn.ReLU(),
-                               torch.nn.Flatten(), torch.nn.Linear(16, 1)).double()
+def build_model(rank):
+    """A convolution, GroupNorm (which looks at one sample at a time) and a linear layer, in float64.
+
+    Its weights are others in each process, and so is its buffer after each step: those of the first one must count.
+    """
+    torch.manual_seed(rank)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4), torch.nn.ReLU(),
+                                torch.nn.Flatten(), torch.nn.Linear(16, 1)).double()
+    model.register_buffer("steps_times_rank", torch.zeros(1))
+    return model
 
 
 def run_case(case, processes):
@@ -52,7 +57,7 @@ def run_case(case, processes):
     compute = common.Compute(torch.device("cpu"), "fp32", False, "cpu", processes)
     folder, resumed = Path(case["folder"]), (Path(case["folder"]) / "last.pth").exists()
     processes.on_first(lambda: folder.mkdir(exist_ok=True))
-    model, dataset = build_model(), Samples(case["n"], case.get("bad"))
+    model, dataset = build_model(processes.rank), Samples(case["n"], case.get("bad"))
     loader = common.make_loader(dataset, args, compute, train=True)
     scoring = common.make_loader(Samples(case["n"]), args, compute, train=False, batch_size=args.batch_size)
     signals = common.StopSignals()  # anew in each case: a run that stops leaves its process deaf to them
@@ -69,7 +74,9 @@ def run_case(case, processes):
                 loss = (model(batch["x"]) - batch["target"]).pow(2).mean()
                 if case.get("steep") in batch["name"]:
                     loss = loss + (0 * loss).sqrt()
+                model.steps_times_rank += processes.rank
                 training.step(loss)
+            assert model.steps_times_rank == 0
             with torch.no_grad():
                 outputs = torch.cat(processes.gather([model(batch["x"]) for batch in scoring])).flatten()
             training.end_epoch({**training.epoch_means(), "val_loss": outputs.square().mean().item()})
