@@ -510,19 +510,23 @@ def test_the_head_works_in_fp32_whatever_the_backbone_works_in():
 
 # --- prediction --------------------------------------------------------------------
 
-def test_predictions_repeat_the_validation_predictions(sample, trained, tmp_path):
-    """predict_assessor.py on the test pictures gives what training wrote, within the rounding of folded BatchNorm."""
-    output = tmp_path / "p.csv"
-    run_script(
-        "predict_assessor.py", "--checkpoint", trained, "--image_dir", sample.images, "--output", output,
-        "--use_amp", "off",
-    )
-    predicted = {row["image"]: row for row in read_csv(output)}
-    names = json.loads((trained / "target_scaler.json").read_text())["names"]
-    for row in read_csv(trained / "predictions_test.csv"):
-        own = predicted[row["image"].removeprefix("images/")]
-        for name in names:
-            assert float(own[name]) == pytest.approx(float(row[f"{name}_predicted"]), abs=0.05)
+@pytest.mark.parametrize("flags", [["--flip_average", "--freeze_stages", 2], ["--freeze_backbone"]])
+def test_predictions_repeat_the_validation_predictions(sample, tmp_path, flags):
+    """predict_assessor.py on the val pictures gives what training wrote, within the rounding of folded BatchNorm.
+
+    A solved head tells pictures apart, which the mlp head does not within the epochs of a test.
+    """
+    train(sample, tmp_path / "run", "--head", "ridge", "--image_size", 64, "--epochs", 1, "--use_amp", "off", *flags)
+    run = only_run(tmp_path / "run")
+    run_script("predict_assessor.py", "--checkpoint", run, "--image_dir", sample.images, "--output", tmp_path / "p.csv",
+               "--use_amp", "off")
+    predicted = {row["image"]: row for row in read_csv(tmp_path / "p.csv")}
+    rows = read_csv(run / "predictions_val.csv")
+    names = ("Valence", "Anger")
+    wanted = np.array([[float(row[f"{name}_predicted"]) for name in names] for row in rows])
+    found = np.array([[float(predicted[row["image"].removeprefix("images/")][name]) for name in names] for row in rows])
+    spread = wanted.std(axis=0).max()
+    assert spread > 1e-3 and np.abs(found - wanted).max() < 0.005 * spread
 
 
 def test_every_input_keeps_its_row(sample, folds, tmp_path):
@@ -636,6 +640,14 @@ def test_what_is_exported_of_several_models_is_their_mean(folds):
         together, *each = (exporting.MeanOutput(some).eval()(pixels)
                            for some in (members, *([member] for member in members)))
     assert len(each) == 3 and torch.allclose(together, torch.stack(each).mean(0), rtol=1e-5)
+
+
+def test_only_pictures_have_mirror_images_and_only_where_they_are_asked_for():
+    picture = torch.arange(12.0).reshape(1, 3, 2, 2)
+    [alone] = train_assessor.views_of(picture, False)
+    own, mirrored = train_assessor.views_of(picture, True)
+    assert torch.equal(alone, picture) and torch.equal(own, picture) and torch.equal(mirrored, picture[..., [1, 0]])
+    assert len(train_assessor.views_of(torch.zeros(1, 3), True)) == 1
 
 
 @pytest.mark.parametrize("is_frozen", [True, False])
@@ -799,6 +811,9 @@ def test_an_infinite_interval_is_said_and_so_is_a_constant_rating(capsys):
     predict_assessor.print_summary(predicted, ["a", "b"], members, np.array([0.5, np.inf]))
     said = capsys.readouterr().out
     assert "interval: infinite for 1 ratings, too few residuals" in said and said.count("NEARLY CONSTANT") == 1
+    for widths in (np.array([0.5, 0.5]), None):
+        predict_assessor.print_summary(predicted, ["a", "b"], members, widths)
+        assert "interval" not in capsys.readouterr().out
 
 
 def test_without_a_readable_picture_nothing_is_exported_and_it_is_said(folds, tmp_path):
@@ -875,6 +890,19 @@ def test_choosing_by_a_metric_that_the_val_rows_do_not_have_is_refused(sample, t
     flags = ["--ratings_file", table, "--split_file", tmp_path / "split.json", "--select", "r2", "--allow_leakage"]
     text = run_here("train_assessor.py", *small_run(sample, tmp_path / "out", *flags), code=2).stderr
     assert "no two different values of any rating, so --select r2 has none" in text and "--select last or loss" in text
+
+
+def test_two_different_ratings_are_enough():
+    study = SimpleNamespace(names=["calm", "bold"], ratings=np.array([[1.0, 1], [2, 2], [3, 5], [4, 5], [np.nan, 5]]))
+    split = {"train": np.array([0, 1]), "val": np.array([2, 3, 4])}
+    args = SimpleNamespace(select="r2")
+    train_assessor.check_ratings(args, study, [split])
+    with pytest.raises(common.UserError, match="^bold: no two different ratings in the train rows"):
+        train_assessor.check_ratings(args, study, [split, split | {"train": np.array([2, 3, 4])}])
+    flat = split | {"val": np.array([4])}
+    with pytest.raises(common.UserError, match="so --select r2 has none"):
+        train_assessor.check_ratings(args, study, [split, flat])
+    train_assessor.check_ratings(SimpleNamespace(select="last"), study, [flat])
 
 
 @pytest.mark.parametrize("is_long", [False, True])
