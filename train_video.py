@@ -574,7 +574,7 @@ class FrameLstm(backbones.BackboneModel):
         # (B, T, 3, S, S) clips, or (B, T, F) features of a frozen backbone
         features = self.extract(clips, mask)
         with torch.autocast(features.device.type, enabled=False):
-            states, _ = self.lstm(features.float())  # (B, T, F) -> (B, T, H)
+            states, _ = self.lstm(features)  # (B, T, F) -> (B, T, H)
         last = (mask.sum(1) - 1).to(features.device, non_blocking=True)  # (B,) index of the last real frame
         rows = torch.arange(states.shape[0], device=last.device)
         return self.head(states[rows, last])  # (B, H) -> (B, K)

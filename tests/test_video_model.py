@@ -701,7 +701,7 @@ def test_a_network_starts_from_the_train_rows_and_is_chosen_by_the_column_of_its
                      task=task)
     study, _ = study_of(args, n_frames=1, size=1, n_clips=5)
     study.table = table_of([0, 0, 0, 1, 1])
-    study.store.hashes = np.arange(20).reshape(5, 4)
+    study.store.hashes, study.store.pixel_range = np.arange(20).reshape(5, 4), None
     if task == "regress":
         study.table = scored_table(np.arange(10).reshape(5, 2), ["a", "b"])
     run = SimpleNamespace(compute=common.choose_compute("cpu", "off"), say=print)
