@@ -73,6 +73,13 @@ def test_edge_cases_are_nan_or_zero_as_documented():
     assert common.mean_metrics(predicted, target)["pearson_r"] == 0.5
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rounding_takes_no_correlation_past_one(sign):
+    target = np.random.default_rng(0).normal(size=(20, 500))
+    r = common.regression_metrics(sign * (3 * target + 1), target)["pearson_r"]
+    assert (sign * r).max() == 1 and (sign * r).min() > 1 - 1e-12
+
+
 def test_no_defined_target_gives_nan_without_a_warning(recwarn):
     means = common.mean_metrics(np.zeros((0, 2)), np.zeros((0, 2)))
     assert math.isnan(means["r2"]) and not recwarn.list

@@ -275,7 +275,7 @@ def test_batchnorm_with_one_value_is_one_line(capsys):
 
 def test_64_starts_in_one_second_give_64_folders(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        folders = list(pool.map(lambda _: common.new_folder(tmp_path), range(64)))
+        folders = list(pool.map(lambda _: common.new_folder(tmp_path / "not" / "there"), range(64)))
     assert len(set(folders)) == 64 and all(folder.is_dir() for folder in folders)
 
 
@@ -822,6 +822,13 @@ def test_bf16_with_channels_last_agrees_with_fp32():
             outputs.append(model(common.to_input(images, compute)).float().flatten())
     assert torch.corrcoef(torch.stack(outputs))[0, 1] > 0.9995
     assert (outputs[0] - outputs[1]).abs().max() < 0.05 * outputs[0].abs().max()
+
+
+@pytest.mark.parametrize("precision, dtype", [
+    ("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_forward_pass_has_the_precision_that_is_recorded(precision, dtype):
+    with common.Compute(torch.device("cpu"), precision, False, "cpu", common.Processes()).autocast():
+        assert torch.nn.Linear(1, 1)(torch.zeros(1, 1)).dtype == dtype
 
 
 @pytest.mark.parametrize("capability, expected", [((9, 0), "bf16"), ((7, 5), "fp16"), ((6, 1), "fp32")])
