@@ -563,7 +563,11 @@ def test_losses_and_errors_of_a_model_that_says_the_mean_by_hand():
     poses = {name: 10 * torch.rand(5, 6, generator=draws) for name in ("at1", "at2", "motion", "other_motion")}
     batches = [{"frames": frames[cut], **{name: each[cut] for name, each in poses.items()}}
                for cut in (slice(0, 3), slice(3, 5))]
-    at1, _, numbers = train_dreamer.evaluate(model, batches, common.choose_compute("cpu", "off"))
+    compute = common.choose_compute("cpu", "off")
+    frame_t1, frame_t2, sent = train_dreamer.to_device(batches[1], compute)
+    assert torch.equal(frame_t1, frames[3:, 0]) and torch.equal(frame_t2, frames[3:, 1])
+    assert all(torch.equal(sent[name], each[3:]) for name, each in poses.items())
+    at1, _, numbers = train_dreamer.evaluate(model, batches, compute)
     assert np.allclose(at1, -poses["motion"], atol=1e-5)
     wanted = [nn.functional.smooth_l1_loss(error, torch.zeros(5, 6)).item()
               for error in ((poses["motion"] + poses["at1"]) / 2, poses["at2"] / 8)]

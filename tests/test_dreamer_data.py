@@ -414,17 +414,22 @@ def test_all_missing_and_unreadable_pictures_are_listed_or_skipped(tmp_path):
     written = write_sequence(
         tmp_path / "data" / "a_01", edit=lambda rows: rows[0].update(ft1_image_path="ft1/gone.png"))
     (tmp_path / "data" / "a_01" / "ft2" / "frame_0004.png").write_bytes(b"no picture")
-    study, _, _ = load(tmp_path / "data", "--on_bad_file", "skip")
+    study, _, args = load(tmp_path / "data", "--on_bad_file", "skip")
     assert [row["reason"][:10] for row in study.skipped] == ["no file 'f", "unreadable"]
     assert [row["row"] for row in study.skipped] == [1, 4]
     kept = [1, 2, 4, 5]  # each with its own poses and pictures
     assert study.order.tolist() == kept
     assert study.names.tolist() == [f"a_01/frame_000{i}-frame_000{i + 1}" for i in kept]
     assert all(np.allclose(found, poses[kept]) for found, poses in zip((study.at1, study.motion, study.at2), written))
-    for i, pair in zip(kept, study.frames):
-        for which, number, frame in (("ft1", i, pair[0]), ("ft2", i + 1, pair[1])):
-            with Image.open(tmp_path / "data" / "a_01" / which / f"frame_{number:04d}.png") as picture:
-                assert np.array_equal(study.picture(frame)[:, :, 0], picture)
+    samples = train_dreamer.ProbeTransitions(study, np.arange(4)[::-1], args, "none")
+    for row, i in enumerate(kept):
+        sample = samples[0, 3 - row]
+        for which, name in enumerate((f"ft1/frame_{i:04d}.png", f"ft2/frame_{i + 1:04d}.png")):
+            with Image.open(tmp_path / "data" / "a_01" / name) as picture:
+                assert np.array_equal(study.picture(study.frames[row, which])[:, :, 0], picture)
+                assert np.array_equal(sample["frames"][which, 0], picture)
+        for name, poses in zip(FIELDS, written):
+            assert np.allclose(sample[name], poses[i], atol=1e-5)
     with pytest.raises(common.UserError, match="gone.png"):
         load(tmp_path / "data")
 
