@@ -472,7 +472,7 @@ def test_a_world_model_works_in_sds_of_the_train_poses():
 
 def test_a_readout_of_the_frame_is_its_solved_layer_and_a_scaled_correction():
     args = readout_args()
-    scaler = {"at1": {"sd": np.arange(1.0, 7)}}
+    scaler = UNIT | {"at1": {"mean": np.zeros(6), "sd": np.arange(1.0, 7)}}
     model = train_dreamer.build_model(args, scaler, "additive").eval()
     grids = np.random.default_rng(0).normal(5, 2, (40, model.encoder.scales.n_features)).astype(np.float32)
     model.scale_grids(grids)
