@@ -298,6 +298,14 @@ def test_auto_continues_the_folder_of_its_own_job_before_a_newer_one(tmp_path, m
     assert make_run(tmp_path, "--resume", "auto") == own
 
 
+def test_auto_takes_the_newest_of_runs_that_were_started_in_one_second(tmp_path):
+    """By name the ninth comes after the eleventh."""
+    folders = [make_run(tmp_path) for _ in range(11)]
+    for k, folder in enumerate(folders):
+        os.utime(folder / "args.json", (k, k))
+    assert make_run(tmp_path, "--resume", "auto") == folders[-1]
+
+
 def parsed(folder, *words):
     """The flags of a script that reads a table."""
     parser = common.Parser()
