@@ -235,7 +235,7 @@ def test_the_learning_rate_of_other_schedules_does_not_wait_for_a_gain(tmp_path)
 @pytest.mark.parametrize("minutes, age, is_saved", [(0.5, 29.9, False), (0.5, 30.1, True), (0.0, 1e9, False)])
 def test_a_step_is_saved_after_so_many_minutes(tmp_path, monkeypatch, minutes, age, is_saved):
     training, loader = make_training(tmp_path, False, save_minutes=minutes)
-    monkeypatch.setattr(common.Checkpoints, "age", age)
+    monkeypatch.setattr(common.Training, "_seconds_since_save", lambda _: age)
     batch = next(training.batches(loader))
     training.step(squared_error(training.model(batch["x"])))
     assert (tmp_path / "last.pth").exists() is is_saved
@@ -245,11 +245,11 @@ def test_age_and_duration_of_a_save(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(common.time, "monotonic", lambda: clock.now)
     monkeypatch.setattr(common, "save_checkpoint", lambda *_, **__: setattr(clock, "now", clock.now + 5))
-    checkpoints = common.Checkpoints(SimpleNamespace(path=tmp_path.joinpath))
+    training, _ = make_training(tmp_path, False)
     clock.now = 130.0
-    assert checkpoints.age == 30
-    checkpoints.save({}, [])
-    assert (checkpoints.age, checkpoints.saving_seconds) == (0, 5)
+    assert training._seconds_since_save() == 30
+    training.save()
+    assert (training._seconds_since_save(), training.saving_seconds) == (0, 5)
 
 
 @pytest.mark.parametrize("age, is_saved", [(9.0, False), (11.0, True)])
