@@ -616,6 +616,11 @@ def test_json_is_strict_and_tables_keep_every_digit(tmp_path):
     assert (tmp_path / "u.csv").read_bytes().startswith(b"\xef\xbb\xbf"), "or a spreadsheet shows GrÃ¶ÃŸe"
 
 
+def test_json_of_other_programs_may_have_control_characters_in_texts(tmp_path):
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"note": "ear\tback"}')
+    assert common.read_json(tmp_path / "x.json") == {"note": "ear\tback"}
+
+
 def test_names_of_files_that_are_no_unicode_can_be_written(tmp_path):
     """Names from an archive made on Windows reach Python with lone surrogates."""
     name = "h\udcfchner.jpg"

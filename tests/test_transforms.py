@@ -367,6 +367,10 @@ def test_eval_crop_is_the_centre(height, width):
     assert np.array_equal(common.eval_crop(image, SIZE), expected)
 
 
+def test_the_short_side_before_the_crop_leaves_a_seventh():
+    assert [common.resize_side(size) for size in (224, 384, 32)] == [256, 439, 37]
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_to_input_is_torchvision_normalize(channels_last):
     batch = torch.from_numpy(np.stack([waves(40, 50), 255 - waves(40, 50)]))
