@@ -2046,6 +2046,7 @@ class EarlyStopping:
 
 FORMAT = 1
 PLAIN = (bool, int, float, str, type(None))  # beside dense tensors, and lists and dicts of all these
+LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickled magic number
 SAVING_TIME = 0.1  # part of the time between two saves that the saving itself may take
 
 
@@ -2109,7 +2110,8 @@ def read_checkpoint(path):
 def _check_archive(path):
     size = path.stat().st_size
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"it is {size} bytes, no zip archive as torch writes since 1.6")
+        _refuse_legacy(path)
+        raise ValueError(f"it is {size} bytes, no zip archive")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
@@ -2118,6 +2120,15 @@ def _check_archive(path):
         damaged = archive.testzip()
     if damaged:
         raise ValueError(f"the entry {damaged} is damaged")
+
+
+def _refuse_legacy(path):
+    """CheckpointError for a file from before torch 1.6."""
+    with path.open("rb") as handle:
+        is_legacy = handle.read(64).startswith(LEGACY_TORCH)
+    if is_legacy:
+        raise CheckpointError(f"{path} is from before torch 1.6; write it anew: python -c \"import torch; torch.save("
+                              f"torch.load('{path}', weights_only=True), '{path}')\"")
 
 
 def _check_plain(value):

@@ -470,7 +470,7 @@ class Head(nn.Module):
         self.bounded = bounded
         self.register_buffer("offset", torch.zeros(n_outputs))
         self.register_buffer("span", torch.ones(n_outputs))
-        self.register_buffer("prior_shift", torch.zeros(n_outputs))
+        self.register_buffer("prior_shift", torch.zeros(n_outputs), persistent=False)
 
     def start_at(self, centre, offset, span):
         """Set the scale (K,) and a bias that gives `centre` (K,) where all features are 0."""
@@ -892,7 +892,7 @@ def fit(run, args, study, split, features):
     training = common.Training(
         run, model, optimizer, args,
         select=column,
-        metadata=model_metadata(args, study, objective),
+        metadata=model_metadata(args, study, objective, model),
         higher_is_better=higher_is_better,
         seen=seen_rows.of_run(args, study.hashes, split))
     for _ in training.epochs():
@@ -952,14 +952,15 @@ def solve_head(model, study, rows, features, say):
     readout.write_into(model.head.linear)  # in the unit of the task: offset 0 and span 1 stay
 
 
-def model_metadata(args, study, objective):
-    """What predict needs beside the weights: architecture and names."""
+def model_metadata(args, study, objective, model):
+    """What predict needs beside the weights: architecture, names, prior shift."""
     architecture = {name: getattr(args, name) for name in ARCHITECTURE}
     architecture["pixel_mean"], architecture["pixel_sd"] = pixel_statistics(args)
     architecture["pixel_range"] = study.store.pixel_range
     content = {"architecture": architecture, "names": objective.names}
     if args.task == "classify":
         content["positive"] = objective.names[objective.positive]
+        content["prior_shift"] = model.head.prior_shift.tolist()
     return content
 
 
@@ -1289,6 +1290,7 @@ def load_members(args):
                 pretrained=False, names=content["names"], positive_class=content.get("positive"))
             model = build_model(own, len(content["names"]))
         common.load_state(model, content["model"], path)
+        model.head.prior_shift.copy_(torch.tensor(content.get("prior_shift", 0.0)))
         members.append(Member(model.eval(), content, own))
         first = members[0]
         for name in ("task", "names", "positive_class", "min_event_sec", *READING):

@@ -202,7 +202,7 @@ def test_validation_rows_are_not_judged_by_what_was_fitted_on_them(behaviours):
 def test_sampler_is_corrected_for(behaviours):
     """Logits speak of the natural class shares: the shift is the log of natural over drawn shares."""
     content = common.read_checkpoint(behaviours / "best_model.pth")
-    assert content["model"]["head.prior_shift"].tolist() == pytest.approx([math.log(0.8 / 0.5), math.log(0.2 / 0.5)])
+    assert content["prior_shift"] == pytest.approx([math.log(0.8 / 0.5), math.log(0.2 / 0.5)])
 
 
 def test_report_begins_with_the_verdict(behaviours):
@@ -228,7 +228,7 @@ def test_a_solved_model_is_a_run_like_any_other(made, solved, tmp_path):
     assert content["architecture"]["pixel_mean"] == list(common.IMAGENET_MEAN)
     own = argparse.Namespace(model="motion_readout", backbone="googlenet", weights=None, pixel_mean=[0.1] * 3, pixel_sd=[0.2] * 3)
     assert train_video.pixel_statistics(own) == ([0.1] * 3, [0.2] * 3), "predict normalises as the checkpoint says"
-    assert content["architecture"]["fps"] == 4 and content["model"]["head.prior_shift"].tolist() == [0, 0]
+    assert content["architecture"]["fps"] == 4 and content["prior_shift"] == [0, 0]
     assert {row["seen"] for row in read_csv(solved / "predictions_folds.csv")} == {"new"}, "no epoch was chosen"
     assert "motion_readout_prob_tail" not in read_csv(solved / "predictions_folds.csv")[0]
     assert "features by the inner folds: " in (solved / "fold_0" / "log.txt").read_text()
