@@ -2167,7 +2167,7 @@ def load_model_file(path, script=None):
 
 def checkpoint_files(paths):
     """Files and run folders -> checkpoint files: a folder's own best_model.pth, or those of its folds."""
-    files = []
+    files = {}  # one that is named twice counts once
     for path in paths:
         found = [path]
         if path.is_dir():
@@ -2176,8 +2176,8 @@ def checkpoint_files(paths):
                 of_folds, key=lambda file: int(file.parent.name.removeprefix("fold_")))
         if not found:
             raise UserError(f"--checkpoint {path} holds no best_model.pth and no fold_K/best_model.pth")
-        files += found
-    return list({file.resolve(): file for file in files}.values())  # one that is named twice counts once
+        files |= {file.resolve(): file for file in found}
+    return list(files.values())
 
 
 @contextlib.contextmanager
@@ -2369,8 +2369,7 @@ class Training:
     def batches(self, loader):
         """The batches that remain in this epoch. Model and sampler are made ready."""
         progress = self.progress
-        sampler = loader.batch_sampler
-        self.sampler = sampler
+        self.sampler = sampler = loader.batch_sampler
         n_batches = len(sampler)
         if self.stream is None:
             self.run.say(f"loader: {loader.num_workers or 'no'} workers, {n_batches} batches an epoch")

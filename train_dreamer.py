@@ -474,7 +474,6 @@ class FrameReadout(nn.Module):
     def __init__(self, encoder, args, scaler, convention):
         super().__init__()
         self.encoder = encoder
-        self.loss_function = DreamLoss(args, scaler)
         n_features = encoder.scales.n_features
         self.solved = nn.Linear(n_features, 6).requires_grad_(False)
         self.correction = nn.Sequential(
@@ -581,7 +580,6 @@ class Dreamer(nn.Module):
     def __init__(self, encoder, args, scaler, convention):
         super().__init__()
         self.encoder = encoder
-        self.loss_function = DreamLoss(args, scaler)
         self.imagination = Imagination(encoder.n_features, encoder.n_cells, args)
         self.readout = nn.Sequential(
             nn.Linear(encoder.n_features, 1024), nn.GELU(), nn.Dropout(args.dropout),
@@ -700,24 +698,23 @@ def to_device(batch, compute):
     return *frames.unbind(1), poses  # (B, 2, ...) -> two of (B, ...)
 
 
-def train_one_epoch(model, loader, training, compute):
+def train_one_epoch(model, loader, loss_function, training, compute):
     """One pass over the train rows; returns {'train_loss', 'train_main_task_loss', ...}: means over the rows."""
     model.train()
     for batch in training.batches(loader):
         frame_t1, frame_t2, poses = to_device(batch, compute)
         with compute.autocast():
             imagined = model(frame_t1, poses["motion"])
-            features_t2 = model.true_features(frame_t2) if model.loss_function.uses_t2 else None
-        loss, parts = model.loss_function(imagined, poses, features_t2)
+            features_t2 = model.true_features(frame_t2) if loss_function.uses_t2 else None
+        loss, parts = loss_function(imagined, poses, features_t2)
         training.step(loss, **parts)
     return training.epoch_means()
 
 
 @torch.no_grad()
-def evaluate(model, loader, compute):
+def evaluate(model, loader, loss_function, compute):
     """Whole split at once -> (at1 (M, 6) in mm and degrees, features of t1 (M, F), {name: number} for the history)."""
     model.eval()
-    loss_of = model.loss_function.of_pose
     batches = []
     for batch in loader:
         frame_t1, frame_t2, poses = to_device(batch, compute)
@@ -727,8 +724,8 @@ def evaluate(model, loader, compute):
             "at1": imagined.at1,
             "features": imagined.features_t1.mean(2) if model.imagines else imagined.features_t1,
             "true_at1": poses["at1"],
-            "main_task_loss": loss_of("at1", imagined.at1, poses["at1"]),  # (B,)
-            "t2_loss": loss_of("at2", imagined.at2, poses["at2"])})
+            "main_task_loss": loss_function.of_pose("at1", imagined.at1, poses["at1"]),  # (B,)
+            "t2_loss": loss_function.of_pose("at2", imagined.at2, poses["at2"])})
         if model.imagines:
             with compute.autocast():
                 features_t2 = model.true_features(frame_t2)  # (B, F, G)
@@ -741,7 +738,7 @@ def evaluate(model, loader, compute):
     at1 = rows["at1"].double()
     error = probe_poses.pose_error(at1, rows["true_at1"].double()).abs()  # (M, 6)
     mae = {f"mae_{axis}": value for axis, value in zip(probe_poses.AXES, error.nanmean(0).tolist())}
-    numbers = {"loss": model.loss_function.total(means), **means, **mae}
+    numbers = {"loss": loss_function.total(means), **means, **mae}
     return at1.numpy(), rows["features"].numpy(), numbers
 
 
@@ -753,7 +750,7 @@ def join_batches(batches, compute):
 
 
 def fit(run, args, study, split, readout):
-    """Train on split['train'], choose the epoch on split['val'] -> Training.
+    """Train on split['train'], choose the epoch on split['val'] -> (Training, DreamLoss).
 
     readout: of solve_readout on the train rows, with which a FrameReadout starts.
     """
@@ -769,6 +766,7 @@ def fit(run, args, study, split, readout):
         readout.write_into(model.solved)
         model.scale_grids(study.grids_at_t1(split["train"]))
     model = compute.place(model)
+    loss_function = DreamLoss(args, scaler)
     optimizer = common.build_optimizer(model, args, model.encoder)
     training = common.Training(
         run, model, optimizer, args,
@@ -777,16 +775,16 @@ def fit(run, args, study, split, readout):
         higher_is_better=False,
         seen=seen_rows.of_run(args, study.hashes, split))
     for _ in training.epochs():
-        row = train_one_epoch(model, train_loader, training, compute)
-        *_, numbers = evaluate(model, val_loader, compute)
+        row = train_one_epoch(model, train_loader, loss_function, training, compute)
+        *_, numbers = evaluate(model, val_loader, loss_function, compute)
         row["train_total_loss"] = row["train_loss"]
         row |= {f"val_{name}": value for name, value in numbers.items()}
         training.end_epoch(row)
     training.save_model(training.model_file(), "final_model.pth")
-    return training
+    return training, loss_function
 
 
-def keep_if_better(training, study, rows, readout):
+def keep_if_better(training, study, rows, readout, loss_function):
     """Give a FrameReadout its best epoch, or epoch 0 where none beats the solved readout on these rows.
 
     Returns the content of best_model.pth.
@@ -798,8 +796,7 @@ def keep_if_better(training, study, rows, readout):
     if training.select == "last":
         return best
     start = torch.from_numpy(readout.predict(study.grids_at_t1(rows)))
-    loss_of = training.model.loss_function.of_pose
-    start_loss = loss_of("at1", start, torch.from_numpy(study.at1[rows])).mean().item()
+    start_loss = loss_function.of_pose("at1", start, torch.from_numpy(study.at1[rows])).mean().item()
     best_loss = best["history"][training.select]
     training.run.say(f"validation loss of the solved readout {start_loss:.4f}, of epoch {best['history']['epoch']} "
                      f"{best_loss:.4f}")
@@ -827,7 +824,7 @@ def model_metadata(args, study, split, scaler):
 
 
 @torch.no_grad()
-def use_of_inputs(model, loader, numbers, compute, study, trained, rows):
+def use_of_inputs(model, loader, numbers, loss_function, compute, study, trained, rows):
     """Does the model use the motion and the imagined frame? {name of pose_judging.USE_MEANINGS: number} of these rows.
 
     False motions are those of other rows of the split; they enter the imagination only, while the composition keeps
@@ -847,7 +844,7 @@ def use_of_inputs(model, loader, numbers, compute, study, trained, rows):
             features_t2 = model.true_features(frame_t2)  # (B, F, G)
             false = model.imagine(true.features_t1, poses["other_motion"], poses["motion"])
         batches.append({
-            "false_loss": model.loss_function.of_pose("at1", false.at1, poses["at1"]),  # (B,)
+            "false_loss": loss_function.of_pose("at1", false.at1, poses["at1"]),  # (B,)
             "map_imagined": true.features_t2.flatten(1).half(),  # (B, F * G)
             "map_t2": features_t2.flatten(1).half()})
     joined = join_batches(batches, compute)  # {name: (M, ...)}
@@ -1084,10 +1081,11 @@ def run_split(run, args, study, split):
         study = with_features(study, np.concatenate(list(split.values())), args, run.compute)
     readout = solve_readout(study, split["train"])
     run.say(f"solved readout: {', '.join(dict.fromkeys(readout.blocks))} of the encoder, by the inner folds")
-    judge_split(args, study, split, readout, fit(run, args, study, split, readout))
+    training, loss_function = fit(run, args, study, split, readout)
+    judge_split(args, study, split, readout, training, loss_function)
 
 
-def judge_split(args, study, split, readout, training):
+def judge_split(args, study, split, readout, training, loss_function):
     """Judge what fit trained on the held-out rows; what is found out on the way is added to best_model.pth."""
     run = training.run
     model = training.model
@@ -1096,14 +1094,14 @@ def judge_split(args, study, split, readout, training):
         """(ScoreTable of a part, features of its frames, numbers of evaluate)."""
         own = split[of_part]
         loader = make_loader(study, own, args, run.compute)
-        predicted, features, numbers = evaluate(model, loader, run.compute)
+        predicted, features, numbers = evaluate(model, loader, loss_function, run.compute)
         table = predictions_table(study, own, predicted, baselines, training.seen.words(study.hashes[own]))
         return table, features, numbers
 
     part = "val"
     fitted = split["train"]
     rows = split["val"]
-    best = keep_if_better(training, study, rows, readout)
+    best = keep_if_better(training, study, rows, readout, loss_function)
     train_table, train_features, _ = score("train", {})
     table, features, numbers = score("val", predict_baselines(study, fitted, rows, readout))
     table.write(run.path("predictions_val.csv"))
@@ -1125,7 +1123,7 @@ def judge_split(args, study, split, readout, training):
     plot_training(run, training.progress.history, best["epoch"], part, pose_scores.fold_numbers(table, study.label_sd))
     loader = make_loader(study, rows, args, run.compute)
     trained = split["train"] if model.imagines else fitted
-    use = use_of_inputs(model, loader, numbers, run.compute, study, trained, rows)
+    use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, trained, rows)
     judge(run, args, study, split, rows, table, part, use, alarms=alarms, best_epoch=best["epoch"])
 
 
@@ -1202,7 +1200,7 @@ def train(run, args):
 # --- the other modes -------------------------------------------------------------------------
 
 def load_checkpoint(args, run):
-    """--checkpoint -> (its content, model on the device, args with the model's settings for the flags)."""
+    """--checkpoint -> (its content, model on the device, DreamLoss, args with the model's settings for the flags)."""
     path = args.checkpoint
     content = common.load_model_file(path)
     with common.checkpoint_fields(path):
@@ -1220,7 +1218,8 @@ def load_checkpoint(args, run):
         common.load_state(model, content["model"], path)
     text = ", ".join(f"{name} {settings[name]}" for name in MODEL_FLAGS)
     run.say(f"checkpoint: epoch {content['epoch']}, {text}")
-    return content, run.compute.place(model), args
+    loss_function = DreamLoss(args, content["scaler"])
+    return content, run.compute.place(model), loss_function, args
 
 
 def rows_to_score(run, args, study, seen):
@@ -1245,7 +1244,7 @@ def rows_to_score(run, args, study, seen):
 
 def evaluate_checkpoint(run, args):
     """--mode evaluate: judge a trained model on rows it was not trained on."""
-    content, model, args = load_checkpoint(args, run)
+    content, model, loss_function, args = load_checkpoint(args, run)
     study = load_study(args, run, usual=content["settings"])
     seen = seen_rows.of_checkpoint(content)
     part, rows, fitted = rows_to_score(run, args, study, seen)
@@ -1256,12 +1255,12 @@ def evaluate_checkpoint(run, args):
         study = with_features(study, np.union1d(fitted, rows), args, run.compute, encoder)
         readout = solve_readout(study, fitted)
     loader = make_loader(study, rows, args, run.compute)
-    predicted, _, numbers = evaluate(model, loader, run.compute)
+    predicted, _, numbers = evaluate(model, loader, loss_function, run.compute)
     others = predict_baselines(study, fitted, rows, readout, content["scaler"]["at1"]["mean"].numpy())
     table = predictions_table(study, rows, predicted, others, seen.words(study.hashes[rows]))
     table.write(run.path(f"predictions_{part}.csv"))
     trained = fitted[seen.words(study.hashes[fitted]) == "train"]
-    use = use_of_inputs(model, loader, numbers, run.compute, study, trained, rows)
+    use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, trained, rows)
     known = sorted(set(table.groups) & set(content["train_patients"]))
     alarms = []
     if known:
@@ -1272,12 +1271,12 @@ def evaluate_checkpoint(run, args):
 
 def predict(run, args):
     """--mode predict: predictions.csv with at1 for every transition; labels are not needed."""
-    content, model, args = load_checkpoint(args, run)
+    content, model, loss_function, args = load_checkpoint(args, run)
     study = load_study(args, run, needs_labels=False, usual=content["settings"])
     rows = np.arange(len(study.names))
     run.write_record(study, {"all": rows})
     loader = make_loader(study, rows, args, run.compute)
-    predicted, features, _ = evaluate(model, loader, run.compute)
+    predicted, features, _ = evaluate(model, loader, loss_function, run.compute)
     seen = seen_rows.of_checkpoint(content).words(study.hashes)
     table = predictions_table(study, rows, predicted, {"motion": study.motion}, seen)
     table.warning = row_warnings.texts([(content, features)], seen, "frames", run.say)

@@ -70,12 +70,8 @@ def version_numbers(text):
 
 def read_requirements(path):
     """requirements file with lines `package` or `package>=version` -> {package: lowest version, '' for any}."""
-    required = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        package, _, lowest = line.split("#")[0].replace(" ", "").partition(">=")
-        if package:
-            required[package] = lowest
-    return required
+    text = Path(path).read_text(encoding="utf-8")
+    return dict(re.findall(r"^([\w-]+) *(?:>= *([\d.]+))?", text, re.MULTILINE))
 
 
 def installed_version(package):

@@ -662,6 +662,7 @@ def shuffle_ratio(ignore_motion):
     scaler = {name: {"mean": np.zeros(6), "sd": np.full(6, sd)} for name, sd in spreads.items()}
     model = train_dreamer.build_model(args, scaler, "additive")
     compute = common.choose_compute("cpu", "off")
+    loss_function = train_dreamer.DreamLoss(args, scaler)
     if ignore_motion:
         model.imagination.motion = Deaf(args.d_model)
     optimizer = common.build_optimizer(model, args)
@@ -669,14 +670,14 @@ def shuffle_ratio(ignore_motion):
     for _ in range(10):
         for batch in batches:
             frame_t1, _, poses = train_dreamer.to_device(batch, compute)
-            loss = model.loss_function(model.train()(frame_t1, poses["motion"]), poses, None)[0]
+            loss = loss_function(model.train()(frame_t1, poses["motion"]), poses, None)[0]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     held_out = banded_batches(64, 1, model)
     study = types.SimpleNamespace(at1=np.zeros((64, 6)), patients=np.array(["p"] * 64))
-    *_, numbers = train_dreamer.evaluate(model, held_out, compute)
-    use = train_dreamer.use_of_inputs(model, held_out, numbers, compute, study, [], np.arange(64))
+    *_, numbers = train_dreamer.evaluate(model, held_out, loss_function, compute)
+    use = train_dreamer.use_of_inputs(model, held_out, numbers, loss_function, compute, study, [], np.arange(64))
     return use["action_shuffle_ratio"]
 
 
@@ -1087,7 +1088,7 @@ def test_a_readout_solved_on_train_and_validation_rows_is_undone_by_a_resume():
     model = types.SimpleNamespace(imagines=False, solved=nn.Linear(3, 6))
     training = types.SimpleNamespace(model=model, select="last", load_best=lambda: {"epoch": 3})
     readout = baseline_models.Readout(np.full((3, 6), 2.0), np.arange(6.0), ["all"])
-    assert train_dreamer.keep_if_better(training, None, None, readout) == {"epoch": 3}
+    assert train_dreamer.keep_if_better(training, None, None, readout, None) == {"epoch": 3}
     assert (model.solved.weight == 2).all() and model.solved.bias.tolist() == [0, 1, 2, 3, 4, 5]
 
 

@@ -186,7 +186,8 @@ def dreamer_epoch(device, folder, accumulate):
     model = train_dreamer.Dreamer(encoder, args, scaler, "se3_left")
     sample = {"frames": picture(2, 1, 32, 32), **{name: torch.ones(6) for name in ("motion", "other_motion", "at1", "at2")}}
     training, loader, compute = start(device, folder, model, sample, accumulate)
-    return training, lambda: train_dreamer.train_one_epoch(model, loader, training, compute)
+    loss = train_dreamer.DreamLoss(args, scaler)
+    return training, lambda: train_dreamer.train_one_epoch(model, loader, loss, training, compute)
 
 
 EPOCHS = {

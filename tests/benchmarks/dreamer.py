@@ -78,9 +78,10 @@ class ScriptEpochs:
         self.model = self.run.compute.place(train_dreamer.build_model(self.args, unit_scaler(), "additive"))
         optimizer = common.build_optimizer(self.model, self.args)
         self.training = common.Training(self.run, self.model, optimizer, self.args, "last", {})
+        self.loss_function = train_dreamer.DreamLoss(self.args, unit_scaler())
 
     def epoch(self):
-        train_dreamer.train_one_epoch(self.model, self.loader, self.training, self.run.compute)
+        train_dreamer.train_one_epoch(self.model, self.loader, self.loss_function, self.training, self.run.compute)
         self.training.progress.next_epoch()
 
 
