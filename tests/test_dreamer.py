@@ -558,6 +558,7 @@ def test_losses_and_errors_of_a_model_that_says_the_mean_by_hand():
     scaler = {"motion": UNIT["motion"], **{name: {"mean": np.zeros(6), "sd": np.full(6, sd)}
                                            for name, sd in (("at1", 2.0), ("at2", 8.0))}}
     model = train_dreamer.build_model(args, scaler, "additive")
+    loss_function = train_dreamer.DreamLoss(args, scaler)
     draws = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (5, 2, 1, 32, 32), dtype=torch.uint8, generator=draws)
     poses = {name: 10 * torch.rand(5, 6, generator=draws) for name in ("at1", "at2", "motion", "other_motion")}
@@ -567,7 +568,7 @@ def test_losses_and_errors_of_a_model_that_says_the_mean_by_hand():
     frame_t1, frame_t2, sent = train_dreamer.to_device(batches[1], compute)
     assert torch.equal(frame_t1, frames[3:, 0]) and torch.equal(frame_t2, frames[3:, 1])
     assert all(torch.equal(sent[name], each[3:]) for name, each in poses.items())
-    at1, _, numbers = train_dreamer.evaluate(model, batches, compute)
+    at1, _, numbers = train_dreamer.evaluate(model, batches, loss_function, compute)
     assert np.allclose(at1, -poses["motion"], atol=1e-5)
     wanted = [nn.functional.smooth_l1_loss(error, torch.zeros(5, 6)).item()
               for error in ((poses["motion"] + poses["at1"]) / 2, poses["at2"] / 8)]
@@ -576,7 +577,7 @@ def test_losses_and_errors_of_a_model_that_says_the_mean_by_hand():
     assert [numbers[f"mae_{axis}"] for axis in AXES] == pytest.approx((poses["motion"] + poses["at1"]).mean(0).tolist())
     with torch.no_grad():
         imagined = model(frames[:, 0], poses["motion"])
-        total, parts = model.loss_function(imagined, poses, model.true_features(frames[:, 1]))
+        total, parts = loss_function(imagined, poses, model.true_features(frames[:, 1]))
     assert [parts["main_task_loss"].item(), parts["t2_loss"].item()] == pytest.approx(wanted)
     assert total.item() == pytest.approx(numbers["loss"])
     primary = train_dreamer.DreamLoss(tiny_args("--primary_task_only"), scaler)
