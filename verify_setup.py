@@ -70,8 +70,12 @@ def version_numbers(text):
 
 def read_requirements(path):
     """requirements file with lines `package` or `package>=version` -> {package: lowest version, '' for any}."""
-    text = Path(path).read_text(encoding="utf-8")
-    return dict(re.findall(r"^([\w-]+) *(?:>= *([\d.]+))?", text, re.MULTILINE))
+    required = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        package, _, lowest = line.split("#")[0].replace(" ", "").partition(">=")
+        if package:
+            required[package] = lowest
+    return required
 
 
 def installed_version(package):
