@@ -108,19 +108,19 @@ def _explain(error):
     if is_out_of_memory(error):
         return EXIT_CRASH, f"error: out of memory ({reason})\n{_half_batch()}"
     if "more than 1 value per channel" in reason:
-        return EXIT_USER, ("error: BatchNorm got a single value per channel: take a larger --batch_size or picture, or "
-                           "keep its statistics (--freeze_norm)")
+        return EXIT_USER, ("error: BatchNorm got a single value per channel: take a larger "
+                           "--batch_size or picture, or keep its statistics (--freeze_norm)")
     if isinstance(error, ImportError):
         return EXIT_CRASH, f"error: a package does not load ({reason}); what to do: python verify_setup.py"
     if "no kernel image is available" in reason:
-        return EXIT_USER, ("error: this build of torch has no kernels for this GPU. python verify_setup.py says which "
-                           "build has them; or run with --device cpu")
+        return EXIT_USER, ("error: this build of torch has no kernels for this GPU. python "
+                           "verify_setup.py says which build has them; or run with --device cpu")
     if "does not have a deterministic implementation" in reason:  # such as the backward pass of VGG's pooling on CUDA
         return EXIT_USER, f"error: {reason.partition(',')[0]}: leave --deterministic out, or take another network"
     if LOST_PROCESS.search(text) and launched_processes().size > 1:
         cause = one_line(text.rpartition("Last error:")[2])  # NCCL's own words, which may be none
-        return (EXIT_CRASH, "error: another process of this run has ended, see there, or cannot be reached "
-                f"({cause or reason})")
+        return (EXIT_CRASH, "error: another process of this run has ended, see there, or cannot be "
+                f"reached ({cause or reason})")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return EXIT_CRASH, f"error: {reason}: a full drive, or a full /dev/shm (then try --num_workers 0)"
     if LOST_WORKER.search(text):
@@ -184,8 +184,8 @@ class StopSignals:
     def leave():
         """From here on only Ctrl-C is obeyed: on the way out a signal could only change the exit code.
 
-        srun sends one to tasks that are slower to leave than the first, and Python puts every handler
-        but SIG_IGN back to the default before it ends.
+        srun sends one to tasks that are slower to leave than the first, and Python puts every
+        handler but SIG_IGN back to the default before it ends.
         """
         for number in STOP_SIGNALS - {signal.SIGINT}:
             signal.signal(number, signal.SIG_IGN)
@@ -309,15 +309,15 @@ def add_run_arguments(parser):
     add("--config", type=Path, help="YAML or JSON file of flags, a run's args.json too; the command line wins")
     add("--name", help="what runs.csv calls this run")
     add("--resume", "--resume_from_checkpoint", nargs="?", const="auto", metavar="{auto,RUN,CHECKPOINT}",
-        help="continue exactly: auto = the newest unfinished run with these flags; or a run folder; "
-             "or a checkpoint")
+        help="continue exactly: auto = the newest unfinished run with these flags; or a run "
+             "folder; or a checkpoint")
     add("--save_every", type=WHOLE, default=10, help="epochs between checkpoint_epoch_N.pth; 0 = none")
     add("--save_minutes", type=AMOUNT, default=10.0, help="minutes between saves within an epoch; 0 = none")
     add("--save_top_k", type=WHOLE, default=0,
         help="keep the k best epochs as top_epoch_N_SCORE.pth; 0 = none")
     add("--keep_last", action="store_true",
-        help="keep last.pth and .prev of a finished run (default: only last.pth, and only where the "
-             "schedule allows more epochs)")
+        help="keep last.pth and .prev of a finished run (default: only last.pth, and only where "
+             "the schedule allows more epochs)")
     add("--criteria", default="", help='bars to judge, e.g. "r2>0.15,mae<3.0": PASS, FAIL or NOT RESOLVABLE')
     add("--tensorboard", action="store_true",
         help="also write TensorBoard event files (needs the tensorboard package)")
@@ -375,8 +375,8 @@ def add_data_arguments(parser, augments):
     add("--exact_names", action="store_true",
         help="no guess at the file that a name of another folder or spelling means")
     add("--pixel_range", type=bounded(float), nargs=2, metavar=("LOW", "HIGH"),
-        help="grey pictures of more than 8 bits: values that become black and white (default: one range "
-             "for all, from the data)")
+        help="grey pictures of more than 8 bits: values that become black and white (default: one "
+             "range for all, from the data)")
     add("--cache", choices=("auto", "ram", "disk", "none"), default="auto", may_change=True,
         help="where decoded pictures are kept")
     add("--augment", choices=augments, default="full", help="random changes of training pictures")
@@ -389,8 +389,8 @@ def add_model_arguments(parser):
         help="start from torchvision's published weights (default)")
     add("--no_pretrained", dest="pretrained", action="store_false", help="start from random weights")
     add("--weights", type=Path, metavar="FILE",
-        help="state dict for the backbone instead of the published weights, or the name of another published "
-             "set, such as IMAGENET1K_V1")
+        help="state dict for the backbone instead of the published weights, or the name of another "
+             "published set, such as IMAGENET1K_V1")
 
 
 def add_compute_arguments(parser):
@@ -420,8 +420,8 @@ def parse_arguments(parser, argv):
     """Parse the command line over --config over the flags of the --resume run over the defaults.
 
     Returns a Namespace of the flags and three sets of their names: `given`, those that were typed;
-    `may_change` (see Parser); and of these `data_paths`, which say where the data are. UserError for a
-    config that cannot be read, an unknown key, or a value that its flag refuses.
+    `may_change` (see Parser); and of these `data_paths`, which say where the data are. UserError
+    for a config that cannot be read, an unknown key, or a value that its flag refuses.
     """
     words = list(map(_snake_case, sys.argv[1:] if argv is None else argv))
     typed, others = _read_flags(parser, words)
@@ -453,8 +453,8 @@ def _check_flags(parser, flags, typed):
     if not low < high:
         parser.error(f"--pixel_range {low:g} {high:g}: expected the value of black, then a higher one of white")
     if "warmup_epochs" in typed and flags["warmup_epochs"] >= flags["epochs"]:
-        parser.error(f"--warmup_epochs {flags['warmup_epochs']:g} of {flags['epochs']} epochs: --lr would never be "
-                     "reached; warm up for fewer")
+        parser.error(f"--warmup_epochs {flags['warmup_epochs']:g} of {flags['epochs']} epochs: "
+                     "--lr would never be reached; warm up for fewer")
     output = flags.get("output")  # given or not, it must not be a file that another flag names
     for name, value in typed.items():
         named = value if isinstance(value, list) else [value]
@@ -503,8 +503,8 @@ def config_values(parser, path):
         name = f"--{key.replace('-', '_')}"
         if name not in declared:
             near = did_you_mean(key, [other[2:] for other in declared])
-            raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script without its dashes, "
-                            "and a run has those of the script that made it")
+            raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script "
+                            "without its dashes, and a run has those of the script that made it")
         if value in (None, "", "~", "null"):
             continue
         action = declared[name]
@@ -547,8 +547,8 @@ def _words_of(action, name, value, where):
 def read_config(path):
     """{flag name: text or list of texts} of a YAML or JSON file, without its sections.
 
-    Of an args.json: its flags but --config and --resume. UserError for what is no mapping, and for duplicate keys,
-    anchors and deep nesting.
+    Of an args.json: its flags but --config and --resume. UserError for what is no mapping, and for
+    duplicate keys, anchors and deep nesting.
     """
     if not path.is_file():
         raise UserError(f"no such file: {path} (expected YAML or JSON)")
@@ -781,8 +781,8 @@ def optional_package(name, module=None):
 def start_run(args, fp32_on_cpu=False, fixed_shapes=False):
     """Set up processes, device, threads and stop signals -> Run in a new folder, or the one to resume.
 
-    fixed_shapes: batches are alike, so that cuDNN may try out what is fastest for them. UserError for
-    a missing device, SystemExit(0) where the run to resume is finished.
+    fixed_shapes: batches are alike, so that cuDNN may try out what is fastest for them. UserError
+    for a missing device, SystemExit(0) where the run to resume is finished.
     """
     if args.tensorboard:
         optional_package("tensorboard", "torch.utils.tensorboard")
@@ -999,7 +999,8 @@ def data_fingerprint(items):
 def data_record(contents, split, **facts):
     """What args.json says of the data and their split; a resumed run must find the same.
 
-    contents: all that decides a result, as data_fingerprint takes it; facts: numbers for the reader.
+    contents: all that decides a result, as data_fingerprint takes it; facts: numbers
+    for the reader.
     """
     return {
         "fingerprint": data_fingerprint(contents),
@@ -1174,8 +1175,8 @@ def choose_compute(device, use_amp, processes=None, fp32_on_cpu=False):
     if processes is None:
         processes = launched_processes()
         if processes.size > 1:
-            raise UserError(f"this command works in one process, started were {processes.size}; start it "
-                            "without torchrun, or with srun --ntasks=1")
+            raise UserError(f"this command works in one process, started were {processes.size}; "
+                            "start it without torchrun, or with srun --ntasks=1")
     device = _choose_device(device, processes)
     precision = fast_precision(device)
     if use_amp == "on" and precision == "fp32":
@@ -1291,9 +1292,10 @@ def generator_for(*integers):
 class EpochBatches(torch.utils.data.Sampler):
     """Batches of the keys (epoch, index), by which a dataset makes and augments its samples.
 
-    In training they are a permutation seeded by (seed, epoch), cut into batches; each process takes its slice of every
-    batch, and a single leftover sample joins the batch before it, since BatchNorm cannot take one alone. In evaluation
-    each process takes a block of the rows, so that `Processes.gather` joins the results in the order of the rows.
+    In training they are a permutation seeded by (seed, epoch), cut into batches; each process takes
+    its slice of every batch, and a single leftover sample joins the batch before it, since
+    BatchNorm cannot take one alone. In evaluation each process takes a block of the rows, so that
+    `Processes.gather` joins the results in the order of the rows.
     """
     n_samples: int
     batch_size: int
@@ -1468,8 +1470,8 @@ def launched_processes(env=os.environ):
     given = [env.get(name, "0") for name in names]
     digits = [re.sub(r"\D.*", "", text) for text in given]  # 2(x3),1 tasks on the nodes -> 2
     if not all(digits) or int(digits[0]) >= int(digits[1]):
-        raise UserError(f"{names[0]}={given[0]} and {names[1]}={given[1]} are no rank of a number of processes; start "
-                        "with torchrun or srun, or unset them")
+        raise UserError(f"{names[0]}={given[0]} and {names[1]}={given[1]} are no rank of a number "
+                        "of processes; start with torchrun or srun, or unset them")
     rank, size, local_rank, local_size = map(int, digits)
     return Processes(rank, size, local_rank, max(local_size, 1))
 
@@ -1505,8 +1507,8 @@ class Processes:
         for number in (signal.SIGINT, signal.SIGTERM):  # torch waits where no handler in Python is called
             signal.signal(number, signal.SIG_DFL)
         if self.is_first:
-            print(f"process 0 of {self.size} waits for the others at {where} (started by srun? For one process: "
-                  "srun -n 1, or unset SLURM_STEP_ID)")
+            print(f"process 0 of {self.size} waits for the others at {where} (started by srun? For "
+                  "one process: srun -n 1, or unset SLURM_STEP_ID)")
         try:
             dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=PROCESS_TIMEOUT)
         except (RuntimeError, ValueError) as error:
@@ -1568,7 +1570,8 @@ class Processes:
 def leave_processes(wait=True):
     """Part from the others, where `wait` once all have come this far; alone, nothing.
 
-    It ends the threads of the group, one of which may abort an interpreter that ends (exit code 134).
+    It ends the threads of the group, one of which may abort an interpreter that ends
+    (exit code 134).
     """
     if dist.is_available() and dist.is_initialized():
         if wait:
@@ -1582,8 +1585,9 @@ BUCKET_BYTES = 25 * 2 ** 20  # as DistributedDataParallel has them
 class GradientExchange:
     """Adds up gradients over the processes while the backward pass is still under way.
 
-    They travel in buckets, the last layers first, each once it is full and those before it are sent, so that all
-    processes send the same in the same order. A layer without a gradient counts as one with the gradient 0.
+    They travel in buckets, the last layers first, each once it is full and those before it are
+    sent, so that all processes send the same in the same order. A layer without a gradient counts
+    as one with the gradient 0.
     """
 
     def __init__(self, processes, model):
@@ -1731,9 +1735,10 @@ class Augmentation:
 def sample_augmentation(preset, generator):
     """Draw an Augmentation for a preset of AUGMENTATIONS; every draw takes 48 numbers from the torch.Generator.
 
-    The distributions are those of torchvision: RandomCrop or RandomResizedCrop, RandomHorizontalFlip, RandomRotation,
-    RandomAffine, ColorJitter, RandomGrayscale, RandomPerspective(.2), RandomErasing(scale=(.02, .15)),
-    RandomAutocontrast, GaussianBlur(sigma=(.1, 2)).
+    The distributions are those of torchvision: RandomCrop or RandomResizedCrop,
+    RandomHorizontalFlip, RandomRotation, RandomAffine, ColorJitter, RandomGrayscale,
+    RandomPerspective(.2), RandomErasing(scale=(.02, .15)), RandomAutocontrast,
+    GaussianBlur(sigma=(.1, 2)).
     """
     numbers = iter(torch.rand(48, generator=generator).tolist())
     if preset == "none":
@@ -1841,8 +1846,9 @@ def moved_corners(corners, size):
 def _colour_matrix(drawn, mean):
     """(3, 4) matrix [M | offset] of all colour operations on RGB in 0..255; mean (3,): mean colour of the picture.
 
-    The formulas are torchvision's, with two differences: hue is a rotation about the grey axis (Rodrigues), which
-    agrees with HSV's at multiples of a third and keeps R + G + B; and values are cut to 0..255 once, at the end.
+    The formulas are torchvision's, with two differences: hue is a rotation about the grey axis
+    (Rodrigues), which agrees with HSV's at multiples of a third and keeps R + G + B; and values are
+    cut to 0..255 once, at the end.
     """
     matrix = np.eye(3, 4)
     for name in drawn.jitter_order:
@@ -1872,8 +1878,9 @@ def jitter_colours(image, drawn):
 def augment_clip(frames, drawn, size):
     """Apply one Augmentation to all frames of a clip alike: uint8 (T, H, W, 3) -> (T, size, size, 3).
 
-    H and W at least `size`. Colour operations use means and extremes of the whole clip, so that nothing flickers. What
-    the crop cut off comes back where a rotation or shift needs it; pixels from outside the picture are 0.
+    H and W at least `size`. Colour operations use means and extremes of the whole clip, so that
+    nothing flickers. What the crop cut off comes back where a rotation or shift needs it; pixels
+    from outside the picture are 0.
     """
     if drawn == Augmentation():
         return eval_crop(frames, size)
@@ -1960,7 +1967,8 @@ def to_input(batch, compute, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 def build_optimizer(model, args, backbone=None):
     """Optimiser of what is trained; biases and normalisation layers (ndim < 2) are not decayed.
 
-    backbone: the child module of the model whose learning rate is --backbone_lr_mult times that of the others.
+    backbone: the child module of the model whose learning rate is --backbone_lr_mult
+    times that of the others.
     """
     groups = []
     for module in [model] if backbone is None else model.children():
@@ -1986,8 +1994,9 @@ OPEN_SCHEDULES = ("none", "plateau", "warm_restarts")  # whose learning rate doe
 def schedule_factor(scheduler, progress, epochs, warmup_epochs):
     """Learning-rate factor in [0, 1] at `progress` epochs: linear warm-up, then what the name of the schedule says.
 
-    warm_restarts: SGDR (Loshchilov & Hutter 2017) with T0 = 10 epochs, doubled at each restart; onecycle: Smith &
-    Topin 2018, from 1/25 up to 1 over the first 30 % of the run, down to 0 over the rest, both along a cosine.
+    warm_restarts: SGDR (Loshchilov & Hutter 2017) with T0 = 10 epochs, doubled at each restart;
+    onecycle: Smith & Topin 2018, from 1/25 up to 1 over the first 30 % of the run, down to 0 over
+    the rest, both along a cosine.
     """
     if progress < warmup_epochs:
         return max(progress / warmup_epochs, 1e-3)
@@ -2089,7 +2098,8 @@ def save_checkpoint(path, content, keep_previous=False):
 def read_checkpoint(path):
     """Load a checkpoint file as plain data. Nothing in it is executed; every byte is checked (zip CRC) before use.
 
-    Raises CheckpointError for anything but a whole, uncompressed torch zip of dense tensors and plain values.
+    Raises CheckpointError for anything but a whole, uncompressed torch zip of dense
+    tensors and plain values.
     """
     try:
         if not path.is_file():
@@ -2189,8 +2199,8 @@ def checkpoint_fields(path):
         if is_out_of_memory(error):
             raise
         raise CheckpointError(f"{path} lacks what this script stores in a checkpoint ({type(error).__name__}: "
-                              f"{one_line(error)}); best_model.pth is for prediction and --init_from, last.pth for "
-                              "--resume") from None
+                              f"{one_line(error)}); best_model.pth is for prediction and "
+                              "--init_from, last.pth for --resume") from None
 
 
 def check_weights(state, source):
@@ -2306,10 +2316,11 @@ class Training:
             training.step(loss)                  # scale, backward, unscale, clip, check, step, zero, save, stop
         training.end_epoch(row)                  # history, best, early stopping, checkpoints
 
-    Several processes take every step together: gradients, means, stop signals and non-finite losses are those of all
-    (docs/survival.md says where their number counts all the same). DistributedDataParallel is not used: it would have
-    to be called in the model's place, whose methods scripts call. No step waits for the device: what one gave is looked
-    at when the next one is queued.
+    Several processes take every step together: gradients, means, stop signals and
+    non-finite losses are those of all (docs/survival.md says where their number counts
+    all the same). DistributedDataParallel is not used: it would have to be called in
+    the model's place, whose methods scripts call. No step waits for the device: what
+    one gave is looked at when the next one is queued.
     """
     run: Run
     model: nn.Module
@@ -2413,9 +2424,10 @@ class Training:
     def step(self, loss, **parts):
         """Add a batch's gradient so that every sample of the optimiser step counts the same; step when it is full.
 
-        loss: mean over this process's samples of the batch; parts: further tensors to average into the history. A step
-        whose loss or gradient is not finite is not taken, and the next call or the end of the epoch raises NotFinite;
-        for a gradient in fp16 only where no loss scale above 1 makes it finite.
+        loss: mean over this process's samples of the batch; parts: further tensors to
+        average into the history. A step whose loss or gradient is not finite is not
+        taken, and the next call or the end of the epoch raises NotFinite; for a
+        gradient in fp16 only where no loss scale above 1 makes it finite.
         """
         sampler = self.sampler
         step = self.open_step
@@ -2480,8 +2492,8 @@ class Training:
         numbers = ", ".join(map(str, sorted({number for number, _ in batches})))
         names = ", ".join(str(name) for _, own in batches for name in own)
         return NotFinite(f"the {what} is {value} in epoch {self.progress.epoch + 1}, batch {numbers} "
-                         f"(samples: {names}); the last checkpoint is healthy. Try a smaller --lr, --use_amp off, or "
-                         "look at these samples")
+                         f"(samples: {names}); the last checkpoint is healthy. Try a smaller --lr, "
+                         "--use_amp off, or look at these samples")
 
     def _save_or_stop(self):
         """Save where it is due or a stop signal has come to any process; leave on the signal."""
@@ -2567,8 +2579,8 @@ class Training:
         progress = self.progress
         if progress.done and progress.epoch < self.args.epochs:
             self.run.say(f"stopped early after epoch {progress.epoch}: no better {self.select} for "
-                         f"{progress.stopping.bad_epochs} epochs; only a new run trains on, with --init_from "
-                         f"{self.run.path('best_model.pth')}")
+                         f"{progress.stopping.bad_epochs} epochs; only a new run trains on, with "
+                         f"--init_from {self.run.path('best_model.pth')}")
 
     # --- saving and loading -------------------------------------------------
 
@@ -2639,12 +2651,13 @@ class Training:
     def load_best(self):
         """Give the model the weights of the best epoch; returns all that best_model.pth holds.
 
-        Raises NotFinite where no epoch has a score, CheckpointError where the file holds another epoch.
+        Raises NotFinite where no epoch has a score, CheckpointError where the file
+        holds another epoch.
         """
         if not self.progress.best_epoch:
             raise NotFinite(f"{self.select} is a number after none of the {self.progress.epoch} epochs. Look at the "
-                            "validation part (one class, equal ratings?), choose by another column (--select) or by "
-                            "none (--select last)")
+                            "validation part (one class, equal ratings?), choose by another column "
+                            "(--select) or by none (--select last)")
         best = load_model_file(self.run.path("best_model.pth"))
         if best["history"]["epoch"] != self.progress.best_epoch:  # best["epoch"] is 0 where a script kept none
             raise CheckpointError(
@@ -2689,8 +2702,8 @@ REGRESSION_METRICS = ("pearson_r", "r2", "mae", "mse", "rmse")
 def regression_moments(predicted, target):
     """(8, N, R) terms whose sums over rows give every regression metric: 1, p, t, pp, tt, pt, |p - t|, (p - t)^2.
 
-    predicted, target: (N, R), NaN in target = missing (zero in all eight terms). p and t are taken about their means,
-    which changes neither r nor R2 and keeps the digits of large offsets.
+    predicted, target: (N, R), NaN in target = missing (zero in all eight terms). p and t are taken
+    about their means, which changes neither r nor R2 and keeps the digits of large offsets.
     """
     predicted = np.asarray(predicted, np.float64)
     target = np.asarray(target, np.float64)
@@ -2717,8 +2730,8 @@ def undefined_is_nan():
 def metrics_from_sums(sums):
     """Metrics from summed regression_moments: (..., 8, R) -> dict of name -> (..., R) float64.
 
-    n = 0: all NaN; constant target, as with n = 1: r and R2 NaN; constant prediction: r = 0. R2 = 1 - SSE / SST about
-    the mean of these same rows.
+    n = 0: all NaN; constant target, as with n = 1: r and R2 NaN; constant prediction: r = 0. R2 = 1
+    - SSE / SST about the mean of these same rows.
     """
     n, p, t, pp, tt, pt, absolute, squared = np.moveaxis(sums, -2, 0)
     with undefined_is_nan():

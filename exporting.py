@@ -72,9 +72,10 @@ def about_pictures(names, image_size, pixel_range):
 def export(path, members, answer, inputs, about, unit=1.0):
     """Write the MeanOutput of members as one file, load it, and say how far it is from what the script predicts.
 
-    answer: function of a member and a Compute -> (B, K), what the script predicts for the inputs; inputs: {name: (B,
-    ...)} of up to ten rows; about: content of about.json; unit: (K,) or a number, of which a difference may be
-    TOLERANCE. UserError: it is more, or the network cannot be exported.
+    answer: function of a member and a Compute -> (B, K), what the script predicts for
+    the inputs; inputs: {name: (B, ...)} of up to ten rows; about: content of
+    about.json; unit: (K,) or a number, of which a difference may be TOLERANCE.
+    UserError: it is more, or the network cannot be exported.
     """
     model = MeanOutput(members).eval().requires_grad_(False)
     compute = common.choose_compute("cpu", "off")
@@ -93,8 +94,8 @@ def export(path, members, answer, inputs, about, unit=1.0):
                                f"{len(expected)} rows; not written. Please report this with the network's name")
     common.write_whole(path, content)
     shapes = ", ".join(f"{name} (B, {', '.join(map(str, each.shape[1:]))})" for name, each in inputs.items())
-    print(f"{path}: {shapes} -> {common.shorten_list(about['names'])}; on {len(expected)} rows within {worst:.1g} of "
-          "this script with --use_amp off")
+    print(f"{path}: {shapes} -> {common.shorten_list(about['names'])}; on {len(expected)} rows "
+          f"within {worst:.1g} of this script with --use_amp off")
 
 
 def _convert(suffix, program, inputs, about):

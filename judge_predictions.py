@@ -32,8 +32,8 @@ def parse_args(argv=None):
     add("--truth", type=Path, help="annotations that detections are judged against")
     add("--box_format", choices=part_boxes.BOX_FORMATS,
         help="with --truth: what the four numbers of a detected box are (default: left top width height in pixels)")
-    add("--group_column", help="column whose rows are not independent, such as subject (default: group, "
-        "else names that repeat)")
+    add("--group_column", help="column whose rows are not independent, such as subject (default: "
+        "group, else names that repeat)")
     add("--baseline", metavar="COLUMN", help="what the model must beat: a column, or BASELINE of NAME_BASELINE or "
         "BASELINE_prob_CLASS (default: the best of all there are); with --truth: COCO results of another detector")
     add("--positive_class", help="class whose AUC counts (default: the rarest), and that `score` "

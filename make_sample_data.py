@@ -794,8 +794,8 @@ def main():
     try:
         draft.mkdir(parents=True)
     except OSError as error:
-        raise common.UserError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}; "
-                               "name another folder") from None
+        raise common.UserError(f"--output_dir {args.output_dir} cannot be written: "
+                               f"{error.strerror}; name another folder") from None
     truth = make(draft, n_samples, args.seed)
     common.write_json(draft / truth_file.name, {"settings": settings, **truth})
     draft.rename(folder)

@@ -37,9 +37,9 @@ class Member:
     def ratings_and_features(self, inputs):
         """(B, 3, S, S) -> on the CPU ratings (B, R) in the unit of the ratings file, features (B, F).
 
-        With flip_average the features are means over each picture and its mirror image. The head of a frozen
-        backbone reads these means, on which it was trained and judged. Any other was judged by the mean of its
-        two outputs; with an mlp head that is another number.
+        With flip_average the features are means over each picture and its mirror image. The head of
+        a frozen backbone reads these means, on which it was trained and judged. Any other was
+        judged by the mean of its two outputs; with an mlp head that is another number.
         """
         views = views_of(inputs, self.settings["flip_average"])
         features = [self.model.backbone(view) for view in views]  # (B, 3, S, S) -> (B, F) each
@@ -75,8 +75,8 @@ def parse_args(argv=None):
         help="share of new pictures, such as 0.9, whose true ratings the (conformal) bounds shall hold")
     exporting.add_argument(add, "the model")
     add("--explain", type=common.bounded(int, 1, 20), metavar="N",
-        help="also write a page of heat maps of the first N pictures (up to 20): where the model looks, beside "
-             "the same with random weights; its name is that of --output with .html")
+        help="also write a page of heat maps of the first N pictures (up to 20): where the model "
+             "looks, beside the same with random weights; its name is that of --output with .html")
     add("--explain_rating", metavar="NAME", help="with --explain: the rating (default: the mean over all)")
     add("--predict_batch_size", type=common.POSITIVE, default=32, help="pictures per batch")
     common.add_compute_arguments(parser)
@@ -161,8 +161,8 @@ def predict(members, loader, compute):
 def half_widths(members, coverage):
     """(R,) conformal half-widths from the members' residuals on rows they were not trained on; inf where too few.
 
-    A row that several members held out, as those of several seeds on one split do, counts once. UserError: some members
-    have groups and others none.
+    A row that several members held out, as those of several seeds on one split do, counts once.
+    UserError: some members have groups and others none.
     """
     if not all("abs_residuals" in member.settings for member in members):
         raise common.UserError("--interval rests on residuals that the best_model.pth of a finished run holds; a "
@@ -171,11 +171,11 @@ def half_widths(members, coverage):
     owners = [member.settings["residual_subjects"] for member in members]
     rows = np.concatenate([member.settings["residual_rows"] for member in members])
     if None in owners and any(owners):
-        raise common.UserError("--interval: some checkpoints were trained with --group_column and others without; give "
-                               "those of one kind")
+        raise common.UserError("--interval: some checkpoints were trained with --group_column and "
+                               "others without; give those of one kind")
     if any(member.settings["metric"] != "last" for member in members):
-        print("note: --interval rests on rows that have chosen an epoch: the bounds may hold less than "
-              f"{coverage:.0%} of new pictures (train with --select last)")
+        print("note: --interval rests on rows that have chosen an epoch: the bounds may hold less "
+              f"than {coverage:.0%} of new pictures (train with --select last)")
     once = np.unique(rows, return_index=True)[1]
     subjects = None if None in owners else np.concatenate(owners)[once]
     return np.array([calibrating.conformal_quantile(own, 1 - coverage, subjects) for own in residuals[once].T])
@@ -248,8 +248,8 @@ def main():
     print_summary(predicted, names, members, widths)
     seen_rows.say_notes(seen, print)
     readable = [i for i, error in enumerate(errors) if not error]
-    print(f"{len(inputs)} pictures, {len(inputs) - len(readable)} could not be read (see the error column); "
-          f"written to {args.output}")
+    print(f"{len(inputs)} pictures, {len(inputs) - len(readable)} could not be read (see the error "
+          f"column); written to {args.output}")
     if not (args.explain or args.export):
         return
     if not readable:

@@ -43,7 +43,10 @@ MODEL_CHOICES = {"config", "backbone", "pretrained", "weights"}  # flags that ke
 
 
 def parse_args(argv=None, recipe="plain", **network):
-    """The flags. Their defaults are those of network (see network_to_start_from), else those of the recipe."""
+    """The flags.
+
+    Their defaults are those of network (see network_to_start_from), else those of the recipe.
+    """
     parser = common.Parser(__doc__)
     common.add_shared_arguments(parser)
     data = parser.group("images and ratings")
@@ -59,8 +62,8 @@ def parse_args(argv=None, recipe="plain", **network):
     model = parser.group("model")
     model("--recipe", choices=("auto", "small_data", "plain"), default="auto", may_change=True,
           help="defaults of the flags: small_data = those of configs/assessor_small_data.yaml; plain = those "
-               f"listed here; auto = small_data under {SMALL_DATA_BELOW} pictures, unless a model is chosen "
-               "(--backbone, --head mlp, --weights, --no_pretrained or a --config)")
+               f"listed here; auto = small_data under {SMALL_DATA_BELOW} pictures, unless a model "
+               "is chosen (--backbone, --head mlp, --weights, --no_pretrained or a --config)")
     model("--backbone", "--model", "--encoder", nargs="+", action=OneOrSeveral, default="resnet50", metavar="NAME",
           help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ..., or timm:NAME; NAME=FILE or "
                "NAME=SET has weights of its own. Several are compared on one split, with --freeze_backbone")
@@ -209,7 +212,8 @@ def load_study(args, run, table):
 class RatedImages(common.Samples):
     """Samples of chosen rows; a key is (epoch, index), which seeds the augmentation.
 
-    Each sample: input uint8 (S, S, 3), or (F,) where there are features; target (R,); weight (R,); name.
+    Each sample: input uint8 (S, S, 3), or (F,) where there are features; target (R,);
+    weight (R,); name.
     """
     study: Study
     rows: np.ndarray  # (M,)
@@ -240,7 +244,10 @@ class RatedImages(common.Samples):
 # --- model and loss ----------------------------------------------------------------------
 
 class Assessor(backbones.BackboneModel):
-    """Backbone and head: pictures -> ratings. The head has two hidden layers (mlp) or none (ridge)."""
+    """Backbone and head: pictures -> ratings.
+
+    The head has two hidden layers (mlp) or none (ridge).
+    """
 
     def __init__(self, backbone, n_features, n_ratings, head, dropout, freeze_norm=False):
         super().__init__(backbone, freeze_norm)
@@ -308,8 +315,9 @@ def rating_loss(loss, predicted, target, weight):
 def rating_weights(study, rows, loss):
     """(N, R) weights, for each rating with mean 1 over the train rows; all 1 unless loss is weighted.
 
-    Inverse variance: 1 / (1 + (sd^2 / n) / variance of the ratings), so that a rating that its raters agree on
-    counts more; without n each sd counts as that of one rater. A cell whose sd is missing or 0 (one rater) gets 1.
+    Inverse variance: 1 / (1 + (sd^2 / n) / variance of the ratings), so that a rating that its
+    raters agree on counts more; without n each sd counts as that of one rater. A cell whose sd is
+    missing or 0 (one rater) gets 1.
     """
     if loss != "weighted":
         return np.ones_like(study.ratings)
@@ -428,7 +436,8 @@ def fit(run, args, study, split, features):
 def finish_best_model(training, study, split, loaders, scaler):
     """Complete best_model.pth: residuals of the val rows, known_data, and with --head ridge its solved head.
 
-    The head is solved on the features of the train rows in the best epoch. Returns {part: predicted (M, R)} of it.
+    The head is solved on the features of the train rows in the best epoch. Returns
+    {part: predicted (M, R)} of it.
     """
     run = training.run
     args = training.args
@@ -477,7 +486,8 @@ def model_metadata(args, study, split, scaler):
 def untuned_features(args, study, run, rows):
     """{head: (N, F)} features of these rows' centre crops from the backbone before any tuning, NaN elsewhere.
 
-    They serve the ridge baselines and --freeze_backbone: "mlp" the last features, "ridge" three resolutions.
+    They serve the ridge baselines and --freeze_backbone: "mlp" the last features,
+    "ridge" three resolutions.
     """
     # ratings stand in the place of targets and weights, which nobody reads
     pictures = RatedImages(study, rows, study.ratings, study.ratings, args, "none")
@@ -494,7 +504,8 @@ def untuned_features(args, study, run, rows):
 def predict_baselines(study, features, train, rows):
     """{name: (M, R)} predictions without training a network: the train mean, and ridge on the untuned features.
 
-    features: of untuned_features. Those of "mlp" give the baseline ridge, those of "ridge" ridge_multiscale.
+    features: of untuned_features. Those of "mlp" give the baseline ridge, those of
+    "ridge" ridge_multiscale.
     """
     predicted = {"train_mean": baseline_models.train_mean_baseline(study.ratings[train], len(rows))}
     for head, known in features.items():
@@ -518,8 +529,8 @@ def load_assessor(path, compute):
             pretrained=False, weights=None, freeze_stages=0, freeze_norm=False, seed=0)
         model = build_model(args, np.zeros(len(settings["names"])))
     if args.head == "ridge" and "known_data" not in settings:
-        raise common.UserError(f"{path}: the ridge regression of --head ridge is solved at the end of a run; give its "
-                               "best_model.pth")
+        raise common.UserError(f"{path}: the ridge regression of --head ridge is solved at the end "
+                               "of a run; give its best_model.pth")
     common.load_state(model, settings["model"], path)
     return compute.place(model).eval(), settings
 
@@ -552,8 +563,8 @@ def heat_map_blocks(study, rows, folders, cases, args, compute):
 def judge(run, args, study, split, table, part, trained_on, similar, **known):
     """Judge a predictions table of held-out rows.
 
-    split: {name: rows}; part: val, test or folds; trained_on: a pair (train rows, scored rows) for each network;
-    similar: of splitting.similar_pairs; known: further fields of the Setting.
+    split: {name: rows}; part: val, test or folds; trained_on: a pair (train rows, scored rows) for
+    each network; similar: of splitting.similar_pairs; known: further fields of the Setting.
     """
     rows = table.rows_of(study.images)
     # what predicts without a pixel; any other column of numbers may be a further rating, given by looking
@@ -605,7 +616,10 @@ def limits(args):
 # --- one run, or one run per fold -------------------------------------------------------------
 
 def check_split(run, study, split):
-    """Refuse a split that leaks; write splits.json and the leakage report. Returns alarms on columns that it cuts."""
+    """Refuse a split that leaks; write splits.json and the leakage report.
+
+    Returns alarms on columns that it cuts.
+    """
     report = splitting.leakage_report(
         split, study.images, study.audit("pixel_sha"), study.audit("phash"), {"groups": study.groups})
     return splitting.record_split(run, split, study.images, report, columns=study.columns, groups=study.groups)
@@ -620,8 +634,8 @@ def check_ratings(args, study, splits):
     useless = ratings.columns[distinct["train"].min() < 2]
     if len(useless):
         raise common.UserError(
-            f"{common.shorten_list(useless)}: no two different ratings in the train rows (of a fold). "
-            "Name the others with --target_columns, or split with another --seed")
+            f"{common.shorten_list(useless)}: no two different ratings in the train rows (of a "
+            "fold). Name the others with --target_columns, or split with another --seed")
     if args.select in ("r2", "pearson_r") and distinct["val"].max(axis=1).min() < 2:
         raise common.UserError(
             f"the val rows (of a fold) have no two different values of any rating, so --select {args.select} has none: "
@@ -697,8 +711,8 @@ def flags_of_backbones(args):
         raise common.UserError(f"--backbone {' '.join(args.backbone)}: several are compared on features that stay as "
                                "published; add --freeze_backbone, or --config configs/assessor_backbones.yaml")
     if len(set(map(comparison_folder, several))) < len(several):
-        raise common.UserError(f"--backbone {' '.join(args.backbone)}: two of them would have the same name; name "
-                               "their files of weights differently")
+        raise common.UserError(f"--backbone {' '.join(args.backbone)}: two of them would have the "
+                               "same name; name their files of weights differently")
     return several
 
 
@@ -726,8 +740,9 @@ def compare_backbones(run, several, study):
 def parse_args_with_recipe():
     """(The flags, the table that they name, small_data or plain).
 
-    What is typed wins over the recipe, which depends on the number of pictures, in the table that the flags name. So
-    they are parsed twice: to find the table, and with the values of the recipe as defaults.
+    What is typed wins over the recipe, which depends on the number of pictures, in the
+    table that the flags name. So they are parsed twice: to find the table, and with
+    the values of the recipe as defaults.
     """
     args = parse_args()
     table = read_table(args)
@@ -742,8 +757,8 @@ def main():
         if not run.resumed:
             named = " ".join(np.atleast_1d(args.backbone))
             run.say(f"note: recipe {recipe} (--recipe {args.recipe}, {len(table.images)} pictures) for flags that are "
-                    f"not given; this run has --backbone {named} --head {args.head} --epochs {args.epochs} "
-                    f"--select {args.select} ...")
+                    f"not given; this run has --backbone {named} --head {args.head} --epochs "
+                    f"{args.epochs} --select {args.select} ...")
         several = flags_of_backbones(args)
         for flags in several:  # wrong names, weights and checkpoints stop here, before pictures are decoded
             if args.init_from:

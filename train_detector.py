@@ -67,8 +67,9 @@ MODELS = {  # and their --min_size, --max_size
     "fasterrcnn_mobilenet_v3_large_320_fpn": (320, 640),
     RESNET18: (384, 640),
 }
-# Inputs are padded to multiples of the coarsest stride, 64 in each of MODELS: torchvision takes input // map for the
-# stride of the anchors, which would otherwise depend on the other pictures of a batch.
+# Inputs are padded to multiples of the coarsest stride, 64 in each of MODELS: torchvision takes
+# input // map for the stride of the anchors, which would otherwise depend on the other pictures of
+# a batch.
 PADDING = LEVEL_STRIDES[-1]
 SPLIT_WAYS = {  # and the flags of each, which the other ways refuse
     "folds": ["folds"],
@@ -132,8 +133,8 @@ def add_data_arguments(data):
     data("--drop_empty", action="store_true",
          help="leave out pictures without a box; else they teach the background")
     data("--absent", choices=("keep", "drop"), default="keep",
-         help="boxes of absent parts: keep trains and scores them with their state, drop takes them "
-              "for background")
+         help="boxes of absent parts: keep trains and scores them with their state, drop takes "
+              "them for background")
 
 
 def add_model_arguments(model):
@@ -147,8 +148,8 @@ def add_model_arguments(model):
           help="sides of the anchors in input pixels, smallest first: five, or for "
                f"{RESNET18} four, eight, ... (default: the published five, or eight that fit the train boxes)")
     model("--trainable_layers", type=common.bounded(int, 0, 5), default=3,
-          help="last stages of the backbone that are trained, of five resolutions; with random weights "
-               "all are")
+          help="last stages of the backbone that are trained, of five resolutions; with random "
+               "weights all are")
     model("--state_weight", type=common.AMOUNT, default=0.5,
           help="weight of the state loss in the total")
     model("--state_class_weights", choices=("none", "balanced"), default="none",
@@ -210,15 +211,16 @@ def check_flags(parser, args):
     if not fits or anchors != sorted(anchors):
         parser.error(f"--anchor_sizes {anchors}: {args.model} takes {number} sides, smallest first")
     if args.baseline == "heads" and not (starts_trained(args) and args.trainable_layers):
-        parser.error("--baseline heads needs trained weights to start from and --trainable_layers over 0: "
-                     "else it is the model itself, or one on random features")
+        parser.error("--baseline heads needs trained weights to start from and --trainable_layers "
+                     "over 0: else it is the model itself, or one on random features")
 
 
 def settle_split(parser, args):
     """One way to split, and --split_ratio as the ratios that all scripts know.
 
-    The way of the command line goes before those of a configuration and of VAL_JSON, and there the first of SPLIT_WAYS.
-    Flags of the other ways are refused where they are typed, and else given up, with a note.
+    The way of the command line goes before those of a configuration and of VAL_JSON,
+    and there the first of SPLIT_WAYS. Flags of the other ways are refused where they
+    are typed, and else given up, with a note.
     """
     asked = [way for way in SPLIT_WAYS if getattr(args, way)]
     if not asked:
@@ -232,8 +234,8 @@ def settle_split(parser, args):
         parser.error(f"--{way} {getattr(args, way)} makes the split; leave out --{' and --'.join(refused)}")
     given_up = sorted(idle - args.given)
     if given_up:
-        print(f"note: --{way} makes the split, so {' and '.join(given_up)} of the configuration or the environment "
-              "not used")
+        print(f"note: --{way} makes the split, so {' and '.join(given_up)} of the configuration or "
+              "the environment not used")
     settled = {name: 0 if name in ("folds", "test_ratio") else None for name in given_up}
     if way == "split_ratio":
         settled["train_ratio"] = args.split_ratio
@@ -631,9 +633,10 @@ def build_rcnn(settings):
 def fit_anchors(truth, min_size, max_size):
     """Sides of anchors in input pixels, two for each level of RESNET18's pyramid, smallest first.
 
-    A level whose cells are s pixels wide serves boxes with a side (root of the area) from 3 s to 6 s, the finest the
-    smaller ones too and the coarsest the larger ones: then some anchor lies close to any box. Its sides are the k-means
-    of the log sides of its boxes; where it has few boxes, 3 s and 1.41 times that.
+    A level whose cells are s pixels wide serves boxes with a side (root of the area)
+    from 3 s to 6 s, the finest the smaller ones too and the coarsest the larger ones:
+    then some anchor lies close to any box. Its sides are the k-means of the log sides
+    of its boxes; where it has few boxes, 3 s and 1.41 times that.
     """
     logs = []
     for row, (width, height) in enumerate(truth.sizes):
@@ -758,7 +761,8 @@ def freeze_layers(body, n_trained):
 def state_weights(args, truth):
     """Weights of the states in the loss, mean 1 over the train boxes, or None for equal ones.
 
-    A state that no train box has weighs 1, so that a validation batch of such boxes alone has a loss.
+    A state that no train box has weighs 1, so that a validation batch of such boxes
+    alone has a loss.
     """
     if args.state_class_weights == "none":
         return None
@@ -883,8 +887,8 @@ def fit(run, args, study, split):
         run.say(f"note: no box has a state, so --state_class_weights {args.state_class_weights} does nothing")
     stateless = train_truth.parts_without_state()
     if settings["states"] and stateless:
-        run.say(f"note: no train box of {common.shorten_list(stateless)} has a state; the states predicted for them "
-                "are learnt from other parts alone")
+        run.say(f"note: no train box of {common.shorten_list(stateless)} has a state; the states "
+                "predicted for them are learnt from other parts alone")
     model = compute.place(build_model(args, settings, state_weights(args, train_truth)))
     train_loader = make_loader(study, split["train"], settings, args, compute, train=True)
     val_loader = make_loader(study, split["val"], settings, args, compute)
@@ -912,8 +916,8 @@ def fit(run, args, study, split):
 def finish_best_model(training, val_truth, train_loader, val_loader):
     """Write best_model.pth of the best epoch, completed by two things that only the trained model can give.
 
-    known_data: the features of the train pictures, from which prediction warns of unlike ones; temperature: of the
-    states, fitted on the boxes found in the val pictures.
+    known_data: the features of the train pictures, from which prediction warns of unlike ones;
+    temperature: of the states, fitted on the boxes found in the val pictures.
     """
     model = training.model
     run = training.run
@@ -925,8 +929,8 @@ def finish_best_model(training, val_truth, train_loader, val_loader):
         matching = detection_scores.coco_match(val_truth, found["detections"], "map")
         states = detection_scores.found_states(matching, found["detections"])
         temperature = calibrating.fit_temperature(np.log(states.probabilities), states.true)
-        run.say(f"temperature of the states: {temperature:.3g}, from {len(states.true)} boxes found in the val "
-                "pictures")
+        run.say(f"temperature of the states: {temperature:.3g}, from {len(states.true)} boxes "
+                "found in the val pictures")
         best["temperature"] = temperature
     training.save_model(best)
 
@@ -961,8 +965,9 @@ def limit_detections(detections, args):
 def write_detections(path, folder, args, pictures, image_ids, detections, category_ids, picture):
     """`path` (COCO results), the same as CSV beside it, and in `folder` the first pictures with what was detected.
 
-    pictures: see detection_tables.detection_rows; image_ids, category_ids: see coco_results there, the parts in
-    the order of the labels; picture: function of its number -> (uint8 (H, W, 3), (width, height) on disk).
+    pictures: see detection_tables.detection_rows; image_ids, category_ids: see coco_results there,
+    the parts in the order of the labels; picture: function of its number -> (uint8 (H, W, 3),
+    (width, height) on disk).
     """
     parts = list(category_ids)
     rows = detection_tables.detection_rows(pictures, detections, parts, args.one_per_part)
@@ -1063,8 +1068,8 @@ def make_folds(args, study):
     folds = splitting.folds_of_flags(args, truth.images, study.strata, truth.groups)
     if truth.groups is not None and min(len(set(truth.groups[fold["train"]])) for fold in folds) < 2:
         raise common.UserError(
-            f"--folds {args.folds}: each fold must leave two groups or more, since one chooses the epoch; found "
-            f"{len(set(truth.groups))} groups in all. Three groups need three folds")
+            f"--folds {args.folds}: each fold must leave two groups or more, since one chooses the "
+            f"epoch; found {len(set(truth.groups))} groups in all. Three groups need three folds")
 
     def divide(rows):
         own = truth.take(rows)
@@ -1317,8 +1322,8 @@ def convert(args):
         print(f"skipped: {', '.join(each.values())}")
     n_absent = sum(len(image["absent_parts"]) for image in coco["images"])
     print(f"{args.output}: {len(found.images)} images, {len(coco['annotations'])} boxes of "
-          f"{len(found.category_ids)} parts, {n_absent} absent parts without a box (absent_parts of their "
-          f"image), {len(dropped)} boxes dropped")
+          f"{len(found.category_ids)} parts, {n_absent} absent parts without a box (absent_parts "
+          f"of their image), {len(dropped)} boxes dropped")
 
 
 def audit(args):

@@ -108,8 +108,8 @@ def add_model_arguments(add):
         help="side of a frame in pixels")
     add("--token_type", choices=("none", "channel", "spatial"), default="none",
         help="none: at1 is read off the frame at t1, by a solved readout of a frozen encoder and what training adds; "
-             "else the world model, channel: with a token per feature channel (512), as published; spatial: with one "
-             "per cell of the feature map (49), cheaper")
+             "else the world model, channel: with a token per feature channel (512), as published; "
+             "spatial: with one per cell of the feature map (49), cheaper")
     add("--dropout", type=common.DROPOUT, default=0.1,
         help="on residual and feed-forward paths; inside attention it is 0, which lets the fused kernel run")
     add("--smooth_l1_beta", type=common.AMOUNT, default=1.0,
@@ -153,8 +153,8 @@ def check_flags(parser, args):
     if args.folds and args.select != "last" and not args.val_ratio:
         parser.error(f"--folds {args.folds} --val_ratio 0: rows of the train part choose the epoch, or --select last")
     if args.token_type != "none" and not re.match("(wide_)?resnex?t", args.encoder):
-        parser.error(f"--encoder {args.encoder}: --token_type {args.token_type} needs a torchvision ResNet such as "
-                     "resnet34")
+        parser.error(f"--encoder {args.encoder}: --token_type {args.token_type} needs a "
+                     "torchvision ResNet such as resnet34")
     if args.patient_map and args.patient_regex:
         parser.error(f"--patient_map {args.patient_map} and --patient_regex {args.patient_regex!r}: give one")
     if args.group_column:
@@ -162,8 +162,8 @@ def check_flags(parser, args):
     if args.d_model % (2 * args.n_heads):
         parser.error(f"--d_model {args.d_model} is no multiple of 2 x --n_heads {args.n_heads}")
     if bool(args.checkpoint) != (args.mode in ("evaluate", "predict")):
-        parser.error(f"--mode {args.mode}: evaluate and predict need --checkpoint FILE, the others take none (training "
-                     "starts from its weights with --init_from)")
+        parser.error(f"--mode {args.mode}: evaluate and predict need --checkpoint FILE, the others "
+                     "take none (training starts from its weights with --init_from)")
     try:
         re.compile(args.patient_regex or "")
     except re.error as error:
@@ -278,9 +278,10 @@ class Study:
 def load_study(args, run, needs_labels=True, needs_frames=True, usual=None):
     """Transitions of every sequence, checked and completed; what cannot be used is counted, for skipped.csv.
 
-    needs_labels False: rows without at1, at2, a frame at t2 or a motion that nothing is imagined from are kept, for
-    prediction. needs_frames False: rows whose pictures are missing are listed and kept, for the audit of their poses.
-    usual: angle_unit, euler_order and compose of the data that a model was trained on.
+    needs_labels False: rows without at1, at2, a frame at t2 or a motion that nothing is imagined
+    from are kept, for prediction. needs_frames False: rows whose pictures are missing are listed
+    and kept, for the audit of their poses. usual: angle_unit, euler_order and compose of the data
+    that a model was trained on.
     """
     rows, matching = probe_poses.find_transitions(args.data_dir, args.max_transitions, args.exact_names)
     poses, facts = probe_poses.complete_rows(rows, args.angle_unit, args.compose, args.euler_order, usual or {})
@@ -335,8 +336,8 @@ def refuse_unusable(args, rows, reasons):
         raise common.UserError(f"{len(missing)} transitions name pictures that are not there: "
                                f"{common.shorten_list(missing)}. Add them, or pass --on_bad_file skip.")
     if all(reasons):
-        raise common.UserError(f"--data_dir {args.data_dir}: none of {len(rows)} transitions can be used (first: "
-                               f"{reasons[0]})")
+        raise common.UserError(f"--data_dir {args.data_dir}: none of {len(rows)} transitions can "
+                               f"be used (first: {reasons[0]})")
 
 
 def say_study(run, study):
@@ -346,8 +347,8 @@ def say_study(run, study):
             f"{len(study.skipped)} rows skipped{' (listed in skipped.csv)' if study.skipped else ''}; "
             f"{study.store.description}")
     for row in study.residuals:
-        run.say(f"composition {row['convention']:9} misses by {row['mm']:.4g} mm, {row['deg']:.4g} degrees "
-                f"({row['rows']} rows)")
+        run.say(f"composition {row['convention']:9} misses by {row['mm']:.4g} mm, {row['deg']:.4g} "
+                f"degrees ({row['rows']} rows)")
     for note in study.notes:
         run.say(f"note: {note}")
     if not study.has_patients:
@@ -371,8 +372,9 @@ def draw_augmentation(preset, generator):
 class ProbeTransitions(common.Samples):
     """Samples of chosen rows; a key is (epoch, index), which seeds the augmentation.
 
-    Each sample: frames uint8 (2, 1, S, S), or grids of the untuned encoder, float32 (2, P), for a readout; motion,
-    other_motion (that of another row), at1, at2 (6,) float32 in mm and degrees, NaN = missing; name.
+    Each sample: frames uint8 (2, 1, S, S), or grids of the untuned encoder, float32
+    (2, P), for a readout; motion, other_motion (that of another row), at1, at2 (6,)
+    float32 in mm and degrees, NaN = missing; name.
     """
     study: Study
     rows: np.ndarray  # (M,)
@@ -430,7 +432,8 @@ class Imagined(NamedTuple):
 class GreyEncoder(nn.Module):
     """Base class: grey frames, uint8 (B, 1, S, S) -> features; features that were computed before pass unchanged.
 
-    pixel_scale: mean and sd of the pixels, from 0 to 255, that the weights expect; without weights both are 127.5.
+    pixel_scale: mean and sd of the pixels, from 0 to 255, that the weights expect;
+    without weights both are 127.5.
     """
 
     def __init__(self, args):
@@ -503,7 +506,8 @@ class FrameReadout(nn.Module):
 class Encoder(GreyEncoder):
     """ResNet without its pooling and classifier: uint8 grey frames (B, 1, S, S) -> (B, F, G), G = (S / 32)^2.
 
-    The kernel of the first layer is the sum of its RGB kernels, so that a grey picture gives what it gave as RGB.
+    The kernel of the first layer is the sum of its RGB kernels, so that a grey picture
+    gives what it gave as RGB.
     """
 
     def __init__(self, resnet, args):
@@ -798,8 +802,8 @@ def keep_if_better(training, study, rows, readout, loss_function):
     start = torch.from_numpy(readout.predict(study.grids_at_t1(rows)))
     start_loss = loss_function.of_pose("at1", start, torch.from_numpy(study.at1[rows])).mean().item()
     best_loss = best["history"][training.select]
-    training.run.say(f"validation loss of the solved readout {start_loss:.4f}, of epoch {best['history']['epoch']} "
-                     f"{best_loss:.4f}")
+    training.run.say(f"validation loss of the solved readout {start_loss:.4f}, of epoch "
+                     f"{best['history']['epoch']} {best_loss:.4f}")
     if best_loss >= start_loss:
         training.run.say("note: no epoch is better than the solved readout, so nothing is added to it (epoch 0)")
         set_to_zero(training.model.correction[-1])
@@ -827,10 +831,11 @@ def model_metadata(args, study, split, scaler):
 def use_of_inputs(model, loader, numbers, loss_function, compute, study, trained, rows):
     """Does the model use the motion and the imagined frame? {name of pose_judging.USE_MEANINGS: number} of these rows.
 
-    False motions are those of other rows of the split; they enter the imagination only, while the composition keeps
-    the true one: otherwise a model that adds and subtracts the same motion would look as if it ignored it. A
-    FrameReadout imagines nothing: of it there is only the share of rows outside the range of the training poses.
-    numbers: what evaluate found of these rows; trained: rows that the model was trained on.
+    False motions are those of other rows of the split; they enter the imagination only, while the
+    composition keeps the true one: otherwise a model that adds and subtracts the same motion would
+    look as if it ignored it. A FrameReadout imagines nothing: of it there is only the share of rows
+    outside the range of the training poses. numbers: what evaluate found of these rows; trained:
+    rows that the model was trained on.
     """
     use = pose_scores.outside_share(study.at1, trained, rows)
     if not model.imagines:
@@ -889,8 +894,9 @@ def solve_readout(study, rows):
 def predict_baselines(study, train, rows, readout=None, centre=None):
     """{name: (M, 6)} of what trains no network; without train rows (other data) only those that need none.
 
-    readout: of solve_readout on the train rows. centre: (6,) mean of at1 over the rows that a checkpoint was trained
-    on, for data without train rows. What is fitted is fitted to the deviation from the mean.
+    readout: of solve_readout on the train rows. centre: (6,) mean of at1 over the rows that a
+    checkpoint was trained on, for data without train rows. What is fitted is fitted to the
+    deviation from the mean.
     """
     if len(train):
         centre, _ = probe_poses.centre_and_spread(study.at1[train])
@@ -923,8 +929,9 @@ def predict_baselines(study, train, rows, readout=None, centre=None):
 def predictions_table(study, rows, predicted, others, seen):
     """ScoreTable of at1 for these rows; predicted (M, 6); others {baseline: (M, 6)}; seen: (M,) of seen_rows.WORDS.
 
-    Angles are turned to within 180 degrees of the truth, and the truth of its circular mean over the study, so that
-    whoever subtracts them gets their errors, and variances are those of the angles.
+    Angles are turned to within 180 degrees of the truth, and the truth of its circular
+    mean over the study, so that whoever subtracts them gets their errors, and
+    variances are those of the angles.
     """
     target = pose_scores.unwrapped(study.at1)[rows]
     return prediction_tables.ScoreTable(
@@ -941,7 +948,8 @@ def predictions_table(study, rows, predicted, others, seen):
 def judge(run, args, study, split, rows, table, part, use, alarms, **known):
     """Judge the predictions for these rows of the study.
 
-    part: val, test, folds, or what evaluate scores; use: of use_of_inputs; known: further fields of the Setting.
+    part: val, test, folds, or what evaluate scores; use: of use_of_inputs; known:
+    further fields of the Setting.
     """
     motion_size = np.nanmean(np.abs(study.motion[rows]) / study.label_sd)
     scores_one_block = args.mode == "train" and args.split_by == "time" and not args.folds
@@ -1208,8 +1216,8 @@ def load_checkpoint(args, run):
         others = [f"--{name} {getattr(args, name)}" for name, value in settings.items()
                   if name in args.given and getattr(args, name) not in (value, "auto")]
         if others:
-            raise common.UserError(f"{' '.join(others)}: --mode {args.mode} takes this from the checkpoint, which has "
-                                   "another value; leave it out")
+            raise common.UserError(f"{' '.join(others)}: --mode {args.mode} takes this from the "
+                                   "checkpoint, which has another value; leave it out")
         settings["pretrained"] = content["pretrained"]
         settings["pixel_range"] = args.pixel_range or content["settings"]["pixel_range"]
         args = common.with_flags(args, **settings)
@@ -1225,8 +1233,9 @@ def load_checkpoint(args, run):
 def rows_to_score(run, args, study, seen):
     """(part to score, its rows, rows to fit baselines to).
 
-    Of the data that the checkpoint was trained on, the test part of its split, else the val part; of other data all
-    rows, and none to fit. seen: seen_rows.SeenRows of the checkpoint, since other data may have the same names.
+    Of the data that the checkpoint was trained on, the test part of its split, else the val part;
+    of other data all rows, and none to fit. seen: seen_rows.SeenRows of the checkpoint, since other
+    data may have the same names.
     """
     path = args.checkpoint.with_name("splits.json")
     listed = splitting.listed_parts(path) if path.is_file() else {}
@@ -1264,8 +1273,8 @@ def evaluate_checkpoint(run, args):
     known = sorted(set(table.groups) & set(content["train_patients"]))
     alarms = []
     if known:
-        alarms = [f"the model was trained on these patients: {common.shorten_list(known, 5)}. Score others "
-                  "(--data_dir)"]
+        alarms = [f"the model was trained on these patients: {common.shorten_list(known, 5)}. "
+                  "Score others (--data_dir)"]
     judge(run, args, study, {part: rows}, rows, table, part, use, alarms=alarms, best_epoch=content["epoch"])
 
 

@@ -59,8 +59,8 @@ SOLVED = {
     "epochs": 1, "freeze_backbone": True, "select": "last", "augment": "none",
     "balance": "none", "consistency_weight": 0.1}
 # those that must be off,
-OFF_IN_SOLVED = ("augment_for boost_to bounded focal_alpha init_from jitter_sec label_smoothing mixup sample_weight "
-                 "target_weights").split()
+OFF_IN_SOLVED = ("augment_for boost_to bounded focal_alpha init_from jitter_sec label_smoothing "
+                 "mixup sample_weight target_weights").split()
 # and those that must not be typed, whatever their value
 UNUSED_BY_SOLVED = set("loss focal_gamma lr hidden dropout freeze_stages weight_decay optimizer".split())
 BALANCING = ("balance", "boost_to", "focal_alpha")
@@ -132,8 +132,8 @@ def add_clip_arguments(data):
          help="regress: column that says when a sequence was filmed, such as M0 before and M2 "
               "after surgery; each moment is also judged alone")
     data("--fps", type=common.bounded(float, 0.1, 240), default=12.0,
-         help="classify: frames per second of a clip; both tasks: of folders of frames and .npy clips, which have no "
-              "clock (judge_bouts: default as in predict)")
+         help="classify: frames per second of a clip; both tasks: of folders of frames and .npy "
+              "clips, which have no clock (judge_bouts: default as in predict)")
     data("--n_frames", type=common.POSITIVE,
          help="classify: frames in a clip (default 16); regress: at most so many frames of a "
               "sequence are read (default 32)")
@@ -152,8 +152,8 @@ def add_model_arguments(model):
     model("--model",
           help=f"{MOTION_READOUT}, for small data: a linear model, solved and not trained, on what an untuned image "
                f"backbone makes of the frames and how it changes from frame to frame; {CNN_LSTM}: an image backbone "
-               "frame by frame, then an LSTM; or a torchvision video network (r3d_18, mc3_18, r2plus1d_18, s3d, "
-               "mvit_v2_s, swin3d_t), which computes in fp32 on CPUs")
+               "frame by frame, then an LSTM; or a torchvision video network (r3d_18, mc3_18, "
+               "r2plus1d_18, s3d, mvit_v2_s, swin3d_t), which computes in fp32 on CPUs")
     model("--backbone", "--encoder", default="resnet18",
           help=f"image network of {' and '.join(FRAME_MODELS)}, and of the motion readout that "
                "every other model is compared with")
@@ -384,10 +384,10 @@ def load_study(args, table, say):
     if not len(usable) or n_outside > max(0.5, args.max_missing) * len(table):
         raise common.UserError(
             f"{len(usable) or 'none'} of {len(table)} rows can be used (such as: {usable.skipped[-1]['reason']}). Are "
-            "their times seconds from the start of the file? Spreadsheets take 1:05, one minute, for an hour. "
-            "--max_missing lets more be lost")
-    say(f"data: {len(usable)} rows, {len(set(usable.events))} events; {len(usable.skipped)} rows skipped; "
-        f"{store.description}")
+            "their times seconds from the start of the file? Spreadsheets take 1:05, one minute, "
+            "for an hour. --max_missing lets more be lost")
+    say(f"data: {len(usable)} rows, {len(set(usable.events))} events; {len(usable.skipped)} rows "
+        f"skipped; {store.description}")
     stored = np.flatnonzero([not reason for reason in reasons])
     return Study(usable, store, stored, args)
 
@@ -459,8 +459,9 @@ class Clips(common.Samples):
 class Head(nn.Module):
     """(B, F) -> (B, K): dropout and a linear layer, whose outputs are put on the scale of the task.
 
-    bounded: a sigmoid over the range from `offset` to `offset + span`. prior_shift, (K,): added to the logits outside
-    training, where class balancing showed other class shares than the natural ones.
+    bounded: a sigmoid over the range from `offset` to `offset + span`. prior_shift,
+    (K,): added to the logits outside training, where class balancing showed other
+    class shares than the natural ones.
     """
 
     def __init__(self, n_features, n_outputs, dropout=0.0, bounded=False):
@@ -544,7 +545,8 @@ class MotionReadout(ClipNet):
 class FrameLstm(backbones.BackboneModel):
     """An image backbone frame by frame, then an LSTM: clips (B, T, 3, S, S), mask (B, T) -> (B, K).
 
-    The mask stays on the CPU, where counting its frames waits for no device. of_head: dropout and bounded of the Head.
+    The mask stays on the CPU, where counting its frames waits for no device. of_head:
+    dropout and bounded of the Head.
     """
 
     def __init__(self, backbone, n_features, n_outputs, hidden, freeze_norm=False, **of_head):
@@ -559,8 +561,8 @@ class FrameLstm(backbones.BackboneModel):
     def extract(self, clips, mask):
         """frame_features of the real frames alone, 0 for the others: (B, T, 3, S, S) -> (B, T, F).
 
-        Features (B, T, F) stay as they are. The black frames at the end of a short clip would change the statistics of
-        a BatchNorm that is trained.
+        Features (B, T, F) stay as they are. The black frames at the end of a short clip would
+        change the statistics of a BatchNorm that is trained.
         """
         if clips.ndim == 3:
             return clips
@@ -618,8 +620,9 @@ def pixel_statistics(args):
 class Objective:
     """What a task asks of the network: target (N, K), loss and metrics, fitted to the train rows.
 
-    scale: (centre, offset, span), (K,) each, with which Head.start_at makes it predict what is usual in the train rows;
-    columns: of the history, {column: MetricOf}; meanings: {name that --select may use: MetricOf}; default_select.
+    scale: (centre, offset, span), (K,) each, with which Head.start_at makes it predict what is
+    usual in the train rows; columns: of the history, {column: MetricOf}; meanings: {name that
+    --select may use: MetricOf}; default_select.
     """
     sampler_weights = None  # a chance of being drawn for each of the epoch_rows; None: all alike
     prior_shift = 0.0  # what is to be added to the outputs of a network that was trained on the epoch_rows
@@ -636,15 +639,19 @@ class Objective:
         self.select()
 
     def select(self):
-        """(column of the history that chooses the epoch, whether higher is better). Raises UserError."""
+        """(column of the history that chooses the epoch, whether higher is better).
+
+        Raises UserError.
+        """
         return verdicts.select_column(self.args.select or self.default_select, self.columns, self.meanings)
 
 
 class Behaviours(Objective):
     """--task classify: C classes.
 
-    The natural class shares are those of the train rows, each counted once. Rows that are repeated, drawn more often
-    (--balance sampler: all classes alike) or weighted change the shares in training; prior_shift takes that back.
+    The natural class shares are those of the train rows, each counted once. Rows that are repeated,
+    drawn more often (--balance sampler: all classes alike) or weighted change the shares in
+    training; prior_shift takes that back.
     """
 
     def __init__(self, args, table, train):
@@ -849,7 +856,8 @@ def predict_batch(model, batch, args, compute):
 def evaluate(model, loader, compute):
     """Predict a whole split -> outputs (M, K) float64 and features (M, F).
 
-    The outputs (logits, or scores) for the clips of a row are combined by --aggregation, its features by their mean.
+    The outputs (logits, or scores) for the clips of a row are combined by
+    --aggregation, its features by their mean.
     """
     model.eval()
     clips = loader.dataset
@@ -912,8 +920,8 @@ def fit(run, args, study, split, features):
 def finish_best_model(training, study, split, loaders, objective):
     """Predict each part with the best epoch, and complete best_model.pth by what is known only then.
 
-    That is what its training data are like, and for classes the calibration on val. Returns {part: outputs (M, K)},
-    which are scores, or logits at the natural class shares.
+    That is what its training data are like, and for classes the calibration on val. Returns {part:
+    outputs (M, K)}, which are scores, or logits at the natural class shares.
     """
     run = training.run
     best = training.load_best()
@@ -1440,7 +1448,8 @@ def read_windows(recording, members, run, label):
 def predict_windows(member, frames, compute):
     """Probabilities (B, C) of B windows by one network.
 
-    frames: of sliding_windows.slide, pixels and is_new (B, T, ...), and under each backbone its features of them.
+    frames: of sliding_windows.slide, pixels and is_new (B, T, ...), and under each
+    backbone its features of them.
     """
     mask = torch.ones_like(frames["is_new"])
     if member.args.model == MOTION_READOUT:  # as Study.mask: the first frame counts, others where they are new

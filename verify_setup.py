@@ -37,14 +37,14 @@ REQUIREMENTS = HERE / "requirements.txt"
 PUBLISHED_TABLE = "per_image_Slider_mean_sd_from_wide.csv"
 FIRST_PICTURES = 300  # that are decoded
 DRY_RUN_FLAGS = {  # paths are relative to the folder of make_sample_data.py
-    "assessor": f"--images_dir assessor/images --ratings_file assessor/ratings/{PUBLISHED_TABLE} --backbone resnet18 "
-                "--image_size 64",
+    "assessor": f"--images_dir assessor/images --ratings_file assessor/ratings/{PUBLISHED_TABLE} "
+                "--backbone resnet18 --image_size 64",
     "detector": "--train_json detector/annotations.json --train_images detector/images --split_ratio 0.7 "
                 "--group_column street --min_size 64 --max_size 96 --num_workers 0 --model fasterrcnn_resnet18_fpn",
-    "dreamer": "--data_dir dreamer --patient_map dreamer/patient_map.json --encoder resnet18 --image_size 64 "
-               "--token_type spatial --d_model 48",
-    "video": "--manifest video/manifests/all.csv --video_root video/videos --label_map video/manifests/label_map.json "
-             "--model cnn_lstm --image_size 32 --n_frames 4"}
+    "dreamer": "--data_dir dreamer --patient_map dreamer/patient_map.json --encoder resnet18 "
+               "--image_size 64 --token_type spatial --d_model 48",
+    "video": "--manifest video/manifests/all.csv --video_root video/videos --label_map "
+             "video/manifests/label_map.json --model cnn_lstm --image_size 32 --n_frames 4"}
 WEIGHTS = {
     "assessor": "resnet18 resnet34 resnet50 resnet101 efficientnet_b0 efficientnet_b3 vit_b_16",
     "video": "r3d_18 resnet18",
@@ -54,8 +54,8 @@ TASKS = tuple(WEIGHTS)
 OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 MODULES = {"pillow": "PIL", "opencv-python": "cv2", "PyYAML": "yaml"}  # packages whose module has another name
 IMPORT_REMEDIES = {
-    "cv2": "where system libraries are missing: apt install libgl1 libglib2.0-0, or without root: pip uninstall "
-           "opencv-python; pip install --force-reinstall opencv-python-headless",
+    "cv2": "where system libraries are missing: apt install libgl1 libglib2.0-0, or without root: "
+           "pip uninstall opencv-python; pip install --force-reinstall opencv-python-headless",
     "torchvision": "its release may not match that of torch: pip install --upgrade torch torchvision"}
 GIB = 1 << 30
 Check = collections.namedtuple("Check", "status name found remedy", defaults=("",))
@@ -227,7 +227,10 @@ def download_weights(names):
 # --- the data ------------------------------------------------------------------
 
 def run_script(script, *flags, folder=None):
-    """Run a script of this repository in a folder; returns the process. UserError with its complaint where it fails."""
+    """Run a script of this repository in a folder; returns the process.
+
+    UserError with its complaint where it fails.
+    """
     import common
     command = [sys.executable, HERE / script, *flags]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="backslashreplace")
@@ -320,8 +323,8 @@ def check_by_script(task, flags, temporary):
     report = common.read_json(output)
     row = Check("OK", "data", done.stdout.strip().removesuffix(f"; written to {output}"))
     if counts_anything(report) or report.get("damaged") or "WARNING" in done.stdout:
-        remedy = ("correct what is counted or marked WARNING; keep copies, and the levels of a column that tells the "
-                  "label, on one side of the split")
+        remedy = ("correct what is counted or marked WARNING; keep copies, and the levels of a "
+                  "column that tells the label, on one side of the split")
         row = row._replace(status="WARN", remedy=remedy)
     yield row
     bad = [": ".join(each) for each in report.get("unreadable", {}).items()]

@@ -32,8 +32,8 @@ def prior_baseline(train_label, n_rows, n_classes):
 def standardisation(features, sd_floor):
     """(mean, sd), both (F,), of (N, F) features; the sd of a constant one is 1.
 
-    sd_floor: features of one network share a unit, so one that hardly varied here must not count
-    as many sds when it does later; this share of the RMS sd of those that vary is added in quadrature.
+    sd_floor: features of one network share a unit, so one that hardly varied here must not count as
+    many sds when it does later; this share of the RMS sd of those that vary is added in quadrature.
     """
     mean = features.mean(0)
     sd = features.std(0)
@@ -152,9 +152,9 @@ def held_out_error(scores, y, projected, damped, folds):
 def fit_logistic(features, label, n_classes, lambdas=LOGISTIC_LAMBDAS, groups=None, sd_floor=0.0):
     """Multinomial logistic regression, lambda > 0 by inner cross-validation -> Readout.
 
-    features: (N, F), standardised here; label: (N,) class indices; groups, sd_floor, inner_error: as in
-    fit_ridge. Minimises the summed NLL + lambda / 2 |W|^2, with two classes + lambda |W|^2, so
-    that lambda = 1 / C of scikit-learn.
+    features: (N, F), standardised here; label: (N,) class indices; groups, sd_floor, inner_error:
+    as in fit_ridge. Minimises the summed NLL + lambda / 2 |W|^2, with two classes + lambda |W|^2,
+    so that lambda = 1 / C of scikit-learn.
     """
     groups = np.arange(len(label)) if groups is None else groups
     mean, sd = standardisation(features, sd_floor)
@@ -252,7 +252,8 @@ def fit_readout(features, truth, groups=None, n_classes=None, blocks=None):
 def time_baselines(values, times, sequences, train, rows):
     """{interpolated, nearest_in_time: (M, K)} from the train rows of the same sequence, on both sides of a gap.
 
-    values: (N, K), NaN = missing; times: (N,). The train mean where a sequence has no train row; {} where none has any.
+    values: (N, K), NaN = missing; times: (N,). The train mean where a sequence has no
+    train row; {} where none has any.
     """
     if not np.isin(sequences[rows], sequences[train]).any():
         return {}

@@ -37,9 +37,10 @@ def calibration_numbers(probability, overall):
 def take_null(comparison, confidence):
     """Add NAME_above_null of the model for both ECEs, with an interval for the true calibration error.
 
-    comparison: subject_intervals.Comparison; confidence: (N,) of the model. Chance adds to an ECE, so the ECE itself
-    loses its intervals. Of a true gap d and noise s, E|N(d, s)| lies between d and d + E|N(0, s)|, and for large d near
-    the root of d^2 + s^2: the null is taken off as it is at the low end, and by squares at the high end.
+    comparison: subject_intervals.Comparison; confidence: (N,) of the model. Chance adds to an ECE,
+    so the ECE itself loses its intervals. Of a true gap d and noise s, E|N(d, s)| lies between d
+    and d + E|N(0, s)|, and for large d near the root of d^2 + s^2: the null is taken off as it is
+    at the low end, and by squares at the high end.
     """
     for name, adaptive in class_scores.ECE_METRICS.items():
         found = comparison.model[name]
@@ -121,8 +122,8 @@ def class_weights(args, prior, positive):
 def prior_correction(train_prior, sampled_prior):
     """(C,) to add to the logits of a model that saw classes in shares sampled_prior, for shares train_prior, (C,) each.
 
-    log(train / sampled), before the temperature (Saerens, Latinne & Decaestecker 2002); 0 for a class that
-    either lacks.
+    log(train / sampled), before the temperature (Saerens, Latinne & Decaestecker 2002); 0 for a
+    class that either lacks.
     """
     both = (train_prior > 0) & (sampled_prior > 0)
     return np.log(np.where(both, train_prior, 1) / np.where(both, sampled_prior, 1))
@@ -131,8 +132,8 @@ def prior_correction(train_prior, sampled_prior):
 def fit_threshold(probability, label, positive=1):
     """Threshold of the positive class with its best F1 on these rows: (N, C), (N,) -> 0 to 1.
 
-    It lies halfway between two scores; of equally good ones the nearest to .5. Without both classes, or with a score
-    that is no number: .5.
+    It lies halfway between two scores; of equally good ones the nearest to .5. Without both
+    classes, or with a score that is no number: .5.
     """
     score = probability[:, positive]
     is_positive = label == positive

@@ -63,8 +63,8 @@ def fold_alarms(table):
         return []
     if table.main_metrics()["balanced_accuracy"] > 1 / len(set(table.label)):
         return []
-    return ["identical confusion matrices in all folds: do the models tell the rows apart at all? Compare the folds' "
-            "splits.json, and train longer (--epochs)"]
+    return ["identical confusion matrices in all folds: do the models tell the rows apart at all? "
+            "Compare the folds' splits.json, and train longer (--epochs)"]
 
 
 def criteria_names(names):

@@ -24,11 +24,12 @@ class ClassMetrics:
 def classification_metrics(probability, label, threshold=None, positive=1):
     """ClassMetrics of a whole split: (N, C) probabilities, (N,) class indices.
 
-    loss: mean negative log-likelihood; ece, ece_adaptive: 15 bins of equal width, of equal mass. With a threshold,
-    rows whose probability of `positive` reaches it get that class, the others the most probable of the rest. roc_auc:
-    of the positive class, for three classes or more the mean one-vs-rest. NaN: recall, average precision and AUC of a
-    class without rows, precision of one never predicted, f1 where both are so; means leave them out. mcc of a constant
-    prediction is 0, of constant labels NaN. The Brier score is the sum over classes, halved for two (0 to 1). Not a
+    loss: mean negative log-likelihood; ece, ece_adaptive: 15 bins of equal width, of equal mass.
+    With a threshold, rows whose probability of `positive` reaches it get that class, the others the
+    most probable of the rest. roc_auc: of the positive class, for three classes or more the mean
+    one-vs-rest. NaN: recall, average precision and AUC of a class without rows, precision of one
+    never predicted, f1 where both are so; means leave them out. mcc of a constant prediction is 0,
+    of constant labels NaN. The Brier score is the sum over classes, halved for two (0 to 1). Not a
     finite number in any probability: all NaN.
     """
     statistic = class_statistic(probability, label, threshold, positive)
@@ -54,8 +55,8 @@ def predicted_class(probability, threshold, positive):
 def ranking_metrics(score, is_positive, weights=None):
     """ROC AUC and average precision of (N,) scores under (D, N) row weights (None: ones) -> two (D,), NaN = undefined.
 
-    Equal scores count half in the AUC (Mann-Whitney) and are one step of the precision-recall curve, which is summed
-    without interpolation.
+    Equal scores count half in the AUC (Mann-Whitney) and are one step of the precision-recall
+    curve, which is summed without interpolation.
     """
     weights = np.ones((1, len(score))) if weights is None else weights
     order, first = tied_runs(score)
@@ -83,7 +84,8 @@ def tied_runs(score):
 def hits_by_threshold(score, is_hit):
     """(n_called, hits), (G + 1,) each: how many rows reach a threshold, and how many of them are hits.
 
-    score, is_hit: (N,) each. The first threshold is above all scores, then come the G different scores, highest first.
+    score, is_hit: (N,) each. The first threshold is above all scores, then come the G
+    different scores, highest first.
     """
     order, first = tied_runs(score)
     n_called = np.append(first, len(order))
@@ -93,8 +95,8 @@ def hits_by_threshold(score, is_hit):
 def class_statistic(probability, label, threshold=None, positive=1, owners=slice(None)):
     """classification_metrics as a function of weights (D, S) of subjects in D resamples: {name: (D,)}, {name: (D, C)}.
 
-    Every metric of a resample follows from how often each row was drawn. owners: (N,) number of each row's subject;
-    default: every row its own.
+    Every metric of a resample follows from how often each row was drawn. owners: (N,) number of
+    each row's subject; default: every row its own.
     """
     count = probability.shape[1]
     cell = label * count + predicted_class(probability, threshold, positive)

@@ -50,12 +50,13 @@ def _level_codes(levels, n_rows, n_train, position):
 def level_priors(levels, target, train, test, groups=None, positive=1, position=None):
     """What metadata alone predict, without a pixel: a list of dicts, best column first.
 
-    levels: {name: (N,) values}; target: (N,) class indices, or (N, R) scores, NaN = missing; train, test: lists of row
-    indices, an entry a fold, whose test rows are judged as one; groups: (N,) names for the interval. A column predicts
-    the smoothed train rate of the `positive` class, or the smoothed train mean, in the row's level; `row order` does
-    the same with blocks of neighbouring rows (position: (N,) row number of each in its own file; None = its index).
-    dict(name, n_levels, auc or r2, low, high, subjects), for scores also mae, mae_low and mae_high; low and high are
-    NaN where there is no interval.
+    levels: {name: (N,) values}; target: (N,) class indices, or (N, R) scores, NaN = missing; train,
+    test: lists of row indices, an entry a fold, whose test rows are judged as one; groups: (N,)
+    names for the interval. A column predicts the smoothed train rate of the `positive` class, or
+    the smoothed train mean, in the row's level; `row order` does the same with blocks of
+    neighbouring rows (position: (N,) row number of each in its own file; None = its index).
+    dict(name, n_levels, auc or r2, low, high, subjects), for scores also mae, mae_low and mae_high;
+    low and high are NaN where there is no interval.
     """
     is_classes = target.ndim == 1
     metric = "auc" if is_classes else "r2"
@@ -98,8 +99,9 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
 def flag_confounds(rows, model, table=None, levels=()):
     """The rows of level_priors with red_flag, True where the prior reaches the model's interval.
 
-    model: Estimate of its AUC or R2; NaN flags nothing, and neither does a prior that knows nothing (AUC up to .5, R2
-    up to 0). levels: {name: (M,) values in the rows of the table}, within which the model's AUC or R2 is given too.
+    model: Estimate of its AUC or R2; NaN flags nothing, and neither does a prior that knows nothing
+    (AUC up to .5, R2 up to 0). levels: {name: (M,) values in the rows of the table}, within which
+    the model's AUC or R2 is given too.
     """
     bar = model.value if math.isnan(model.low) else model.low
     flagged = []
@@ -118,8 +120,8 @@ def flagged_doubts(rows):
     if not names:
         return []
     return [f"Known without looking at the input, and as good as the model's interval allows: "
-            f"{common.shorten_list(names, 3)}. Judge the model within the levels (the section Without a pixel), and "
-            "across them: --group_column"]
+            f"{common.shorten_list(names, 3)}. Judge the model within the levels (the section "
+            "Without a pixel), and across them: --group_column"]
 
 
 def confound_blocks(rows):
@@ -143,9 +145,9 @@ def prior_levels(table):
 def judged_rows(table):
     """{what a split keeps whole: (train rows, judged rows), lists with an entry a fold}.
 
-    With parts (train, val, test, or all where there is none): from the first to the last. Without: five folds that
-    keep events whole, so that a prior may know the animals and places it is judged on, and, where there are groups or
-    videos, five that keep those whole.
+    With parts (train, val, test, or all where there is none): from the first to the last. Without:
+    five folds that keep events whole, so that a prior may know the animals and places it is judged
+    on, and, where there are groups or videos, five that keep those whole.
     """
     parts = [part for part in ("train", "all", "val", "test") if part in table.parts]
     if len(parts) > 1:

@@ -20,8 +20,8 @@ def read_coco_results(truth_json, detections_json, group_column=None, box_format
     """Annotations (COCO or of parts), COCO results of any program -> (PartTruth, M Detections, (M,) their seen,
     Annotations with what was skipped and noted in both).
 
-    box_format: of the results, see part_boxes.BOX_FORMATS. Boxes that annotators trusted less than .5 are ignored.
-    Raises UserError that lists what cannot be read.
+    box_format: of the results, see part_boxes.BOX_FORMATS. Boxes that annotators trusted less than
+    .5 are ignored. Raises UserError that lists what cannot be read.
     """
     found = part_boxes.read_annotations(truth_json)
     images = found.images
@@ -146,8 +146,8 @@ def general_limits(judged):
     """What a reader must not conclude from detections of these pictures."""
     limits = [
         "Valid for pictures like these, taken and annotated by people like these; nothing else was tested.",
-        "Few pictures make AP and joint AP too high, and intervals do not show it: hold an AP against those of about "
-        "as many pictures.",
+        "Few pictures make AP and joint AP too high, and intervals do not show it: hold an AP "
+        "against those of about as many pictures.",
     ]
     if judged.has_states:
         limits.append("States are judged on the parts that were found; one that is missed counts "
@@ -206,7 +206,8 @@ def per_state_rows(judged):
 def calibration_rows(judged):
     """NLL, Brier score and ECE of the states of the boxes found: of the model, and of the rates of each part.
 
-    No rows without states, nor where results only name them: nobody gave these probabilities of 0 and 1.
+    No rows without states, nor where results only name them: nobody gave these
+    probabilities of 0 and 1.
     """
     found = judged.found
     rows = []
@@ -232,8 +233,8 @@ def find_alarms(judged, detections, threshold):
     unseen = [part for part, n in zip(judged.truth.parts, judged.counts["truth"].sum(0)) if not n]
     if unseen:
         alarms.append(f"parts without a box here, so not judged: {', '.join(unseen)}. Score more pictures "
-                      "(train_detector.py: a higher --test_ratio or fewer --folds), or take these parts out of the "
-                      "annotations")
+                      "(train_detector.py: a higher --test_ratio or fewer --folds), or take these "
+                      "parts out of the annotations")
     repeats = collections.Counter(np.round(each.boxes, 1).tobytes() for each in sure if len(each.boxes))
     most = max(repeats.values(), default=0)
     if most >= 3:
@@ -249,12 +250,12 @@ def state_alarms(confusion):
     true = confusion.sum(1)
     predicted = confusion.sum(0)
     if (predicted > 0).sum() == 1 and (true > 0).sum() > 1:
-        alarms.append(f"one state only is ever predicted: {part_boxes.STATES[predicted.argmax()]}. Train longer "
-                      "(--epochs), or --state_class_weights balanced")
+        alarms.append(f"one state only is ever predicted: {part_boxes.STATES[predicted.argmax()]}. "
+                      "Train longer (--epochs), or --state_class_weights balanced")
     if true.max() >= 0.95 * confusion.sum():
         alarms.append(f"95 % or more of the found parts are {part_boxes.STATES[true.argmax()]}: "
-                      "their state accuracy says little. Look at the balanced accuracy, and annotate more of the "
-                      "other states")
+                      "their state accuracy says little. Look at the balanced accuracy, and "
+                      "annotate more of the other states")
     return alarms
 
 
@@ -285,13 +286,13 @@ def metric_blocks(run, setting, result, part_rows, threshold):
         reporting.html_table(
             subject_intervals.overall_rows(result),
             caption=f"On {setting.rows_judged.replace('rows', 'pictures')}; precision, recall and hallucinations at "
-                    f"score {threshold:g}; baseline of AP: the {result.baseline_label}, of states: the usual one "
-                    f"of the part; {result.method}"),
+                    f"score {threshold:g}; baseline of AP: the {result.baseline_label}, of states: "
+                    f"the usual one of the part; {result.method}"),
         reporting.html_table(
             part_rows, columns,
             caption="Each part: n boxes, COCO AP (mean precision over recalls) over IoU .50 to .95 with its interval, "
-                    "AP of the baseline; claimed: found, though absent in that picture, and the binomial interval of "
-                    "their share"),
+                    "AP of the baseline; claimed: found, though absent in that picture, and the "
+                    "binomial interval of their share"),
         reporting.html_image(
             run.path("per_part.png"), "AP and AP50 of each part that has boxes here, and the baseline's"
             f"{plotting.note_if_cut(sum(row['boxes'] > 0 for row in part_rows), 'parts')}"),
@@ -310,8 +311,8 @@ def state_blocks(run, judged, rows, calibration):
         plotting.plot_reliability(judged.found.probabilities, judged.found.true, plot)
         blocks += [
             reporting.html_table(
-                calibration, caption="State probabilities of the boxes found, beside the rates of the states in their "
-                                     "parts, which look at no pixel"),
+                calibration, caption="State probabilities of the boxes found, beside the rates of "
+                                     "the states in their parts, which look at no pixel"),
             reporting.html_image(plot, "Reliability: how often a state of that confidence is right")]
     return blocks
 
@@ -328,8 +329,8 @@ def case_blocks(run, judged, detections, picture, threshold):
     return [
         reporting.html_image(
             worst, f"The pictures with most errors: annotated (left), detected from score "
-                   f"{threshold:g} (right). Green intact, orange damaged, pink absent, blue occluded, grey no state; "
-                   "without any state a colour for each part"),
+                   f"{threshold:g} (right). Green intact, orange damaged, pink absent, blue "
+                   "occluded, grey no state; without any state a colour for each part"),
         reporting.html_image(best, "The pictures with fewest errors"),
     ]
 

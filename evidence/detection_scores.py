@@ -1,7 +1,7 @@
 """Detections against boxes: COCO matching, average precision, states, and intervals over pictures.
 
-Letters: M pictures scored, P parts, S states, K boxes and D detections of one picture, C categories,
-T IoU thresholds.
+Letters: M pictures scored, P parts, S states, K boxes and D detections of one picture, C
+categories, T IoU thresholds.
 """
 import contextlib
 import copy
@@ -165,7 +165,8 @@ def count_matches(matching, threshold):
 def count_hallucinations(truth, detections, threshold):
     """Counts (M, P) of absent parts: absent, claimed (a detection not called absent) anywhere.
 
-    And of those with a box: absent_boxes, claimed_there. A part annotated in another place too is not absent anywhere.
+    And of those with a box: absent_boxes, claimed_there. A part annotated in another
+    place too is not absent anywhere.
     """
     from torchvision.ops import box_iou
     counts = {name: np.zeros((len(detections), len(truth.parts)))
@@ -218,8 +219,8 @@ def rates_of(counts):
 class Judged:
     """Detections of M pictures against their boxes: every number over any of them, and intervals.
 
-    baseline: M Detections to compare with, or None; state_rates (M, P, S): how often each part has each state in the
-    train pictures, the baseline of the states.
+    baseline: M Detections to compare with, or None; state_rates (M, P, S): how often each part has
+    each state in the train pictures, the baseline of the states.
     """
 
     def __init__(self, truth, detections, threshold, baseline=None, state_rates=None):

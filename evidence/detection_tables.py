@@ -26,9 +26,9 @@ def best_of_each_part(detected, threshold):
 def detection_rows(pictures, detections, parts, lists_absent=False):
     """[dict] for the CSV: image, part, score, state, its probabilities, x1 y1 x2 y2, seen, warning, error.
 
-    pictures: M dicts of what all rows of a picture say: image, seen (of seen_rows.WORDS) and maybe warning; of one
-    that could not be read, and so has no detections, image and error. lists_absent: a row for each part not detected.
-    A picture without any detection has a row without a part.
+    pictures: M dicts of what all rows of a picture say: image, seen (of seen_rows.WORDS) and maybe
+    warning; of one that could not be read, and so has no detections, image and error. lists_absent:
+    a row for each part not detected. A picture without any detection has a row without a part.
     """
     rows = []
     for known, detected in zip(pictures, detections):
@@ -74,9 +74,10 @@ def coco_results(rows, image_ids, category_ids):
 def read_results(path, annotated, box_format):
     """COCO results of any program -> (parts, Detections and one of seen_rows.WORDS for each image, notes).
 
-    annotated: Annotations of these images; parts: theirs, then what else the results name as their `part`. The state
-    stands in state_probabilities or in state (text or number), or nowhere: then they are plain detections. box_format:
-    one of part_boxes.BOX_FORMATS, None for xywh. UserError that lists what cannot be read.
+    annotated: Annotations of these images; parts: theirs, then what else the results name as their
+    `part`. The state stands in state_probabilities or in state (text or number), or nowhere: then
+    they are plain detections. box_format: one of part_boxes.BOX_FORMATS, None for xywh. UserError
+    that lists what cannot be read.
     """
     entries = common.read_json(path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -115,8 +116,8 @@ def read_results(path, annotated, box_format):
 def results_as_coco(entries, annotated, reading):
     """COCO results, and the images and categories of Annotations -> COCO.
 
-    The file_name decides, where it fits one image: a program may have written image ids of its own. Then a result whose
-    file_name fits none is left out.
+    The file_name decides, where it fits one image: a program may have written image ids of its own.
+    Then a result whose file_name fits none is left out.
     """
     ids = dict(annotated.category_ids)
     image_ids = {file_names.clean_name(image.name): part_boxes.read_id(image.id) for image in annotated.images}
@@ -152,6 +153,6 @@ def read_states(found, faults):
     numbers = list(map(part_boxes.read_number, given)) if isinstance(given, list) else []
     is_whole = len(numbers) == N_STATES and None not in numbers
     if not is_whole or min(numbers) < 0 or abs(sum(numbers) - 1) > ROUNDING:
-        faults.append(f"{found.key}: expected {N_STATES} state_probabilities from 0 to 1 with sum 1, found "
-                      f"{str(given)[:60]}")
+        faults.append(f"{found.key}: expected {N_STATES} state_probabilities from 0 to 1 with sum "
+                      f"1, found {str(given)[:60]}")
     return numbers

@@ -65,7 +65,8 @@ class Bout(typing.NamedTuple):
 def join_close(windows, merge_gap_sec):
     """(W,) classes in which what parts two bouts of one class by at most merge_gap_sec belongs to them.
 
-    The closest bouts come first, of equally close ones the earlier; what they have taken is no longer a bout.
+    The closest bouts come first, of equally close ones the earlier; what they have
+    taken is no longer a bout.
     """
     edges = windows.edges
     joined = windows.chosen.copy()
@@ -84,8 +85,8 @@ def join_close(windows, merge_gap_sec):
 def bouts_of(windows, names, min_bout_sec=0.0, merge_gap_sec=0.0):
     """Bouts of one recording by their start: runs of windows with one class; none overlaps another.
 
-    Two of one class with a gap of at most merge_gap_sec become one, which takes the gap; then what is shorter than
-    min_bout_sec is left out.
+    Two of one class with a gap of at most merge_gap_sec become one, which takes the gap; then what
+    is shorter than min_bout_sec is left out.
     """
     edges = windows.edges
     classes = join_close(windows, merge_gap_sec)
@@ -216,7 +217,9 @@ def read_spans(path):
 
 
 def events_in(watched, table):
-    """DataFrame of the events of an EventTable, cut to what was watched. UserError: none is of a recording.
+    """DataFrame of the events of an EventTable, cut to what was watched.
+
+    UserError: none is of a recording.
 
     watched: DataFrame of the video (its index), start_sec and end_sec of each recording.
     """
@@ -231,8 +234,8 @@ def events_in(watched, table):
     has_time = is_watched & (end_sec > start_sec)
     n_without = (is_watched & ~has_time).sum()
     if n_without:
-        print(f"note: {n_without} events in these recordings are left out: they lie past the end, or are points in "
-              "time (--min_event_sec 1 makes each a second long)")
+        print(f"note: {n_without} events in these recordings are left out: they lie past the end, "
+              "or are points in time (--min_event_sec 1 makes each a second long)")
     print(f"{has_time.sum()} of {len(events)} events are in the recordings")
     if not is_watched.any():
         raise common.UserError(
@@ -241,8 +244,8 @@ def events_in(watched, table):
     events = events[has_time]
     empty = set(watched.index) - set(events["video"])
     if empty:
-        print(f"note: {len(empty)} recordings have no event in the table, and every bout in them counts as false: "
-              f"{common.shorten_list(sorted(empty), 3)}")
+        print(f"note: {len(empty)} recordings have no event in the table, and every bout in them "
+              f"counts as false: {common.shorten_list(sorted(empty), 3)}")
     overlapping = {video for (video, label), own in events.groupby(["video", "label"])
                    if (own["end_sec"] - own["start_sec"]).sum() > covered(spans_of(own, video, label)) + SLACK_SEC}
     if overlapping:
@@ -254,7 +257,8 @@ def events_in(watched, table):
 def judge_folder(folder, read_table, output):
     """Judge the bouts in a run folder of predict --video by the EventTable that read_table(names of classes) gives.
 
-    Says it and writes it: output, else bout_scores.csv in the folder. Intervals over the table's groups, if any.
+    Says it and writes it: output, else bout_scores.csv in the folder. Intervals over
+    the table's groups, if any.
     """
     windows = read_spans(folder / "windows.csv")
     table = read_table([name.removeprefix("prob_") for name in windows if name.startswith("prob_")])
@@ -279,8 +283,8 @@ def judge_folder(folder, read_table, output):
         print(f"{row['label']}: {row['bouts']} bouts, {row['events']} events; "
               f"F1 at IoU .25 {f1_at_25}, at .5 {f1_at_50}; kappa {kappa}{interval}")
     print(f"{method}; written to {output}")
-    print("note: whether the model was trained on these events is not known here; --mode predict with this --manifest "
-          "says it (column seen)")
+    print("note: whether the model was trained on these events is not known here; --mode predict "
+          "with this --manifest says it (column seen)")
 
 
 def spans_of(table, video, label):
@@ -321,10 +325,11 @@ def bout_metrics(sums):
 def judge_bouts(watched, bouts, events, names, group_of):
     """(rows of a table, one for each class; how their intervals are made).
 
-    watched: as in events_in; bouts, events: DataFrames with video, label, start_sec and end_sec. Of all videos that
-    were watched: precision, recall and F1 of bouts that are paired with events at each IoU, and Cohen's kappa over
-    time, that of infinitely short frames. Intervals over videos, or over the groups of group_of {video: group} (others
-    are their own): none where under 5 have what a number is about.
+    watched: as in events_in; bouts, events: DataFrames with video, label, start_sec and
+    end_sec. Of all videos that were watched: precision, recall and F1 of bouts that are
+    paired with events at each IoU, and Cohen's kappa over time, that of infinitely
+    short frames. Intervals over videos, or over the groups of group_of {video: group}
+    (others are their own): none where under 5 have what a number is about.
     """
     import pandas as pd
     counts = []

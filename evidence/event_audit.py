@@ -65,9 +65,9 @@ def audit_table(table, split, audits=None, durations=None, predictions=None, pos
     """The leakage report of events, split {part: rows}, with all that their times and files tell.
 
     Besides splitting.leakage_report: parts, seen_events, windows_past_the_end and
-    probability_clusters (where they can be judged), priors, and notes that say it in text.
-    audits: N video_files.ClipAudit of a run, which judges the priors itself, on its own folds; without
-    them file and window say which clips are alike. durations: {source: seconds}; predictions:
+    probability_clusters (where they can be judged), priors, and notes that say it in text. audits:
+    N video_files.ClipAudit of a run, which judges the priors itself, on its own folds; without them
+    file and window say which clips are alike. durations: {source: seconds}; predictions:
     predictions.csv; positive: class whose priors are judged (default: the rarest).
     """
     rows = np.concatenate([own[np.argsort(table.clip_ids[own])] for own in split.values()])
@@ -119,7 +119,8 @@ def audit_table(table, split, audits=None, durations=None, predictions=None, pos
 def record_split(run, table, audits, split):
     """splitting.record_split of a run whose N rows have these video_files.ClipAudit; returns its alarms.
 
-    Where another column than that of the groups is to be kept whole, what repeats stands on both sides on purpose.
+    Where another column than that of the groups is to be kept whole, what repeats
+    stands on both sides on purpose.
     """
     args = run.args
     report = audit_table(table, split, audits, gap_sec=args.gap_sec)
@@ -237,8 +238,8 @@ def _part_note(part, held):
     return (
         f"{part}: {held['rows']} clips ({held['repeated_rows']} rows more repeat them), {held['events']} events "
         f"({mixed['count']} with two labels), {held['videos']} videos with {per_video['min']:g} to "
-        f"{per_video['max']:g} events (median {per_video['median']:g}), {held['pure_videos']} with one class, "
-        f"{held['mixed_videos']} mixed; {classes or 'no classes'}")
+        f"{per_video['max']:g} events (median {per_video['median']:g}), {held['pure_videos']} with "
+        f"one class, {held['mixed_videos']} mixed; {classes or 'no classes'}")
 
 
 def prior_note(row):
@@ -248,9 +249,9 @@ def prior_note(row):
     if math.isnan(row["low"]):
         interval = f"no interval over {row['subjects']} groups"
     text = (
-        f"no-pixel prior on {row['name']} across {row['across']}: {metric.upper()} of {row['what']} "
-        f"{row[metric]:.3f} [{interval}]")
+        f"no-pixel prior on {row['name']} across {row['across']}: {metric.upper()} of "
+        f"{row['what']} {row[metric]:.3f} [{interval}]")
     if row[metric] >= TELLS_ALL and row["name"] != "row order":
-        return (f"WARNING: {text}: this column tells it without a look at the clips, and a model may learn no more "
-                "than that")
+        return (f"WARNING: {text}: this column tells it without a look at the clips, and a model "
+                "may learn no more than that")
     return text

@@ -97,8 +97,8 @@ def make_folds(args, table):
     if args.cv_file:
         folds = score_tables.read_cv_file(args.cv_file, table.take(rest))
         if args.fold != "all" and args.fold >= len(folds):
-            raise common.UserError(f"--fold {args.fold}: --cv_file {args.cv_file} has {len(folds)} folds, from 0 to "
-                                   f"{len(folds) - 1}")
+            raise common.UserError(f"--fold {args.fold}: --cv_file {args.cv_file} has {len(folds)} "
+                                   f"folds, from 0 to {len(folds) - 1}")
         if args.folds not in (0, len(folds)):
             raise common.UserError(f"--folds {args.folds}: --cv_file {args.cv_file} has {len(folds)}; leave it out")
     else:

@@ -1,6 +1,7 @@
 """Where a network looks: which places of a picture its output rests on, and whether what it has learnt decides that.
 
-Letters: B pictures, R outputs, C channels, h and w height and width of a map, S side of a picture in pixels.
+Letters: B pictures, R outputs, C channels, h and w height and width of a map, S side
+of a picture in pixels.
 """
 import copy
 
@@ -17,8 +18,8 @@ TINT = np.array([230, 60, 0])  # of the places that matter
 def explain(model, paths, inputs, outputs=slice(None)):
     """Heat maps of normalised pictures (B, 3, S, S), and the same with random weights -> (2, B, S, S), each up to 1.
 
-    paths: of the model's modules that give feature maps; of the last on which the output rests. All 0 where it rests on
-    none. outputs: which of the R count.
+    paths: of the model's modules that give feature maps; of the last on which the output rests. All
+    0 where it rests on none. outputs: which of the R count.
     """
     both = []
     for each in (model, shuffle_weights(model)):
@@ -31,8 +32,8 @@ def explain(model, paths, inputs, outputs=slice(None)):
 def _gradient_maps(model, paths, inputs, outputs):
     """Gradient times activation, summed over channels: its magnitude, mean over the outputs -> (B, h, w).
 
-    On the last map it is each place's share of the output, up to what the layers above add (Selvaraju et al. 2017, with
-    the gradient of each place as in Draelos & Carin 2020).
+    On the last map it is each place's share of the output, up to what the layers above add
+    (Selvaraju et al. 2017, with the gradient of each place as in Draelos & Carin 2020).
     """
     *found, (_, predicted) = backbones.outputs_of(model, [*paths, ""], inputs)
     heat = inputs.new_zeros(len(inputs), 1, 1)
@@ -67,7 +68,8 @@ def rank_correlations(maps):
 def show(cases, pixels, maps, shown):
     """Grids of each picture with its two maps (2, B, S, S), and in words what the maps are worth -> (HTML, Verdict).
 
-    cases: dict for reporting.html_cases of each picture; pixels: uint8 (B, S, S, 3); shown: text, whose maps they are.
+    cases: dict for reporting.html_cases of each picture; pixels: uint8 (B, S, S, 3);
+    shown: text, whose maps they are.
     """
     correlations = rank_correlations(maps)
     grey = pixels.mean(-1, keepdims=True) * 0.8
@@ -89,6 +91,6 @@ def show(cases, pixels, maps, shown):
     else:
         level = "good"
         meaning = "they change, so what was learnt decides where the network looks"
-    sentence = (f"Heat maps of {shown}, each beside that of the network with random weights: mean rank correlation "
-                f"{mean:.2f}; {meaning}.")
+    sentence = (f"Heat maps of {shown}, each beside that of the network with random weights: mean "
+                f"rank correlation {mean:.2f}; {meaning}.")
     return grids, verdicts.Verdict(level, "Where it looks", sentence)

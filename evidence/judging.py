@@ -1,6 +1,7 @@
 """From a judged predictions table to metrics.json and report.html: the end of every run, and of any program's table.
 
-A task's own judging (score_judging, class_judging, detection_judging, pose_judging) gives what it found to close_run.
+A task's own judging (score_judging, class_judging, detection_judging, pose_judging)
+gives what it found to close_run.
 """
 import contextlib
 import dataclasses
@@ -19,7 +20,10 @@ NO_RESULTS = ["fold", "rows", "best_epoch"]  # in the numbers of a fold
 
 @dataclasses.dataclass(kw_only=True)
 class Setting:
-    """What a run knows beside its predictions table. The defaults are what is known of a table alone."""
+    """What a run knows beside its predictions table.
+
+    The defaults are what is known of a table alone.
+    """
     title: str = "Predictions"
     part: str = "table"  # val, test, folds or table
     seen: np.ndarray = ("not known",)  # (M,) of seen_rows.WORDS: what the model has done with the rows
@@ -69,8 +73,8 @@ def finished_folds(run, chosen, numbers):
 def identical_fold_alarms(folds):
     """Sentences on folds with the same numbers to the last digit."""
     results = [(fold["fold"], [value for name, value in fold.items() if name not in NO_RESULTS]) for fold in folds]
-    return [f"folds {a} and {b} have identical results: were they trained and judged on the same rows? Compare their "
-            "splits.json, and deal the rows out anew (--seed)"
+    return [f"folds {a} and {b} have identical results: were they trained and judged on the same "
+            "rows? Compare their splits.json, and deal the rows out anew (--seed)"
             for (a, own), (b, other) in itertools.combinations(results, 2) if own == other and any(own)]
 
 
@@ -83,8 +87,8 @@ def sample_sentence(size, unit="rows"):
     """The effective sample in words; size: of Rows.sample."""
     groups = "no groups named: each row its own" if size["subjects"] is None else f"{size['subjects']} groups"
     positives = "" if size["positives"] is None else f", {size['positives']} of the positive class"
-    return (f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} different sets of labels{positives}, "
-            f"{groups}.")
+    return (f"{size['rows']} {unit} scored, {size['distinct_label_vectors']} different sets of "
+            f"labels{positives}, {groups}.")
 
 
 def subject_blocks(table, result):
@@ -100,8 +104,8 @@ def subject_blocks(table, result):
 def case_blocks(table, picture, blocks_of=None):
     """HTML of the section Best and worst cases: the five rows with the smallest and with the largest error.
 
-    picture: function of a row of the table -> uint8 (H, W, 3); blocks_of: function (rows, a case for each) -> HTML,
-    where it is more than the cases.
+    picture: function of a row of the table -> uint8 (H, W, 3); blocks_of: function (rows, a case
+    for each) -> HTML, where it is more than the cases.
     """
     order, lines = table.rank_rows()
     blocks = []

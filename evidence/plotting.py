@@ -30,7 +30,8 @@ def note_if_cut(n, what):
 def new_figure(n_panels, columns, panel_inches, share_y=False):
     """(figure, n_panels axes) in the look of all plots, filled row by row.
 
-    panel_inches: (width, height) of a panel with its labels; share_y: one y axis, labelled in the first column.
+    panel_inches: (width, height) of a panel with its labels; share_y: one y axis,
+    labelled in the first column.
     """
     from matplotlib.figure import Figure
 
@@ -63,8 +64,8 @@ def draw_figure(figure):
 def save_figure(figure, path):
     """Write a PNG of 256 colours: half the usual size, the same bytes for the same figure.
 
-    They are chosen by an octree, which keeps rare ones: Pillow's median cut would paint the only bar of a class in the
-    colour of another.
+    They are chosen by an octree, which keeps rare ones: Pillow's median cut would paint the only
+    bar of a class in the colour of another.
     """
     from PIL import Image
 
@@ -135,8 +136,8 @@ def plot_history(history, path, best_epoch, facts=()):
     """Learning curves as PNG: a panel for each of _history_panels, and one for facts, lines of text.
 
     history: dicts with epoch and any train_*, val_* and learning_rate (None leaves a gap).
-    best_epoch is marked in every panel. It takes a good part of a second, so it belongs at the end of a run, not into
-    each epoch.
+    best_epoch is marked in every panel. It takes a good part of a second, so it belongs at the end
+    of a run, not into each epoch.
     """
     import pandas as pd
 
@@ -156,7 +157,8 @@ def plot_history(history, path, best_epoch, facts=()):
 def plot_dataset(split, groups, facts, samples, path):
     """dataset_statistics.png of probe guidance: transitions of each part and group, the facts as text, sample frames.
 
-    split: {part: rows}; groups: (N,) patients or folders; facts: lines of text; samples: up to 4 (title, pixels).
+    split: {part: rows}; groups: (N,) patients or folders; facts: lines of text;
+    samples: up to 4 (title, pixels).
     """
     n_panels = 3 + len(samples)
     figure, axes = new_figure(n_panels, 4, (3.2, 2.6))
@@ -238,8 +240,8 @@ def strip_of(clip):
 def plot_batch(run, dataset, labels):
     """training_batch.jpg: twelve samples spread over a train set, augmented as in the first epoch, with their labels.
 
-    dataset: of samples with the key "input", uint8 (S, S, 3), or (T, S, S, 3), of which five frames are shown; of
-    features nothing is. labels: a text for each sample.
+    dataset: of samples with the key "input", uint8 (S, S, 3), or (T, S, S, 3), of which five frames
+    are shown; of features nothing is. labels: a text for each sample.
     """
     chosen = np.linspace(0, len(dataset) - 1, 12).astype(int)
     inputs = [dataset[0, int(index)]["input"].numpy() for index in chosen]
@@ -356,8 +358,8 @@ def plot_risk_coverage(confidence, correct, path):
 def plot_precision_recall(probability, label, names, path, shown):
     """Precision-recall and ROC curves as PNG: each of the classes `shown` (indices) against the rest.
 
-    probability: (N, C); label: (N,); a class without rows, or without others, has no curve. The dotted line is the
-    precision of a random order.
+    probability: (N, C); label: (N,); a class without rows, or without others, has no curve. The
+    dotted line is the precision of a random order.
     """
     figure, axes = new_figure(2, 2, (3.9, 3.9))
     for c, name in zip(shown, without_math([names[c] for c in shown], 18)):

@@ -1,6 +1,7 @@
 """Judge predicted poses: intervals, baselines, patients, use of the inputs and verdict of a ScoreTable of poses.
 
-Letters: M transitions scored. Units: errors of an axis in mm or degrees; means over the axes in label sds.
+Letters: M transitions scored. Units: errors of an axis in mm or degrees; means over
+the axes in label sds.
 """
 import numpy as np
 
@@ -16,15 +17,16 @@ USE_MEANINGS = {
     "outside_training_range": "share of the scored poses outside the range of the training poses",
 }
 WITHIN_PATIENTS = ("Fewer than five patients were scored. Intervals, if any, are over blocks of time ten times as long "
-                   "as the errors are correlated: they say how steady the result is within these patients, and nothing "
-                   "about others.")
+                   "as the errors are correlated: they say how steady the result is within these "
+                   "patients, and nothing about others.")
 
 
 def judge_poses(run, table, setting, *, blocks, label_sd, unit, doubts, compose, use):
     """Judge a table of pose_scores, write tables, plots, report.html and metrics.json; returns the metrics.
 
-    blocks: (M,) of pose_scores.time_blocks; label_sd: (6,); unit: patients, or folders where each counts as one;
-    doubts: sentences on the split; compose: the name of a Convention; use: numbers of USE_MEANINGS.
+    blocks: (M,) of pose_scores.time_blocks; label_sd: (6,); unit: patients, or folders
+    where each counts as one; doubts: sentences on the split; compose: the name of a
+    Convention; use: numbers of USE_MEANINGS.
     """
     results = pose_scores.compare(table, blocks, label_sd, unit)
     best = min(results.values(), key=lambda result: result.overall.baseline["mae"].value)
@@ -113,8 +115,8 @@ def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
             baselines, digits=".3g",
             caption="Mean over the axes of MAE in label sds: each baseline, and model - baseline"),
         reporting.html_table(predictors, digits=".2f", caption="In mm and degrees"),
-        reporting.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the baseline's"
-                             f"{plotting.note_if_cut(len(patients), 'patients')}"),
+        reporting.html_image(run.path("per_patient_error.png"), "MAE per axis and patient, and the "
+                             f"baseline's{plotting.note_if_cut(len(patients), 'patients')}"),
         reporting.html_table(patients, of_patient, ".2f"),
         reporting.html_image(run.path("predicted_against_true.png"), "Predicted against true, at t1"),
     ]
@@ -125,6 +127,6 @@ def use_blocks(use):
     rows = [{"measure": name, "value": value, "meaning": USE_MEANINGS[name]} for name, value in use.items()]
     blocks = [reporting.html_table(rows)]
     if "latent_skill" not in use:
-        blocks.append(reporting.html_text("at1 is read off the frame at t1 alone, and nothing is imagined; the known "
-                                          "motion leads from at1 to at2."))
+        blocks.append(reporting.html_text("at1 is read off the frame at t1 alone, and nothing is "
+                                          "imagined; the known motion leads from at1 to at2."))
     return blocks

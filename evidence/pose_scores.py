@@ -1,7 +1,8 @@
 """How well a probe's motions are predicted: errors of each axis, predictor and patient.
 
-Letters: M transitions scored. Units: a pose is (x, y, z, roll, pitch, yaw), mm and degrees, NaN = missing. A table is a
-prediction_tables.ScoreTable of poses, patients as its groups, angles `wrapped`, so that errors subtract.
+Letters: M transitions scored. Units: a pose is (x, y, z, roll, pitch, yaw), mm and degrees, NaN =
+missing. A table is a prediction_tables.ScoreTable of poses, patients as its groups, angles
+`wrapped`, so that errors subtract.
 """
 import dataclasses
 
@@ -47,7 +48,8 @@ def unwrapped(target):
 def correlation_time(errors):
     """How many neighbouring rows say as much as one: 1 + 2 x the autocorrelations before their first zero.
 
-    errors: (P, M, 6) of P predictors in the order of time, NaN = missing. The longest time of any predictor counts.
+    errors: (P, M, 6) of P predictors in the order of time, NaN = missing. The longest
+    time of any predictor counts.
     """
     n_rows = errors.shape[1]
     centred = errors - common.mean_without_nan(errors, 1)[:, None]
@@ -64,8 +66,9 @@ def correlation_time(errors):
 def time_blocks(table, sequences, order):
     """(M,) numbers of blocks of neighbouring rows, each ten correlation times of the errors long.
 
-    Blocks of real sweeps are not independent otherwise: in simulated AR(1) errors, shorter ones cover .57 to .86 where
-    they promise .95. A short sequence makes few blocks or one, and so no interval.
+    Blocks of real sweeps are not independent otherwise: in simulated AR(1) errors,
+    shorter ones cover .57 to .86 where they promise .95. A short sequence makes few
+    blocks or one, and so no interval.
     """
     in_time = np.lexsort((order, sequences))
     predictors = np.stack([table.predicted, *table.baselines.values()])
@@ -78,8 +81,8 @@ def time_blocks(table, sequences, order):
 def compare(table, blocks, sd, unit="patients"):
     """The model against each baseline, errors in units of sd (6,): {baseline: Result}.
 
-    Resampled are the groups, which are patients or folders (`unit`); with fewer than five, `blocks` of time, which say
-    nothing about other patients.
+    Resampled are the groups, which are patients or folders (`unit`); with fewer than five, `blocks`
+    of time, which say nothing about other patients.
     """
     units = table.groups
     if len(set(units)) < subject_intervals.FEWEST_FOR_INTERVAL:
@@ -188,7 +191,8 @@ def fold_numbers(table, sd):
 def verdict(result, per_patient, unit, seen):
     """One honest sentence: does the model beat its best baseline, over what, and what it proves nothing about.
 
-    per_patient: rows of patient_rows; unit: patients, or folders where each counted as one; seen: see verdict_sentence.
+    per_patient: rows of patient_rows; unit: patients, or folders where each counted as
+    one; seen: see verdict_sentence.
     """
     text = verdicts.verdict_sentence(result, "mae", seen, "mean error in label sds")
     if result.unit != subject_intervals.TIME_BLOCKS:
@@ -226,8 +230,9 @@ def outside_share(poses, train, rows):
 def use_alarms(use, motion, scores_one_block=False):
     """Sentences on poses that training did not show, and on inputs that a world model does not use.
 
-    motion: mean size of the known motion in label sds, with which a world model composes at1: a large one is needed.
-    scores_one_block: one block of time of each sequence was scored, so that --folds would score the others too.
+    motion: mean size of the known motion in label sds, with which a world model composes at1: a
+    large one is needed. scores_one_block: one block of time of each sequence was scored, so that
+    --folds would score the others too.
     """
     alarms = []
     outside = use.get("outside_training_range", 0)
@@ -264,8 +269,8 @@ def latent_terms(features_t1, imagined, features_t2):
 def latent_numbers(rows):
     """latent_loss (1 = a constant map), latent_skill (1 = copying t1; lower is better), feature_spread; of these rows.
 
-    variance: of the true features about their channel's mean. spread: sd over the frames of the channels' means, over
-    the rms of the features.
+    variance: of the true features about their channel's mean. spread: sd over the frames of the
+    channels' means, over the rms of the features.
     """
     mean = rows["feature_mean"]
     square = rows["feature_square"]
@@ -282,8 +287,8 @@ def latent_numbers(rows):
 def retrieval_rank(guess, truth, patients):
     """How many of a patient's other true frames lie nearer to the guess than its own, as a mean share.
 
-    guess, truth: tensors (M, F); patients: (M,) names. 0 = the own one is always nearest, .5 = chance; ties count half.
-    NaN where no patient has two rows.
+    guess, truth: tensors (M, F); patients: (M,) names. 0 = the own one is always nearest, .5 =
+    chance; ties count half. NaN where no patient has two rows.
     """
     ranks = []
     for rows in common.rows_by_key(patients).values():

@@ -1,10 +1,10 @@
 """The predictions table, where a script ends and its judging begins.
 
-A CSV with a row for each picture, clip or transition. Its first column says which, `group` which rows are not
-independent, `fold` which of several models predicted the row, `seen` what that model has done with it
-(seen_rows.WORDS). Scores stand in NAME_true, NAME_predicted and NAME_BASELINE of each score; classes in true_label,
-prob_CLASS and BASELINE_prob_CLASS, with threshold and BASELINE_threshold where the class in positive_class is given
-from a threshold on.
+A CSV with a row for each picture, clip or transition. Its first column says which, `group` which
+rows are not independent, `fold` which of several models predicted the row, `seen` what that model
+has done with it (seen_rows.WORDS). Scores stand in NAME_true, NAME_predicted and NAME_BASELINE of
+each score; classes in true_label, prob_CLASS and BASELINE_prob_CLASS, with threshold and
+BASELINE_threshold where the class in positive_class is given from a threshold on.
 
 Letters: M rows, R scores, C classes.
 """
@@ -140,8 +140,8 @@ class ScoreTable(Rows):
     def rank_rows(self):
         """(rows from the smallest to the largest error, two lines of text on each row).
 
-        The error is the root mean square over the scores that vary, each in units of the sd of its truth; rows without
-        truth are left out.
+        The error is the root mean square over the scores that vary, each in units of the sd of its
+        truth; rows without truth are left out.
         """
         sd = np.nanstd(self.target, axis=0)
         scaled = (self.predicted - self.target) / np.where(sd > 0, sd, np.nan)  # (M, R)
@@ -266,7 +266,8 @@ def join(tables, folds):
 def _with_one_prior(baselines):
     """The baselines of pooled folds, train_prior as its mean over the rows.
 
-    The share among a fold's train rows is high where its held-out rows have few: it would rank the folds in reverse.
+    The share among a fold's train rows is high where its held-out rows have few: it
+    would rank the folds in reverse.
     """
     if "train_prior" not in baselines:
         return baselines
@@ -295,8 +296,9 @@ def mean(tables):
 def combine(records, function, names=None):
     """Several records of one dataclass as one.
 
-    A field of arrays becomes function(list of them), and so does each array in a dict. What one record lacks (None) is
-    None; all else is that of the first, and so are fields that are not among `names`, if given.
+    A field of arrays becomes function(list of them), and so does each array in a dict.
+    What one record lacks (None) is None; all else is that of the first, and so are
+    fields that are not among `names`, if given.
     """
     fields = {}
     for name, first in vars(records[0]).items():
@@ -325,9 +327,10 @@ PLAIN_LABELS = ("0 1", "0.0 1.0", "no yes", "false true", "negative positive")  
 def read_predictions(path, group_column=None, baseline=None, positive_class=None):
     """Any program's predictions -> ScoreTable or ClassTable.
 
-    Columns: NAME_true, NAME_predicted (scores); true_label or label with prob_CLASS, or with score (two classes).
-    group_column: None = `group` where there is one, else names that repeat; baseline: column, or part of a column's
-    name, of the baseline to hold against; None = all that the table has. Raises UserError for what cannot be judged.
+    Columns: NAME_true, NAME_predicted (scores); true_label or label with prob_CLASS, or with score
+    (two classes). group_column: None = `group` where there is one, else names that repeat;
+    baseline: column, or part of a column's name, of the baseline to hold against; None = all that
+    the table has. Raises UserError for what cannot be judged.
     """
     table = csv_tables.read_table(path)
     spelled = {name.lower(): name for name in table if name.lower() not in table}
@@ -362,8 +365,8 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     if label_column and "score" in table:
         return _read_binary(table, path, label_column, baseline, positive_class, shared)
     raise common.UserError(
-        f"{path} is no table of predictions: expected NAME_true and NAME_predicted (scores), or true_label with "
-        f"prob_CLASS or score (classes); found {common.shorten_list(table, 40)}")
+        f"{path} is no table of predictions: expected NAME_true and NAME_predicted (scores), or "
+        f"true_label with prob_CLASS or score (classes); found {common.shorten_list(table, 40)}")
 
 
 def read_folds(run, chosen, part):
@@ -408,8 +411,8 @@ def _repeated_names(keys, notes):
     count = len(set(names))
     if count in (1, len(names)):
         return None
-    notes.append(f"{heading} has {count} values in {len(names)} rows: rows of one value are one group, as they are not "
-                 "independent (--group_column names another)")
+    notes.append(f"{heading} has {count} values in {len(names)} rows: rows of one value are one "
+                 "group, as they are not independent (--group_column names another)")
     return names
 
 
@@ -436,8 +439,8 @@ def _probabilities(table, prefix, names, path):
         row = is_bad.argmax()
         raise common.UserError(
             f"{path}, row {row + 1}: expected probabilities from 0 to 1 with sum 1 in {columns[0]} and its like, found "
-            f"{block[row].tolist()} ({is_bad.sum()} such rows); divide percentages by 100, or turn logits into "
-            "probabilities (softmax) first")
+            f"{block[row].tolist()} ({is_bad.sum()} such rows); divide percentages by 100, or turn "
+            "logits into probabilities (softmax) first")
     return block
 
 
@@ -506,7 +509,10 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
 
 
 def _stated_class(table, names, path):
-    """The class that the column positive_class names, None without one. Raises UserError for several."""
+    """The class that the column positive_class names, None without one.
+
+    Raises UserError for several.
+    """
     said = sorted(set(table.get("positive_class", [])) - {""})
     if len(said) > 1:
         raise common.UserError(f"{path}: positive_class names {common.shorten_list(said)}; expected one class")
@@ -514,7 +520,10 @@ def _stated_class(table, names, path):
 
 
 def _threshold(table, column, label_column, path):
-    """(M,) numbers of a column, None without it. Raises UserError for blank cells beside a label."""
+    """(M,) numbers of a column, None without it.
+
+    Raises UserError for blank cells beside a label.
+    """
     if column not in table:
         return None
     csv_tables.refuse_blank(table[table[label_column] != ""], path, column)
@@ -525,8 +534,8 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
     names = sorted(set(table[label_column]) - {""}, key=str.casefold)
     if len(names) != 2:
         raise common.UserError(
-            f"{path}: a score needs two classes in {label_column}, found {common.shorten_list(names)}; for more write "
-            "a column prob_CLASS for each")
+            f"{path}: a score needs two classes in {label_column}, found "
+            f"{common.shorten_list(names)}; for more write a column prob_CLASS for each")
     if not positive_class and " ".join(names).casefold() not in PLAIN_LABELS:
         raise common.UserError(f"{path}: the score may speak for either class; name the one that is likely where it is "
                                f"high with --positive_class ({', '.join(names)})")
@@ -549,15 +558,16 @@ def _from_score(table, column, path, notes):
         return np.concatenate([1 - score, score], axis=1), None
     rank = pd.DataFrame(score).rank(method="dense", pct=True).to_numpy()
     notes.append(f"{column} is no probability, so its rank stands for it: AUC and average precision are those of the "
-                 "score; calibration, loss and what a threshold decides (accuracy, precision, recall, F1) mean "
-                 "nothing. Of log odds write the logistic, 1 / (1 + exp(-x))")
+                 "score; calibration, loss and what a threshold decides (accuracy, precision, "
+                 "recall, F1) mean nothing. Of log odds write the logistic, 1 / (1 + exp(-x))")
     return np.concatenate([1 - rank, rank], axis=1), np.concatenate([-score, score], axis=1)
 
 
 def _class_table(names, labels, probability, others, baseline, positive_class, shared, **further):
     """ClassTable; the positive class is the one named, else the rarest.
 
-    Without a baseline that is named, and without shares of train rows, the class shares of these rows are one too.
+    Without a baseline that is named, and without shares of train rows, the class
+    shares of these rows are one too.
     """
     import pandas as pd
 

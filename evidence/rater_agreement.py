@@ -17,8 +17,8 @@ def noise_ceiling(mean, sd, n):
     mean, sd: (N, R); n: (N, R) raters, or a number.
 
     1 - mean(sd^2 / n) / var(mean), the reliability of a mean in classical test theory; its root is
-    the ceiling of r. Rows of one rater or without an sd count with the noise of the others' single ratings, rows
-    without a mean or n not at all. NaN: not measurable.
+    the ceiling of r. Rows of one rater or without an sd count with the noise of the others' single
+    ratings, rows without a mean or n not at all. NaN: not measurable.
     """
     import pandas as pd
     mean = pd.DataFrame(np.where(n > 0, mean, np.nan))
@@ -53,8 +53,8 @@ def split_half(ratings, halves=100):
 
     Each image's raters are cut in two at random, the halves' means correlated over images (those
     with 2 raters or more), stepped up by Spearman-Brown 2r / (1 + r), for an odd number of raters
-    as Horst 1951 does for unequal halves, and averaged over `halves`.
-    Images of one rater count with the noise of the others' single ratings. Not above 0: NaN, not measurable.
+    as Horst 1951 does for unequal halves, and averaged over `halves`. Images of one rater count
+    with the noise of the others' single ratings. Not above 0: NaN, not measurable.
     """
     values, image, counts = _stack_ratings(ratings, 2)
     if len(counts) < 3:  # two images always correlate by 1 or -1
@@ -134,8 +134,8 @@ def measure_ceiling(names, mean, sd=None, n=None, single_ratings=None):
         return Ceiling(source="not measurable: the table has means alone. Columns of the raters' sd and number "
                               "(Valence_sd, Valence_n), or a row for every single rating, would give one")
     if n is not None:
-        return Ceiling(source="1 - mean(sd^2 / n) / var(mean), where an sd of 0 counts if n is over 1: these raters "
-                              "agree, if only that the scale ends there",
+        return Ceiling(source="1 - mean(sd^2 / n) / var(mean), where an sd of 0 counts if n is "
+                              "over 1: these raters agree, if only that the scale ends there",
                        r2=noise_ceiling(mean, sd, n))
     mean = np.where(sd > 0, mean, np.nan)  # an sd of 0 may be of one rater
     tables = {f"n = {raters}": noise_ceiling(mean, sd, raters) for raters in (2, 4, 6, 10, 15, 20, 30)}

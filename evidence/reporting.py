@@ -24,8 +24,8 @@ EXPLANATIONS = {  # of a section's words, under its head
     "Noise ceiling": "The R2 that a perfect model would reach, given how far the raters disagree; a row of one rater "
                      "or without an sd counts with the noise of the others' single ratings.",
     "Without a pixel": "What columns of the table predict without looking at the input. A model must do better.",
-    "Calibration": "Whether a confidence of 80 % is right in 80 % of the rows. ECE: the mean gap, in shares of 1; "
-                   "NLL and Brier: error of the probabilities, smaller is better.",
+    "Calibration": "Whether a confidence of 80 % is right in 80 % of the rows. ECE: the mean gap, "
+                   "in shares of 1; NLL and Brier: error of the probabilities, smaller is better.",
     "Best and worst cases": "By the error of the prediction.",
 }
 _LEVELS = {  # word and outline: shape and word tell the levels apart without colour
@@ -79,8 +79,8 @@ def _cell_text(value, digits):
 def html_table(rows, columns=None, digits=".3f", caption=""):
     """Table that scrolls sideways on a narrow screen, numbers right aligned; "" without rows.
 
-    rows: dicts; columns: {key: heading}, left out where no row has them (default: all that the rows have); digits:
-    format of the numbers that are not whole.
+    rows: dicts; columns: {key: heading}, left out where no row has them (default: all that the rows
+    have); digits: format of the numbers that are not whole.
     """
     if not rows:
         return ""
@@ -125,8 +125,8 @@ def html_image(path, caption):
 def html_cases(cases):
     """Grid of thumbnails with a title and lines of text below each, for the best and the worst cases.
 
-    cases: dicts with image (uint8 (H, W, 3) or (H, W)), title, and lines (list of text); one that is wide, such as
-    frames side by side, takes the whole width.
+    cases: dicts with image (uint8 (H, W, 3) or (H, W)), title, and lines (list of text); one that
+    is wide, such as frames side by side, takes the whole width.
     """
     from PIL import Image
 
@@ -223,9 +223,10 @@ def public_word(word):
 def write_report(path, title, verdict, sections, foot="", figures=()):
     """Write one self-contained HTML page: ASCII, no script, no network, under 5 MB, light and dark, phone and print.
 
-    verdict: a verdicts.Verdict; figures: the key figures as (label, value, remark) texts; sections: (heading, blocks
-    from the html_ builders), left out where all blocks are empty. The order of every train script: Data and split,
-    Leakage, Metrics, Calibration, Learning curves, Best and worst cases, Limits, Command and versions.
+    verdict: a verdicts.Verdict; figures: the key figures as (label, value, remark) texts; sections:
+    (heading, blocks from the html_ builders), left out where all blocks are empty. The order of
+    every train script: Data and split, Leakage, Metrics, Calibration, Learning curves, Best and
+    worst cases, Limits, Command and versions.
     """
     title = html.escape(title)
     links = []

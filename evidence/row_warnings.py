@@ -12,8 +12,8 @@ from evidence import baseline_models
 def known_data(train, held_out, target=None):
     """{mean, sd: (F,) of the features (N, F) of the train rows; farthest: the largest distance of a held-out row}.
 
-    held_out: (M, F) of rows that no network was trained on. A new row like them is farther in one of M + 1 cases.
-    target: (N, R) scores of the train rows, whose label_range (2, R) is kept too.
+    held_out: (M, F) of rows that no network was trained on. A new row like them is farther in one
+    of M + 1 cases. target: (N, R) scores of the train rows, whose label_range (2, R) is kept too.
     """
     mean, sd = baseline_models.standardisation(train, sd_floor=0.1)
     known = {"mean": mean, "sd": sd}
@@ -31,8 +31,8 @@ def distance(features, known):
 def find(unit, say, content, features, predicted=None):
     """{what: (M,) bool}: which rows are unlike the training data, and which scores lie outside the training labels."""
     if "known_data" not in content:
-        say(f"note: a checkpoint does not say what its training {unit} are like, as best_model.pth of a finished "
-            "run does; the column warning is without it")
+        say(f"note: a checkpoint does not say what its training {unit} are like, as best_model.pth "
+            "of a finished run does; the column warning is without it")
         return {}
     known = {name: np.asarray(value) for name, value in content["known_data"].items()}
     limit = 1.01 * known["farthest"]  # another device or precision rounds otherwise
@@ -48,8 +48,9 @@ def find(unit, say, content, features, predicted=None):
 def texts(members, seen, unit, say):
     """(M,) text on each row, '' = nothing: what all members find, and whether one was trained on it; each is counted.
 
-    members: (content of its checkpoint, features (M, F), for scores predicted (M, R)) of each model, NaN = unreadable;
-    all look at the mean of the scores; seen: (M,) of seen_rows.WORDS; unit: what rows are, as pictures.
+    members: (content of its checkpoint, features (M, F), for scores predicted (M, R)) of each
+    model, NaN = unreadable; all look at the mean of the scores; seen: (M,) of seen_rows.WORDS;
+    unit: what rows are, as pictures.
     """
     flags = {"trained on": seen == "train"}
     contents, features, *predicted = zip(*members)

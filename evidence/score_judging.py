@@ -15,9 +15,9 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
                  plot_file="scores.png"):
     """Judge a prediction_tables.ScoreTable, write tables, plots, report.html and metrics.json; returns the metrics.
 
-    ceiling: rater_agreement.Ceiling, or None; confounds: of confounding.level_priors; levels: {name of a confound:
-    (M,) its values}; moments: (M,) levels whose rows are also judged apart, () for none; table_file, plot_file: names
-    of the table and of the plot of the scores.
+    ceiling: rater_agreement.Ceiling, or None; confounds: of confounding.level_priors; levels: {name
+    of a confound: (M,) its values}; moments: (M,) levels whose rows are also judged apart, () for
+    none; table_file, plot_file: names of the table and of the plot of the scores.
     """
     result = table.compare()
     rows = score_rows(result, table, ceiling)
@@ -141,12 +141,12 @@ def metric_blocks(run, setting, result, rows, moment_rows, plot_file):
                "baseline_r2": "baseline R2", "baseline_mae": "baseline MAE", "icc_1_1": "ICC(1,1)",
                "icc_1_k": "ICC(1,k)", "ceiling_r2": "ceiling R2", "share_of_ceiling_r2": "share"}
     caption = (f"Each score on {setting.rows_judged}, in its unit; baseline: {result.baseline_label}; "
-               f"{result.method}. R2: share of the variance explained, 0 = as good as the mean, below 0 = worse; r: "
-               "correlation")
+               f"{result.method}. R2: share of the variance explained, 0 = as good as the mean, "
+               "below 0 = worse; r: correlation")
     shown = plotting.note_if_cut(len(rows), "scores")
     return [
-        reporting.html_image(run.path(plot_file), "r and R2 of each score, with baseline, and interval and noise "
-                             f"ceiling where they are known{shown}"),
+        reporting.html_image(run.path(plot_file), "r and R2 of each score, with baseline, and "
+                             f"interval and noise ceiling where they are known{shown}"),
         reporting.html_image(run.path("predicted_against_true.png"), f"Predicted against true{shown}"),
         reporting.html_table(rows, columns, caption=caption),
         reporting.html_table(moment_rows, columns, caption="The rows of each moment alone"),

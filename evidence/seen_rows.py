@@ -12,11 +12,11 @@ import common
 
 WORDS = ("train", "chose", "not known", "new")  # from the worst to the best
 SENTENCES = {  # what follows from the words but "new"
-    "train": "trained the model, or one that it started from: the result is not held out; judge other rows "
-             "(--test_ratio), or train without --init_from",
+    "train": "trained the model, or one that it started from: the result is not held out; judge "
+             "other rows (--test_ratio), or train without --init_from",
     "chose": "chose the epoch, the threshold or the temperature: the result is selected on these rows, therefore "
-             "optimistic; give a test part or, where they chose the epoch alone, a fixed number of epochs "
-             "(--select last; a detector has --folds)",
+             "optimistic; give a test part or, where they chose the epoch alone, a fixed number of "
+             "epochs (--select last; a detector has --folds)",
     "not known": "may have been seen in training: their table does not say it",
 }
 
@@ -51,8 +51,8 @@ def of_checkpoint(content, path="the checkpoint"):
 def of_run(args, hashes, split):
     """SeenRows of a run and of the weights it starts from; those of other programs have seen none of our rows.
 
-    hashes: (N, K) of all rows; split: {part: rows} of train, and of val, which chooses the epoch unless --select says
-    last.
+    hashes: (N, K) of all rows; split: {part: rows} of train, and of val, which chooses the epoch
+    unless --select says last.
     """
     choosing = [] if args.select in ("last", "val_last") else split["val"]  # names of columns may be given in full
     seen = SeenRows(hashes[split["train"]], hashes[choosing])

@@ -84,7 +84,10 @@ def _assign_groups(shares, stratum, unit, seed):
 
 
 def units_of(n_rows, groups):
-    """-> group number of each row (None without groups), number of units, their name. UserError: a blank group."""
+    """-> group number of each row (None without groups), number of units, their name.
+
+    UserError: a blank group.
+    """
     if groups is None:
         return None, n_rows, "rows"
     labels, unit = np.unique(groups, return_inverse=True)
@@ -107,8 +110,8 @@ def make_split(keys, ratios, strata=None, groups=None, seed=42):
     wanted = shares > 0
     if n_units < wanted.sum() or np.any(shares[wanted] * n_rows < 0.5):
         raise common.UserError(
-            f"empty split: {n_rows} rows ({n_units} {what}) are too few for {ratios}. Change the ratios, or what is "
-            "kept whole.")
+            f"empty split: {n_rows} rows ({n_units} {what}) are too few for {ratios}. Change the "
+            "ratios, or what is kept whole.")
     stratum = _strata_codes(strata, n_rows)
     if unit is None:
         order = np.random.default_rng(seed).permutation(np.argsort(keys, kind="stable"))
@@ -120,7 +123,10 @@ def make_split(keys, ratios, strata=None, groups=None, seed=42):
 
 
 def make_folds(keys, k, strata=None, groups=None, seed=42):
-    """-> k sorted (n,) int rows, left out in turn, as in make_split. UserError: fewer units than folds."""
+    """-> k sorted (n,) int rows, left out in turn, as in make_split.
+
+    UserError: fewer units than folds.
+    """
     _, n_units, what = units_of(len(keys), groups)
     if not 2 <= k <= n_units:
         raise common.UserError(
@@ -129,7 +135,10 @@ def make_folds(keys, k, strata=None, groups=None, seed=42):
 
 
 def listed_parts(path):
-    """JSON {part: [keys]}, as in splits.json -> the same, keys as text. UserError without such lists."""
+    """JSON {part: [keys]}, as in splits.json -> the same, keys as text.
+
+    UserError without such lists.
+    """
     content = common.read_json(path)
     if not isinstance(content, dict):
         raise common.UserError(f"{path}: expected lists train, val and test, found {type(content).__name__}")
@@ -142,7 +151,8 @@ def listed_parts(path):
 def read_split_file(path, keys):
     """JSON of listed_parts -> {train, val, test: sorted (n,) int rows}.
 
-    UserError lists the parts that are unknown or missing, and the keys that are unknown or listed twice.
+    UserError lists the parts that are unknown or missing, and the keys that are
+    unknown or listed twice.
     """
     try:
         parts = listed_parts(path)
@@ -157,8 +167,8 @@ def read_split_file(path, keys):
             faults.append(f"{key} (listed {count} times{unknown})")
     if faults:
         raise common.UserError(
-            f"--split_file {path}: expected parts train, val (it chooses the epoch) and test, and each image name "
-            f"once, found {common.shorten_list(faults)}.")
+            f"--split_file {path}: expected parts train, val (it chooses the epoch) and test, and "
+            f"each image name once, found {common.shorten_list(faults)}.")
     return {part: np.flatnonzero(np.isin(keys, parts.get(part, []))) for part in PARTS}
 
 
@@ -168,8 +178,8 @@ def check_flags(parser, args):
         parser.error(f"--folds {args.folds} --fold {args.fold}: expected at least 2 folds, "
                      "a fold from 0 to folds - 1")
     if args.folds and args.split_file:
-        parser.error(f"--folds {args.folds} and --split_file {args.split_file} both make the split; "
-                     "give one")
+        parser.error(f"--folds {args.folds} and --split_file {args.split_file} both make the "
+                     "split; give one")
     if args.folds and args.test_ratio:
         parser.error(f"--folds {args.folds} scores every row once: "
                      f"--test_ratio {args.test_ratio:g} has none")
@@ -233,7 +243,8 @@ def rows_to_try(split, args, truth=None):
 def nested_folds(folds, divide):
     """Folds whose left-out rows are tested, so that other rows choose the epoch.
 
-    divide: function of the (n,) rows that a fold does not leave out -> {train, val: places in them}.
+    divide: function of the (n,) rows that a fold does not leave out -> {train, val:
+    places in them}.
     """
     nested = []
     for fold in folds:
@@ -263,11 +274,11 @@ def _near_duplicates(rows, pixels, phash):
 def similar_pairs(features, split):
     """Rows of two parts whose features are far nearer to each other than those of neighbours usually are.
 
-    features: (N, F) of a network before any tuning; split: {part: rows}. Returns (i, j), each row of a part with its
-    nearest one of the parts before, the nearest pair first. Far nearer: by 3 median absolute deviations (as sds) of
-    the log of all rows' distances (1 - cosine) to their nearest neighbour. Of 250 faces: no two different ones, but
-    their copies turned by 5 degrees or cropped by 2.5 % (99 to 100 % of them), by 5 % (73 %), by 10 % (7 %), with a
-    border (87 %).
+    features: (N, F) of a network before any tuning; split: {part: rows}. Returns (i, j), each row
+    of a part with its nearest one of the parts before, the nearest pair first. Far nearer: by 3
+    median absolute deviations (as sds) of the log of all rows' distances (1 - cosine) to their
+    nearest neighbour. Of 250 faces: no two different ones, but their copies turned by 5 degrees or
+    cropped by 2.5 % (99 to 100 % of them), by 5 % (73 %), by 10 % (7 %), with a border (87 %).
     """
     part = np.repeat(np.arange(len(split)), [len(rows) for rows in split.values()])
     rows = np.concatenate(list(split.values()))
@@ -317,10 +328,11 @@ def found_items(items):
 def leakage_report(split, keys, pixels, phash, values, pairs=None):
     """What every two parts share and what each holds twice, whatever the order of the rows.
 
-    split: {part: rows}, a row of two parts is its own duplicate; keys: N unique names; pixels: N texts, equal for
-    equal pixels, '' = unreadable; phash: N perceptual_hash; values: {what: N texts or None}, '' = none, such as groups
-    and events; pairs: {what: list of two rows}. Returns {between: {a-b: {what: {count, examples}}},
-    within: {part: {what: {count, examples}}}}: distinct values for values and exact duplicates
+    split: {part: rows}, a row of two parts is its own duplicate; keys: N unique names;
+    pixels: N texts, equal for equal pixels, '' = unreadable; phash: N perceptual_hash;
+    values: {what: N texts or None}, '' = none, such as groups and events; pairs: {what:
+    list of two rows}. Returns {between: {a-b: {what: {count, examples}}}, within:
+    {part: {what: {count, examples}}}}: distinct values for values and exact duplicates
     (within a part: copies beyond the first), pairs for pairs and near duplicates.
     """
     parts_of = [[] for _ in keys]
@@ -409,8 +421,9 @@ def check_leakage(report, allow_leakage=False, stopping=STOPPING_LEAKS):
 def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None, groups=None):
     """splits.json, leakage_report.json and its text in the log. UserError for a split that leaks.
 
-    A resumed run keeps its files that can be read: whether the split is still the same is checked by write_args.
-    Returns the alarms of unused_groups on these columns, said before anything is trained.
+    A resumed run keeps its files that can be read: whether the split is still the same
+    is checked by write_args. Returns the alarms of unused_groups on these columns,
+    said before anything is trained.
     """
     split_file = run.path("splits.json")
     leakage_file = run.path("leakage_report.json")
@@ -436,8 +449,8 @@ def names_group(name):
 def unused_groups(columns, split, groups):
     """Sentences on columns that repeat as subjects do and of which a split parts the rows; else [].
 
-    columns: {name: (N,) text}; split: {part: rows}; groups: (N,) of --group_column, or None. A column that each group
-    has one value of, such as the site of a subject, is none.
+    columns: {name: (N,) text}; split: {part: rows}; groups: (N,) of --group_column, or None. A
+    column that each group has one value of, such as the site of a subject, is none.
     """
     sentences = []
     for name, cells in columns.items():
@@ -469,7 +482,8 @@ def _by_time(sequences, order):
 def split_by_time(sequences, order, ratios, gap):
     """Each sequence cut into consecutive blocks by the ratios, `gap` rows left out between two: {part: sorted rows}.
 
-    sequences: (N,) names; order: (N,) place within the sequence. Raises UserError where a part would be empty.
+    sequences: (N,) names; order: (N,) place within the sequence. Raises UserError
+    where a part would be empty.
     """
     used = [part for part, ratio in ratios.items() if ratio > 0]
     part_of = np.full(len(order), "between")
@@ -492,8 +506,8 @@ def split_by_time(sequences, order, ratios, gap):
 def folds_by_time(sequences, order, n_folds, gap):
     """[{train, val, test: rows}]: each sequence cut into n_folds blocks, left out in turn with `gap` rows beside it.
 
-    sequences: (N,) names; order: (N,) place within the sequence. The test parts are empty. Raises UserError for
-    sequences that are too short.
+    sequences: (N,) names; order: (N,) place within the sequence. The test parts are empty. Raises
+    UserError for sequences that are too short.
     """
     part_of = np.full((n_folds, len(order)), "train")
     for rows in _by_time(sequences, order):

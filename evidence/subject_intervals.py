@@ -107,13 +107,13 @@ def estimate(model, baseline, subjects, unit, *,
              rows, support, draws=2000, folds=1, per_subject=None, **described):
     """Result of statistics of how often each subject is drawn.
 
-    model, baseline (None = without): (D, S) times drawn -> ({metric: (D,)}, {metric: (D, R)}), overall and each;
-    subjects: S; support: {(scope, metric): how many subjects it rests on}, where
-    those are not all, with the side before the scope where the sides differ; folds: how many models predicted the
-    rows; per_subject: {metric: (S,)}, None = pseudo-values of the jackknife; rows, described: the other fields of the
-    Result. An interval is value -+ t x standard error on the scale where the metric is nearest to normal; the
-    error is that of the jackknife, from 200 subjects on that of the bootstrap. Resting on under 5 subjects: no
-    interval.
+    model, baseline (None = without): (D, S) times drawn -> ({metric: (D,)}, {metric: (D, R)}),
+    overall and each; subjects: S; support: {(scope, metric): how many subjects it rests on}, where
+    those are not all, with the side before the scope where the sides differ; folds: how many models
+    predicted the rows; per_subject: {metric: (S,)}, None = pseudo-values of the jackknife; rows,
+    described: the other fields of the Result. An interval is value -+ t x standard error on the
+    scale where the metric is nearest to normal; the error is that of the jackknife, from 200
+    subjects on that of the bootstrap. Resting on under 5 subjects: no interval.
     """
     whole = _compare(model, baseline, np.ones((1, subjects)))
     estimates = {}
@@ -160,9 +160,10 @@ def support_alone(statistic, subjects):
 def _reach_of_interval(subjects, unit, folds):
     """(reach, method): how many sds of the draws an interval ends from the value, and how that is said.
 
-    The variance of S values that leave one subject out is 1 / (S - 1) of that of the metric (jackknife), the one of
-    resamples (S - 1) / S of it (bootstrap). Models of several folds that share train rows err alike, and resampled rows
-    do not show it: the variance is multiplied by 1 + K n_test / n_train (Nadeau & Bengio 2003).
+    The variance of S values that leave one subject out is 1 / (S - 1) of that of the metric
+    (jackknife), the one of resamples (S - 1) / S of it (bootstrap). Models of several folds that
+    share train rows err alike, and resampled rows do not show it: the variance is multiplied by 1 +
+    K n_test / n_train (Nadeau & Bengio 2003).
     """
     way = "t-interval"
     factor = subjects - 1
@@ -181,8 +182,8 @@ def _reach_of_interval(subjects, unit, folds):
 def _pseudo_values(model, baseline, whole, subjects, support):
     """{metric: (S,)}: what each subject says of the difference; of a mean over equal subjects its own difference.
 
-    Not where the difference is the same whoever is left out, or rests on a few of five or more subjects: then most say
-    nothing of their own.
+    Not where the difference is the same whoever is left out, or rests on a few of five or more
+    subjects: then most say nothing of their own.
     """
     left_out = _compare(model, baseline, 1.0 - np.eye(subjects))
     places = {metric: ("difference", "overall", metric) for metric in CLASS_SIGN_FLIP_METRICS
@@ -244,8 +245,9 @@ def _t_ends(value, drawn, reach, scale, support):
 def _share_ends(value, drawn, reach, support, bottom):
     """(low, high) of what lies between `bottom` and 1: value -+ reach x sd of the draws (D, ...), both as log odds.
 
-    A draw goes no nearer to an end than a third of the value's way: without the one subject that makes all the errors
-    the log odds would be infinite. Exact where all are right or wrong in every resample.
+    A draw goes no nearer to an end than a third of the value's way: without the one
+    subject that makes all the errors the log odds would be infinite. Exact where all
+    are right or wrong in every resample.
     """
     span = 1 - bottom
     share = (value - bottom) / span
@@ -266,8 +268,9 @@ def _log_odds(share):
 def _hold_difference(found, model, baseline):
     """Cut a difference to what the intervals of its two sides allow; it has none where a side has none.
 
-    What no resample changes, such as the gain of a perfect model, is as doubtful as its two sides. Where one side is
-    the same in every resample, such as the AUC of .5 of class shares, the interval is that of the other side, moved.
+    What no resample changes, such as the gain of a perfect model, is as doubtful as its two sides.
+    Where one side is the same in every resample, such as the AUC of .5 of class shares, the
+    interval is that of the other side, moved.
     """
     size = np.abs(found.value)
     is_rounding = size < 1e-9 * (np.abs(model.value) + np.abs(baseline.value))
@@ -332,9 +335,9 @@ def share_interval(k, n):
 def bootstrap_regression(predicted, target, subjects=None, baseline=None, unit="subjects", **described):
     """Result of a whole split of scores: metrics of each target, and their means over the targets.
 
-    predicted, target, baseline: (N, R), NaN in target = missing; subjects: (N,) names, None = every row its own;
-    unit: what the subjects are called; described: names, baseline_name and folds, as in `estimate`. A target labelled
-    in under 5 subjects has no interval, its R2 none under 9 rows.
+    predicted, target, baseline: (N, R), NaN in target = missing; subjects: (N,) names, None = every
+    row its own; unit: what the subjects are called; described: names, baseline_name and folds, as
+    in `estimate`. A target labelled in under 5 subjects has no interval, its R2 none under 9 rows.
     """
     labelled = ~np.isnan(target).all(1)
     owners = (np.arange(len(target)) if subjects is None else subjects)[labelled]
@@ -411,11 +414,13 @@ def bootstrap_classification(probability, label, groups=None, baseline=None, thr
                              baseline_threshold=None, folds=1, **described):
     """Result of a whole split of classes: metrics of all of them, and of each against the rest.
 
-    probability, baseline: (N, C); label: (N,); groups: (N,) names, None = every row its own; threshold, positive: as
-    in classification_metrics; baseline_threshold: the same for the baseline; folds, described (names and
-    baseline_name): as in `estimate`. Intervals of a class seen in (or outside of) under 5 subjects are NaN, that of its
-    precision also where it is given in under 5. Exceptions: accuracy, recall and precision of ungrouped rows of one
-    model, by Wilson; and a share of 0 or 1 that no resample changes, exact over the subjects that it rests on.
+    probability, baseline: (N, C); label: (N,); groups: (N,) names, None = every row
+    its own; threshold, positive: as in classification_metrics; baseline_threshold: the
+    same for the baseline; folds, described (names and baseline_name): as in
+    `estimate`. Intervals of a class seen in (or outside of) under 5 subjects are NaN,
+    that of its precision also where it is given in under 5. Exceptions: accuracy,
+    recall and precision of ungrouped rows of one model, by Wilson; and a share of 0 or
+    1 that no resample changes, exact over the subjects that it rests on.
     """
     n_classes = probability.shape[1]
     owners = np.arange(len(label)) if groups is None else groups

@@ -32,7 +32,10 @@ def judge_table(run, table, path):
 
 
 def read_table(path, args, baseline=None):
-    """The labelled rows of a file. Raises UserError for one that cannot be judged, or that a flag does not fit."""
+    """The labelled rows of a file.
+
+    Raises UserError for one that cannot be judged, or that a flag does not fit.
+    """
     table = prediction_tables.read_predictions(path, args.group_column, baseline, args.positive_class)
     prediction_tables.refuse_useless(table, path)
     kind = class_judging
@@ -43,8 +46,8 @@ def read_table(path, args, baseline=None):
     meanings = kind.criteria_names(table.names)
     for bar in verdicts.parse_criteria(args.criteria, meanings):
         if kind is class_judging and table.score is not None and meanings[bar["name"]].metric not in RANK_METRICS:
-            raise common.UserError(f"--criteria {bar['name']}: of a score that is no probability only AUC and average "
-                                   "precision mean something")
+            raise common.UserError(f"--criteria {bar['name']}: of a score that is no probability "
+                                   "only AUC and average precision mean something")
     judged = table.labelled()
     if len(judged.truth) < len(table.truth):
         judged.notes.append(f"only {len(judged.truth)} of {len(table.truth)} rows have a true value; no others count")
@@ -52,7 +55,9 @@ def read_table(path, args, baseline=None):
 
 
 def same_rows(tables, paths):
-    """The tables with the rows of the first, in its order. Raises UserError where rows or truth differ.
+    """The tables with the rows of the first, in its order.
+
+    Raises UserError where rows or truth differ.
 
     paths: their files or names, for messages.
     """
@@ -143,8 +148,8 @@ def compare_tables(tables, names):
 def write_runs_page(run, parent, listed, most_compared):
     """comparison.csv and report.html of runs, by script: what each found, flags that differ, and any two held together.
 
-    listed: of judging.list_runs(parent), in the order of the page; of a script's runs the last `most_compared` are
-    held against each other.
+    listed: of judging.list_runs(parent), in the order of the page; of a script's runs the last
+    `most_compared` are held against each other.
     """
     sections = []
     compared = []

@@ -15,11 +15,11 @@ from evidence import class_scores, metric_names
 
 # --- alarms ------------------------------------------------------------------------------------------
 
-CONSTANT_REMEDY = ("The model has learnt nothing: published weights, more rows; where a network is trained, more "
-                   "--epochs, a higher --lr or a weaker --augment")
+CONSTANT_REMEDY = ("The model has learnt nothing: published weights, more rows; where a network is "
+                   "trained, more --epochs, a higher --lr or a weaker --augment")
 NOT_FINITE_REMEDY = "Lower --lr, or --use_amp off"
-REPEATS_REMEDY = ("Look for rows with the same input (the section Leakage), and keep them together: --group_column "
-                  "(probe guidance: --patient_map)")
+REPEATS_REMEDY = ("Look for rows with the same input (the section Leakage), and keep them "
+                  "together: --group_column (probe guidance: --patient_map)")
 LABELS_REMEDY = "Add rows with other labels, or leave it out (--target_columns, where a script has them)"
 
 
@@ -48,17 +48,18 @@ def regression_alarms(predicted, target, names):
     is_inside = ((predicted > low + margin) & (predicted < high - margin)).any(1)  # others may be cut to a scale
     _, repeats = find_repeats(predicted, is_inside, min(modal))
     if len(repeats) and not is_constant.all():
-        alarms.append(f"the same prediction for {repeats.max()} rows, and for 3 or more in {repeats.sum()} of "
-                      f"{len(predicted)} rows. {REPEATS_REMEDY}")
+        alarms.append(f"the same prediction for {repeats.max()} rows, and for 3 or more in "
+                      f"{repeats.sum()} of {len(predicted)} rows. {REPEATS_REMEDY}")
     return alarms
 
 
 def find_repeats(predicted, is_judged, modal):
     """Predictions that repeat so often that it speaks for a fault: ((n, K) of them, (n,) in how many rows).
 
-    predicted: (N, K); is_judged: (N,) bool; modal: how many rows share the most frequent label. Three equal ones or
-    more count where all such hold 2 % of the rows, as in many rows some meet by chance. Coarse ones meet so often that
-    only one counts that stands in more than half of the rows, and in a tenth more than share a label.
+    predicted: (N, K); is_judged: (N,) bool; modal: how many rows share the most frequent label.
+    Three equal ones or more count where all such hold 2 % of the rows, as in many rows some meet by
+    chance. Coarse ones meet so often that only one counts that stands in more than half of the
+    rows, and in a tenth more than share a label.
     """
     rows = len(predicted)
     values, repeats = np.unique(predicted[is_judged], axis=0, return_counts=True)
@@ -81,7 +82,8 @@ def is_coarse(predicted):
 def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
     """Sentences where a train and a validation metric (dicts of floats, higher is better) lie far apart; else [].
 
-    remedy: the sentence on what helps against overfitting, with the script's flags; None: it is not looked for.
+    remedy: the sentence on what helps against overfitting, with the script's flags;
+    None: it is not looked for.
     """
     train = train_metrics[metric]
     val = val_metrics[metric]
@@ -97,8 +99,8 @@ def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
 def classification_alarms(probability, label, names, threshold=None, positive=1, score=None):
     """Sentences on signs of a broken classifier or of labels that cannot judge it; else [].
 
-    probability: (N, C); label: (N,) indices; names: C classes; score: (N, C), where `probability` holds ranks of these;
-    the rest as classification_metrics.
+    probability: (N, C); label: (N,) indices; names: C classes; score: (N, C), where `probability`
+    holds ranks of these; the rest as classification_metrics.
     """
     rows = len(probability)
     alarms = []
@@ -123,8 +125,8 @@ def classification_alarms(probability, label, names, threshold=None, positive=1,
                       f"{names[positive]} is {values[most, positive]:g} in {repeats[most]} of them. "
                       f"{REPEATS_REMEDY}. Isotonic calibration repeats them too: judge those before it")
     if counts.max() >= 0.95 * counts.sum() > 0:
-        alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of {counts.sum()} rows. "
-                      "Add rows of other classes")
+        alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of "
+                      f"{counts.sum()} rows. Add rows of other classes")
     return alarms
 
 
@@ -145,7 +147,8 @@ def spell_metrics(overall, each=(), names=()):
 def spell_class_metrics(names):
     """{name: MetricOf} for C classes: beside spell_metrics CLASS_METRIC, auc, nll and ap.
 
-    METRIC_CLASS always means the class; of a class called `macro`, macro_f1 is the metric of all, f1_macro its own.
+    METRIC_CLASS always means the class; of a class called `macro`, macro_f1 is the
+    metric of all, f1_macro its own.
     """
     short = {metric: metric for metric in class_scores.CLASS_METRICS} | {"ap": "average_precision", "auc": "roc_auc"}
     meanings = {}
@@ -168,7 +171,9 @@ def class_columns(names):
 
 
 def select_column(name, columns, meanings):
-    """What --select names -> (val_ column of the history or 'last', higher is better). Raises UserError.
+    """What --select names -> (val_ column of the history or 'last', higher is better).
+
+    Raises UserError.
 
     columns, meanings: {column, or name that may be used: MetricOf}.
     """
@@ -187,7 +192,8 @@ def select_column(name, columns, meanings):
 def history_to_plot(history, columns, names, positive):
     """The history without the columns of other classes than the positive one, and without metrics that resemble others.
 
-    columns: {column: MetricOf}; names: C classes or scores; positive: index of the class, or None for scores.
+    columns: {column: MetricOf}; names: C classes or scores; positive: index of the
+    class, or None for scores.
     """
     others = [name for c, name in enumerate(names) if c != positive]
     left_out = {f"val_{column}" for column, (metric, name) in columns.items()
@@ -213,7 +219,8 @@ def parse_criteria(text, meanings):
 
     meanings: of the names that there are.
 
-    Raises UserError that lists every part that cannot be read, or every unknown name with the closest known one.
+    Raises UserError that lists every part that cannot be read, or every unknown name
+    with the closest known one.
     """
     parts = [part.strip() for part in re.split(r"(?<=[\d.])\s*,[\s,]*", text or "") if part.strip()]
     number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -238,8 +245,9 @@ def parse_criteria(text, meanings):
 def judge_criteria(criteria, estimates, seen="new"):
     """PASS where the whole interval clears the bar, FAIL where none of it does, else (or without one) NOT RESOLVABLE.
 
-    criteria: from parse_criteria; estimates: {name: Estimate}, NaN ends = no interval; seen: as in verdict_sentence.
-    Returns a list of dict(name, metric, relation, bar, value, low, high, verdict).
+    criteria: from parse_criteria; estimates: {name: Estimate}, NaN ends = no interval;
+    seen: as in verdict_sentence. Returns a list of dict(name, metric, relation, bar,
+    value, low, high, verdict).
     """
     compare = {">": np.greater, ">=": np.greater_equal, "<": np.less, "<=": np.less_equal}
     judged = []
@@ -313,8 +321,8 @@ def baseline_doubts(names, model="ridge or logistic regression on published feat
     if telling:
         return []
     shown = ", ".join(sorted(names)).replace("_", " ")
-    return [f"No baseline that is known to look at the input was there to beat (there were: {shown}). "
-            f"A result holds where it beats a simple model too, such as {model}"]
+    return [f"No baseline that is known to look at the input was there to beat (there were: "
+            f"{shown}). A result holds where it beats a simple model too, such as {model}"]
 
 
 def chance_doubts(result, metric):
@@ -324,15 +332,16 @@ def chance_doubts(result, metric):
     if known.chance is None or own.low > known.chance or outcome_of(result.gain(metric)) != "better":
         return []
     return [f"The model's own {known.label} is not above {known.chance:g} for certain, which guessing reaches "
-            f"(interval {own.low:.3f} to {own.high:.3f}): to beat a baseline that does worse than guessing says "
-            "nothing. Add rows or groups"]
+            f"(interval {own.low:.3f} to {own.high:.3f}): to beat a baseline that does worse than "
+            "guessing says nothing. Add rows or groups"]
 
 
 def verdict_sentence(result, metric, seen="new", label=None, ceiling=None, is_same=False):
     """One honest sentence: does the model beat its baseline, by how much, and what could be reached at best.
 
-    result: a Result with a baseline; seen: the worst of seen_rows.WORDS among the rows; label: the metric's name in the
-    sentence; ceiling: what `metric` could reach, or None; is_same: model and baseline predict the same.
+    result: a Result with a baseline; seen: the worst of seen_rows.WORDS among the rows; label: the
+    metric's name in the sentence; ceiling: what `metric` could reach, or None; is_same: model and
+    baseline predict the same.
     """
     difference = result.overall.difference[metric]
     start = OUTCOMES[outcome_of(result.gain(metric))][0]

@@ -1,6 +1,7 @@
 """Backbones and weights: published networks without their last layer; weights from a file, the cache or the network.
 
-Letters: B batch, F features, C channels, T frames, N tokens, H and W height and width in pixels, S side of a square.
+Letters: B batch, F features, C channels, T frames, N tokens, H and W height and width
+in pixels, S side of a square.
 """
 import functools
 import hashlib
@@ -21,9 +22,10 @@ TIMM = "timm:"  # what the names of its networks begin with here
 def build_backbone(name, pretrained=True, weights=None, image_size=224, family="models"):
     """Classifier without its last layer -> (module: (B, 3, H, W) -> (B, F), feature width F).
 
-    name: of a torchvision classifier, or timm:NAME. weights: state dict file, or the name of a set of published
-    weights; family: "models", or "video" for networks (B, 3, T, H, W) -> (B, F). Raises UserError for an unknown name,
-    weights that cannot be had (both ways out named), or a file whose layers are others.
+    name: of a torchvision classifier, or timm:NAME. weights: state dict file, or the name of a set
+    of published weights; family: "models", or "video" for networks (B, 3, T, H, W) -> (B, F).
+    Raises UserError for an unknown name, weights that cannot be had (both ways out named), or a
+    file whose layers are others.
     """
     if name.startswith(TIMM):
         return _timm_backbone(name, pretrained, weights, image_size)
@@ -50,7 +52,10 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
 
 
 def _pass_one_picture(model, name, image_size):
-    """The output for a black picture. UserError where the network takes no pictures of this size."""
+    """The output for a black picture.
+
+    UserError where the network takes no pictures of this size.
+    """
     try:
         with torch.inference_mode():
             output = model.eval()(torch.zeros(1, 3, image_size, image_size))
@@ -89,8 +94,8 @@ def _timm_backbone(name, pretrained, weights, image_size):
         missing = [layer for layer, value in untrained.named_parameters()
                    if value.min() < value.max() and torch.equal(value, model.get_parameter(layer))]
         if missing:
-            raise common.UserError(f"{weights}: not the weights of this backbone: {len(missing)} layers missing "
-                                   f"(first: {missing[0]})")
+            raise common.UserError(f"{weights}: not the weights of this backbone: {len(missing)} "
+                                   f"layers missing (first: {missing[0]})")
     if pretrained or weights:
         _say_size(name, weights, image_size)
     return model, _pass_one_picture(model, name, image_size).shape[1]
@@ -110,8 +115,8 @@ def published_set(name, weights):
     if weights is None or Path(weights).exists():
         return sets.DEFAULT
     if str(weights) not in sets.__members__:
-        raise common.UserError(f"--weights {weights}: no such file, and the published weights of {name} are "
-                               f"{', '.join(sets.__members__)}")
+        raise common.UserError(f"--weights {weights}: no such file, and the published weights of "
+                               f"{name} are {', '.join(sets.__members__)}")
     return sets[str(weights)]
 
 
@@ -124,7 +129,8 @@ def pixel_statistics(name, weights=None):
 def expected_pixels(name, weights):
     """(side in pixels, mean, sd) that the published weights of a network expect.
 
-    A weights file does not say what it expects: it is taken to be what the network's published weights do.
+    A weights file does not say what it expects: it is taken to be what the network's
+    published weights do.
     """
     if name.startswith(TIMM):
         published = common.optional_package("timm").get_pretrained_cfg(name.removeprefix(TIMM))
@@ -137,7 +143,10 @@ def expected_pixels(name, weights):
 
 
 def _last_linear(model, name):
-    """Path of the classifier's last layer, linear or a convolution. UserError where it ends in something else."""
+    """Path of the classifier's last layer, linear or a convolution.
+
+    UserError where it ends in something else.
+    """
     if hasattr(model, "aux_logits"):  # the side heads of GoogLeNet and Inception serve only their own training
         model.aux_logits = False
         model.AuxLogits = model.aux1 = model.aux2 = None
@@ -156,7 +165,8 @@ def cached_weights_file(name, weights=None):
 def load_weights(name, weights=None):
     """State dict for a torchvision network: of the file `weights`, else of its published set, from cache or network.
 
-    Raises UserError where the set is in neither, CheckpointError where the file in the cache is damaged.
+    Raises UserError where the set is in neither, CheckpointError where the file in the
+    cache is damaged.
     """
     if weights and Path(weights).exists():
         return load_weights_file(weights)
@@ -182,8 +192,9 @@ def load_weights(name, weights=None):
 def load_weights_file(path):
     """Weights file -> {name: float tensor}; bare, under state_dict or model, prefixed by module., half precision.
 
-    A value that overflowed in a conversion to half precision becomes its largest number, 65504, with a note. Raises
-    CheckpointError for other values that are not finite: a run could be trained with them, and never be continued.
+    A value that overflowed in a conversion to half precision becomes its largest number, 65504,
+    with a note. Raises CheckpointError for other values that are not finite: a run could be trained
+    with them, and never be continued.
     """
     if Path(path).suffix != ".safetensors":
         return _state_dict(common.read_checkpoint(path), path)
@@ -208,8 +219,8 @@ def _state_dict(state, path):
     for name in overflowed:
         tensors[name] = tensors[name].nan_to_num(math.nan)  # infinite numbers become the largest
     if overflowed:
-        _say_once(f"note: {path}: numbers too large for half precision in {common.shorten_list(overflowed, 3)}; "
-                  "65504 is used in their place")
+        _say_once(f"note: {path}: numbers too large for half precision in "
+                  f"{common.shorten_list(overflowed, 3)}; 65504 is used in their place")
     common.check_weights(tensors, path)
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
@@ -252,8 +263,8 @@ def _say_once(text):
 def feature_maps(output):
     """Output of a layer -> maps (B, C, H, W) or (B, C, T, H, W) of equal height and width; None where it holds none.
 
-    The channels of Swin come last. The last tokens (B, N, C) of a ViT lie on a square grid; those before them, such as
-    the class token, belong to no place.
+    The channels of Swin come last. The last tokens (B, N, C) of a ViT lie on a square grid; those
+    before them, such as the class token, belong to no place.
     """
     if not isinstance(output, torch.Tensor) or output.ndim < 3:
         return None
@@ -319,8 +330,8 @@ class FeatureMaps(nn.Module):
             maps = self(example)
         if len(maps) < 3 or any(each is None for each in maps):
             raise common.UserError(f"this backbone has no feature maps of 3 resolutions (found {len(maps)}), which "
-                                   "--head ridge and --model motion_readout read; use --head mlp, or another such as "
-                                   "resnet18")
+                                   "--head ridge and --model motion_readout read; use --head mlp, "
+                                   "or another such as resnet18")
         self.n_channels = [each.shape[1] for each in maps]
 
     def forward(self, images):
@@ -330,9 +341,9 @@ class FeatureMaps(nn.Module):
 class MotionFeatures(FeatureMaps):
     """Feature maps of C channels together -> F = 4 C features of a clip, by frame_features and then pool.
 
-    Two of each channel are its appearance: mean and SD over time of its mean over the picture. Two are its motion:
-    how far it rises, and how far it falls, from one frame to the next at the place where it does so most, as the
-    root mean square over time.
+    Two of each channel are its appearance: mean and SD over time of its mean over the picture. Two
+    are its motion: how far it rises, and how far it falls, from one frame to the next at the place
+    where it does so most, as the root mean square over time.
     """
 
     def __init__(self, backbone, image_size):
@@ -363,7 +374,8 @@ class MotionFeatures(FeatureMaps):
     def pool(self, features, mask):
         """frame_features (B, T, 3, C), mask (B, T), True = a frame to read -> (B, F).
 
-        The change of the first frame does not count: in a window of a recording it is from before the window.
+        The change of the first frame does not count: in a window of a recording it is
+        from before the window.
         """
         mask = mask.to(features.device)
         is_pair = mask[:, 1:, None, None]
@@ -395,7 +407,8 @@ def over_time(features, mask):
 class MultiScale(nn.Module):
     """Feature maps of a backbone's last three resolutions, each averaged over grids: (B, 3, S, S) -> (B, F).
 
-    What is predicted may depend on small things or large ones; the last layer alone keeps little of the small.
+    What is predicted may depend on small things or large ones; the last layer alone
+    keeps little of the small.
     """
 
     def __init__(self, backbone, image_size, grids=(4,)):
@@ -439,13 +452,16 @@ def map_paths(backbone, example):
 
 
 def freeze_stages(backbone, n_stages, example):
-    """Take the layers of the first n_stages resolutions out of training. UserError where there are fewer."""
+    """Take the layers of the first n_stages resolutions out of training.
+
+    UserError where there are fewer.
+    """
     if n_stages == 0:
         return
     ends = stage_ends(backbone, example)
     if n_stages > len(ends):
-        raise common.UserError(f"--freeze_stages {n_stages}: this backbone has {len(ends)} resolutions: "
-                               f"{', '.join(ends)}")
+        raise common.UserError(f"--freeze_stages {n_stages}: this backbone has {len(ends)} "
+                               f"resolutions: {', '.join(ends)}")
     end = ends[n_stages - 1]
     modules = list(backbone.named_modules())
     last = max(i for i, (path, _) in enumerate(modules) if f"{path}.".startswith(f"{end}."))
@@ -460,7 +476,10 @@ def batch_norms(model):
 
 
 def starting_content(path, **expected):
-    """--init_from -> checkpoint of another run of this script. UserError where a field differs from `expected`."""
+    """--init_from -> checkpoint of another run of this script.
+
+    UserError where a field differs from `expected`.
+    """
     content = common.load_model_file(path)
     with common.checkpoint_fields(path):
         found = content | content.get("settings", {}) | content.get("architecture", {})
@@ -473,7 +492,8 @@ def starting_content(path, **expected):
 def start_from(model, path, /, is_frozen, **expected):
     """--init_from: give a model the weights of another run of this script, after the checks of starting_content.
 
-    is_frozen: features were computed with the model's own backbone, so a file with another backbone is refused.
+    is_frozen: features were computed with the model's own backbone, so a file with
+    another backbone is refused.
     """
     state = starting_content(path, **expected)["model"]
     own = {name: value for name, value in model.state_dict().items() if name.startswith(("backbone.", "encoder."))}

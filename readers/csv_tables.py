@@ -34,8 +34,8 @@ def pick_columns(wanted, options, where, short=()):
         for name, column in picked.items() if column is None]
     if unknown:
         raise common.UserError(
-            f"{where} {common.shorten_list(unknown)} (found: {common.shorten_list(options, 40) or 'none'}). "
-            "Correct the name.")
+            f"{where} {common.shorten_list(unknown)} (found: "
+            f"{common.shorten_list(options, 40) or 'none'}). Correct the name.")
     return list(dict.fromkeys(picked.values()))
 
 
@@ -162,10 +162,11 @@ def _clean_cells(values):
 def read_table(path):
     """CSV table -> DataFrame of str cells, '' where blank, NA or NaN; its index holds the line numbers in the file.
 
-    Comma, semicolon, tab or blanks; BOM; .gz; CRLF; Excel's sep= line, titles and # comments above the header, what
-    Qualtrics writes below it, rows quoted as one field and rows without their last blank cells; R's row names. Without
-    a header the column of files is `path`, the others column_2 and so on. attrs: delimiter, notes. Raises UserError: no
-    such file, binary, empty, rows wider than the header, repeated column names.
+    Comma, semicolon, tab or blanks; BOM; .gz; CRLF; Excel's sep= line, titles and # comments above
+    the header, what Qualtrics writes below it, rows quoted as one field and rows without their last
+    blank cells; R's row names. Without a header the column of files is `path`, the others column_2
+    and so on. attrs: delimiter, notes. Raises UserError: no such file, binary, empty, rows wider
+    than the header, repeated column names.
     """
     import pandas as pd
     text = read_text(path)
@@ -214,8 +215,8 @@ def read_table(path):
 def read_pairs(path, flag, columns):
     """{key: value} of JSON or YAML, also as {value: [keys]}, or of a CSV table with these two columns.
 
-    All is text, '' where there is none. columns: names of the two, looked for in a table of more or fewer. UserError
-    for a key with two values.
+    All is text, '' where there is none. columns: names of the two, looked for in a table of more or
+    fewer. UserError for a key with two values.
     """
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
         table = read_table(path)
@@ -259,8 +260,9 @@ def _fit_header(header, rows, delimiter, notes):
 def to_numbers(values, where, expected="numbers"):
     """Column of read_table, or a list -> (N,) float64, NaN where blank. where, expected: file and column, for messages.
 
-    Decimal commas count where no cell has a point and, in a comma file, not all could be thousands (1,234).
-    12% is 12. Raises UserError listing the cells that are no finite number, with their lines.
+    Decimal commas count where no cell has a point and, in a comma file, not all could
+    be thousands (1,234). 12% is 12. Raises UserError listing the cells that are no
+    finite number, with their lines.
     """
     written = _clean_cells(values)
     cells = [cell.removesuffix("%") for cell in written]

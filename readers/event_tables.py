@@ -14,8 +14,8 @@ import numpy as np
 import common
 from readers import csv_tables, event_times, file_names, video_files
 
-PATH_COLUMNS = ("video_path sequence_path clip_path path file filename video_filename video clip folder media_file "
-                "media_file_path media_file_name video_file video_name").split()
+PATH_COLUMNS = ("video_path sequence_path clip_path path file filename video_filename video clip "
+                "folder media_file media_file_path media_file_name video_file video_name").split()
 LABEL_COLUMNS = "behavior behaviour label class category action".split()
 FRAME_COLUMNS = "frame frames frame_number frame_index frame_id index unnamed_0".split()
 
@@ -77,7 +77,10 @@ class EventTable:
 # --------------------------------------------------------------------------------------
 
 def keyed_columns(table, source):
-    """The table with its columns named by column_key. Raises UserError where two names become one."""
+    """The table with its columns named by column_key.
+
+    Raises UserError where two names become one.
+    """
     keys = table.columns.map(csv_tables.column_key)
     twice = table.columns[keys.duplicated(keep=False)]
     if len(twice):
@@ -106,8 +109,8 @@ def plain_level(cell):
 def event_keys(extra, fallback):
     """(N,) identity of each row's event: group, day, start time, initiator, receiver; never path, row or camera.
 
-    Where start time, day (or date) or the animals have no column, or the time is blank: fallback (N,), source and
-    window.
+    Where start time, day (or date) or the animals have no column, or the time is blank: fallback
+    (N,), source and window.
     """
     filled = extra.columns[(extra != "").any()]
     known = [("day", "date"), ("start_time",), ("initiator_id", "initiator"), ("receiver_id", "receiver")]
@@ -126,7 +129,10 @@ def event_keys(extra, fallback):
 # --------------------------------------------------------------------------------------
 
 def read_label_map(path):
-    """JSON, YAML or CSV -> {spelling: class, or None = left out}; also {class: [spellings]}. A class spells itself."""
+    """JSON, YAML or CSV -> {spelling: class, or None = left out}; also {class: [spellings]}.
+
+    A class spells itself.
+    """
     classes = csv_tables.read_pairs(path, "--label_map", ("spelling", "class"))
     spell_themselves = {name: name for name in classes.values() if name}
     return spell_themselves | {key: name or None for key, name in classes.items()}
@@ -135,8 +141,9 @@ def read_label_map(path):
 def classes_of(spelled, label_map, names):
     """(N,) labels as written -> (C names, N class names; '' = blank, None = left out by the map).
 
-    Without a map the spellings that differ in case and outer spaces are one class, named by the most frequent one.
-    Raises UserError that counts the labels that are not in the map, or not among `names`.
+    Without a map the spellings that differ in case and outer spaces are one class,
+    named by the most frequent one. Raises UserError that counts the labels that are
+    not in the map, or not among `names`.
     """
     spelled = list(map(str.strip, spelled))
     counts = collections.Counter(filter(None, spelled))
@@ -223,9 +230,10 @@ def paired_states(table, path_column, label_column, notes):
 def per_frame_events(table, path, path_column, notes):
     """One row a frame and one column of 0 and 1 a behaviour (DeepEthogram, SimBA, JAABA) -> a row an event.
 
-    Without a column of paths the file is named like its video. Frames without any behaviour become events of the
-    class background, unless a column has that name. An event ends where the table lacks the next frame, which is up to
-    twice its usual step away: tables of every fifth frame have events too. None where the table is none of this kind.
+    Without a column of paths the file is named like its video. Frames without any behaviour become
+    events of the class background, unless a column has that name. An event ends where the table
+    lacks the next frame, which is up to twice its usual step away: tables of every fifth frame have
+    events too. None where the table is none of this kind.
     """
     import pandas as pd
     frame_column = csv_tables.find_column(table, FRAME_COLUMNS)
@@ -269,7 +277,8 @@ def behaviour_columns(table):
 def headless_list(table, root, notes):
     """Lines without a header, path and label, or path, number of frames and label -> DataFrame of path and label.
 
-    None where the first line names no video. notes: of the table, to which one is added that it is a list.
+    None where the first line names no video. notes: of the table, to which one is
+    added that it is a list.
     """
     import pandas as pd
     lines = table.to_numpy().tolist()
@@ -312,7 +321,8 @@ def describe_rows(table, path, root, written, part="", min_event_sec=1.0, time_u
 def read_manifest_file(path, root, asked, need_labels, notes):
     """Manifest, list, BORIS export or label table -> (table of text cells, its columns of paths and of labels).
 
-    asked: the columns of paths and labels that flags name, or None. Raises UserError that names what is missing.
+    asked: the columns of paths and labels that flags name, or None. Raises UserError
+    that names what is missing.
     """
     raw = csv_tables.read_table(path)
     said = raw.attrs["notes"]
@@ -377,14 +387,15 @@ def check_whole_clips(rows, table, path):
     if len(several):
         raise common.UserError(
             f"{path}: {len(several)} videos stand in rows with different labels and without times, such as "
-            f"{several[0]}; found columns {common.shorten_list(table, 40)}. Name the times of the events "
-            "start_sec and end_sec, or start_frame and end_frame")
+            f"{several[0]}; found columns {common.shorten_list(table, 40)}. Name the times of the "
+            "events start_sec and end_sec, or start_frame and end_frame")
 
 
 def refuse_several_files(rows, extra):
     """UserError where a BORIS observation is longer than its files: its times count on from one to the next.
 
-    60|60 are two players that run at once, of which the first names the files; 30;30 are two files of one player.
+    60|60 are two players that run at once, of which the first names the files; 30;30
+    are two files of one player.
     """
     import pandas as pd
     length = csv_tables.find_column(extra, ("total_length", "media_duration_s"))
@@ -403,8 +414,8 @@ def refuse_several_files(rows, extra):
         if not is_one_of_unknown_length and not any(map(has_length, files["source"], files["total"])):
             raise common.UserError(
                 f"observation {name}: {length} {extra[length][own.index[0]] or '(blank)'}, expected the seconds of one "
-                f"of its {len(files)} files (such as {first}). Where it goes over several, export each as an "
-                "observation of its own; else write its length")
+                f"of its {len(files)} files (such as {first}). Where it goes over several, export "
+                "each as an observation of its own; else write its length")
 
 
 def has_length(video, seconds):
@@ -417,11 +428,11 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
                 need_labels=True, path_column=None, label_column=None, time_unit=None, row_filter=None, **finding):
     """{part: CSV manifest or folder of class folders} -> EventTable for --task classify.
 
-    video_root: where the paths are looked for (default: beside each manifest); names: the classes of a trained model;
-    need_labels False: rows without a label stay, label -1. Without group_column a column `group` is the group.
-    path_column, label_column, time_unit: for columns whose names do not say it. row_filter: the text of --filter.
-    finding: options of find_sources.
-    Raises UserError: see the functions above; more than the share max_missing of the videos is not there.
+    video_root: where the paths are looked for (default: beside each manifest); names: the classes
+    of a trained model; need_labels False: rows without a label stay, label -1. Without group_column
+    a column `group` is the group. path_column, label_column, time_unit: for columns whose names do
+    not say it. row_filter: the text of --filter. finding: options of find_sources. Raises
+    UserError: see the functions above; more than the share max_missing of the videos is not there.
     """
     import pandas as pd
     notes = []
@@ -444,7 +455,10 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
 
 
 def read_groups(cells, group_column, lines, notes):
-    """(N,) groups in one spelling, or None. Blank ones: a UserError where group_column names them, else no groups."""
+    """(N,) groups in one spelling, or None.
+
+    Blank ones: a UserError where group_column names them, else no groups.
+    """
     groups = cells.map(plain_level).to_numpy(str)
     blank = lines[groups == ""]
     if not len(blank):
@@ -457,8 +471,9 @@ def read_groups(cells, group_column, lines, notes):
 def find_sources(rows, notes, is_open, max_missing=0.05, need_files=True, exact_names=False):
     """N paths of the rows' videos, None where there is none. Raises UserError above max_missing.
 
-    is_open: no --video_root was given, so that an absolute path may also name a video elsewhere. need_files False: a
-    missing video has the path at which it would lie. exact_names: as match_images has it.
+    is_open: no --video_root was given, so that an absolute path may also name a video
+    elsewhere. need_files False: a missing video has the path at which it would lie.
+    exact_names: as match_images has it.
     """
     found = {}
     for root, names in rows[rows["video"] != ""].groupby("root")["video"]:
@@ -486,9 +501,10 @@ def find_sources(rows, notes, is_open, max_missing=0.05, need_files=True, exact_
 def build_table(rows, extra, names, notes, group, group_column, target=None, row_filter=None):
     """N rows of describe_rows, and what is known of each -> EventTable of those without a reason to skip.
 
-    rows: also with source, reason (to skip it) and, for classes, label as int. extra: the other columns; group: the one
-    of the groups, or None; group_column: that which a flag asks for; row_filter: the text of --filter.
-    Clip ids do not depend on the order of the rows. Raises UserError where no row is left.
+    rows: also with source, reason (to skip it) and, for classes, label as int. extra: the other
+    columns; group: the one of the groups, or None; group_column: that which a flag asks for;
+    row_filter: the text of --filter. Clip ids do not depend on the order of the rows. Raises
+    UserError where no row is left.
     """
     rows = rows.assign(reason=np.select(
         [rows["fault"] != "", rows["source"].isna()], [rows["fault"], "no such video or folder"], rows["reason"]))
@@ -559,8 +575,8 @@ def merge_repeats(table):
     kept.clip_ids = unique_ids(kept)
     if len(kept) < len(table):
         kept.notes.append(
-            f"{len(table) - len(kept)} rows repeat another one, of {(kept.repeats > 1).sum()} events: each event is "
-            "counted once in every evaluation")
+            f"{len(table) - len(kept)} rows repeat another one, of {(kept.repeats > 1).sum()} "
+            "events: each event is counted once in every evaluation")
     return kept
 
 
@@ -583,7 +599,8 @@ def unique_ids(table):
 def split_keys(table, split_by):
     """(N,) text units that a split must keep whole: events, videos with their events, or groups with all of both.
 
-    split_by None: the coarsest that there is more than one of. Units that share an event or a video are one.
+    split_by None: the coarsest that there is more than one of. Units that share an
+    event or a video are one.
     """
     levels = {"group": table.groups, "video": table.videos, "event": table.events}
     names = [name for name, units in levels.items() if units is not None]
@@ -611,7 +628,10 @@ def connected(columns):
 
 
 def column_of(table, name, flag):
-    """(N,) text of a column of the table by name in any spelling. Raises UserError where there is none."""
+    """(N,) text of a column of the table by name in any spelling.
+
+    Raises UserError where there is none.
+    """
     targets = {} if table.target is None else dict(zip(table.names, table.target.T))
     [key] = csv_tables.pick_columns([name], [*targets, *table.extra], f"{flag}: no column")
     if key in table.extra:
@@ -620,9 +640,12 @@ def column_of(table, name, flag):
 
 
 def filter_rows(table, text):
-    """--filter 'moment==M2 and age>=3' -> (N,) bool, True = kept. Text is compared in any case, < and > as numbers.
+    """--filter 'moment==M2 and age>=3' -> (N,) bool, True = kept.
 
-    Raises UserError for what is not COLUMN ==, !=, <, <=, > or >= VALUE joined by `and`, or keeps no row.
+    Text is compared in any case, < and > as numbers.
+
+    Raises UserError for what is not COLUMN ==, !=, <, <=, > or >= VALUE joined by
+    `and`, or keeps no row.
     """
     compare = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
     keep = np.ones(len(table), bool)
@@ -650,7 +673,10 @@ def is_level(column, level):
 
 
 def rows_of_level(table, text, flag):
-    """'moment:M2=2.5' -> ((N,) bool, True = moment M2 in any spelling; '2.5'). Raises UserError where no row has it."""
+    """'moment:M2=2.5' -> ((N,) bool, True = moment M2 in any spelling; '2.5').
+
+    Raises UserError where no row has it.
+    """
     match = re.fullmatch(r"\s*([^:=]+?)\s*:\s*(.+?)\s*=\s*([^=]+?)\s*", text)
     if not match:
         raise common.UserError(f"{flag} expects COLUMN:LEVEL=VALUE as in moment:M2=2.5, found {text!r}")
@@ -688,7 +714,10 @@ def augment_presets(table, flags, default):
 
 
 def group_mask(table, text):
-    """--test_groups '14,17' -> (N,) bool, True = a row of these groups. UserError: groups that are not there."""
+    """--test_groups '14,17' -> (N,) bool, True = a row of these groups.
+
+    UserError: groups that are not there.
+    """
     if table.groups is None:
         raise common.UserError(f"--test_groups {text} needs --group_column")
     wanted = [plain_level(name) for name in text.split(",") if name.strip()]

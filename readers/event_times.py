@@ -21,8 +21,8 @@ TIME_COLUMN = re.compile(
     "(?:(?P<sec>s|secs?|seconds?|ssmsec|hhmmss(?:ms)?)|(?P<ms>ms|msecs?|milliseconds?)|(?P<min>mins?|minutes?)|"
     "(?P<frame>frames?|index))?")
 TIME_WORDS = set("start begin beginning onset stop end offset time times timestamp timecode frame t s sec seconds ms "
-                 "event video clip recording relative absolute sf f hms hmsf from to in out till until t0 t1 "
-                 "t2".split())
+                 "event video clip recording relative absolute sf f hms hmsf from to in out till "
+                 "until t0 t1 t2".split())
 CLOCK = re.compile(r"(?:.*[ t])?(\d+):(\d{1,2})(?::(\d{1,2}(?:[.,]\d*)?))?\s*(?:([ap])\.?m\.?)?")
 
 
@@ -123,17 +123,18 @@ def seconds_in(cells, unit, where):
 def event_windows(rows, source, min_event_sec, time_unit, notes):
     """Time columns of one manifest -> (N,) starts, ends, units (sec or frame) and faults, text, '' = none.
 
-    A start and an end or a duration, by the names that TIME_COLUMN knows; nothing: the whole clip. A row is in frames
-    (both inclusive) where it has no start in seconds, or an end only in frames. time_unit: of columns whose names say
-    none; seconds by default, which is noted. An event in seconds that is shorter than min_event_sec gets a window of
-    that length around it; seconds_of does so for those in frames.
+    A start and an end or a duration, by the names that TIME_COLUMN knows; nothing: the whole clip.
+    A row is in frames (both inclusive) where it has no start in seconds, or an end only in frames.
+    time_unit: of columns whose names say none; seconds by default, which is noted. An event in
+    seconds that is shorter than min_event_sec gets a window of that length around it; seconds_of
+    does so for those in frames.
     """
     import pandas as pd
     columns = time_columns(rows)
     unsaid = [column.name for column in columns if not (column.unit or time_unit)]
     if unsaid:
-        notes.append(f"{source.name}: {', '.join(unsaid)} are read as seconds from the start of the file; "
-                     "--time_unit names another unit")
+        notes.append(f"{source.name}: {', '.join(unsaid)} are read as seconds from the start of "
+                     "the file; --time_unit names another unit")
     found = {}  # (role, "frame" or "sec") -> (N,) numbers, of the first column that has one
     for column in columns:
         unit = column.unit or time_unit
@@ -172,8 +173,8 @@ def _note_on_parts_of_a_day(source, start, end):
     """A list of one warning where all these seconds are below 1, as of times that a spreadsheet keeps, else of none."""
     if start.nunique() < 2 or not end.max() < 1:
         return []
-    return [f"WARNING: {source.name}: no time is above {end.max():.2g} s. Parts of a day, as spreadsheets keep times? "
-            "Format the cells as h:mm:ss"]
+    return [f"WARNING: {source.name}: no time is above {end.max():.2g} s. Parts of a day, as "
+            "spreadsheets keep times? Format the cells as h:mm:ss"]
 
 
 def _widen(start, end, min_event_sec, can_be_short):
@@ -188,16 +189,16 @@ def _widen(start, end, min_event_sec, can_be_short):
 def seconds_of(table, fps, min_event_sec=1.0):
     """The table with windows counted in frames turned into seconds by the frames' own times; short ones widened.
 
-    fps: of sources without a clock. A row of a damaged file, whose frames cannot be counted, is skipped; one of a file
-    that cannot be read stays in frames.
+    fps: of sources without a clock. A row of a damaged file, whose frames cannot be counted, is
+    skipped; one of a file that cannot be read stays in frames.
     """
     windows = table.windows.copy()
     unit = table.unit.copy()
     in_seconds = table.sources[(unit == "sec") & ~np.isnan(windows[:, 0])]
     clockless = sum(map(video_files.has_no_clock, set(in_seconds)))
     if clockless:
-        table.notes.append(f"times in seconds of {clockless} folders of frames or .npy clips, which have no clock: "
-                           f"{fps:g} of their frames are a second (--fps)")
+        table.notes.append(f"times in seconds of {clockless} folders of frames or .npy clips, "
+                           f"which have no clock: {fps:g} of their frames are a second (--fps)")
     reasons = [""] * len(table)
     probe = functools.cache(video_files.probe)  # once a file
     for row in np.flatnonzero(unit == "frame"):

@@ -18,8 +18,8 @@ UNREAD_FORMATS = {  # pictures that are listed, so that none is passed over in s
     ".dcm": "DICOM: export as PNG of 16 bits",
 }
 IMAGE_SUFFIXES = (*".jpg .jpeg .jfif .png .bmp .gif .tif .tiff .webp .tga .mpo".split(), *UNREAD_FORMATS)
-VIDEO_SUFFIXES = (".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .wmv .mts .npy .ts .m2ts .h264 .h265 .hevc .3gp .flv .vob "
-                  ".ogv .asf").split()  # others are opened to see
+VIDEO_SUFFIXES = (".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .wmv .mts .npy .ts .m2ts .h264 .h265 "
+                  ".hevc .3gp .flv .vob .ogv .asf").split()  # others are opened to see
 
 
 def find_images(folder):
@@ -92,8 +92,8 @@ def without_root(name):
 class Fit:
     """The files that fit a name best: several where the name does not decide between them.
 
-    name: below the folder. agrees: no folder differs, and no leading zeros do. is_guess: the end of the path, or a
-    unique base name, decided.
+    name: below the folder. agrees: no folder differs, and no leading zeros do. is_guess: the end of
+    the path, or a unique base name, decided.
     """
     name: str
     files: list
@@ -104,7 +104,8 @@ class Fit:
 class NameIndex:
     """Files below a folder, found by names with or without suffix and folders, in any case.
 
-    files: their paths below the folder as clean_name spells them; suffixes: those that a name may lack or have wrong.
+    files: their paths below the folder as clean_name spells them; suffixes: those that
+    a name may lack or have wrong.
     """
 
     def __init__(self, files, suffixes):
@@ -117,8 +118,8 @@ class NameIndex:
     def find(self, name):
         """The Fit of a clean name: the exact path, else the files that have most folders before their name in common.
 
-        Of several the one whose folders do not differ comes first, then the same suffix, the same number of folders and
-        the same case.
+        Of several the one whose folders do not differ comes first, then the same suffix, the same
+        number of folders and the same case.
         """
         tail = next((tail for tail in self._tails(name) if tail in self.by_tail), None)
         if tail is None:
@@ -187,10 +188,11 @@ def below_folder(names, folder):
 def match_images(names, images_dir, exact=False, spelling=str):
     """Names as a table writes them -> (N paths, None where no file fits; names of files that no row asks for; notes).
 
-    With or without folder and suffix, any case, backslashes, NFC or NFD. Of a name from elsewhere (C:\\, /data, ..)
-    the end of the path counts; a folder may differ from the one on disk only where the base name is unique on both
-    sides; exact: neither counts. No file outside `images_dir` is ever meant. UserError: a name fits several files, or
-    several names one; those may do so of which the function `spelling` makes the same.
+    With or without folder and suffix, any case, backslashes, NFC or NFD. Of a name from elsewhere
+    (C:\\, /data, ..) the end of the path counts; a folder may differ from the one on disk only
+    where the base name is unique on both sides; exact: neither counts. No file outside `images_dir`
+    is ever meant. UserError: a name fits several files, or several names one; those may do so of
+    which the function `spelling` makes the same.
     """
     files = images_by_name(images_dir)
     if not files:
@@ -239,8 +241,8 @@ def notes_on(fits, unused):
 def match_videos(names, root, exact=False):
     """Names as a manifest writes them -> ({name: Path or None}, notes on guesses and on videos without a row).
 
-    A name with the suffix of a picture means a picture, a clip of one frame. As match_images. UserError: a name fits
-    several files, or several folders mean one file.
+    A name with the suffix of a picture means a picture, a clip of one frame. As match_images.
+    UserError: a name fits several files, or several folders mean one file.
     """
     videos, others = find_videos(root)
     files = {clean_name(file): path for file, path in (others | videos).items()}
@@ -263,14 +265,14 @@ def match_videos(names, root, exact=False):
                 for file, folders in folders_of.items() if len(folders) > 1]
     if unclear:
         raise common.UserError(f"expected one file below --video_root {root} for a name, found "
-                               f"{common.shorten_list(unclear)}; write folders into the paths, or keep the folders on "
-                               f"disk as the paths have them")
+                               f"{common.shorten_list(unclear)}; write folders into the paths, or "
+                               f"keep the folders on disk as the paths have them")
     path_of = chosen_paths(fits, files)
     found = {name: path_of.get(own) for name, own in written.items()}
     notes = notes_on_guesses(fits)
     used = {root, *path_of.values(), *(path.parent for path in path_of.values())}
     unused = sorted(name for name, path in videos.items() if path not in used)
     if unused:
-        notes.append(f"{len(unused)} videos or folders of pictures below {root} have no row and are not used: "
-                     f"{common.shorten_list(unused, 3)}")
+        notes.append(f"{len(unused)} videos or folders of pictures below {root} have no row and "
+                     f"are not used: {common.shorten_list(unused, 3)}")
     return found, notes

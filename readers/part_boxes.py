@@ -1,7 +1,8 @@
 """Annotations of parts, in their own JSON or in COCO -> one list of boxes with part and state.
 
-Part annotations become COCO first, so that one reader reads both. Letters: N pictures, K boxes of one picture, P parts.
-Units: boxes are x1 y1 x2 y2 in pixels of the upright picture; in a file left, top, width, height.
+Part annotations become COCO first, so that one reader reads both. Letters: N pictures, K
+boxes of one picture, P parts. Units: boxes are x1 y1 x2 y2 in pixels of the upright
+picture; in a file left, top, width, height.
 """
 import collections
 import dataclasses
@@ -129,9 +130,12 @@ class PartTruth:
 
 
 def read_annotations(path, box_format=None, state_attribute=None):
-    """Part annotations or a COCO file -> Annotations. UserError that lists what cannot be read, with image and key.
+    """Part annotations or a COCO file -> Annotations.
 
-    box_format: one of BOX_FORMATS, None for xywh; state_attribute: the attribute that names the state, None: state.
+    UserError that lists what cannot be read, with image and key.
+
+    box_format: one of BOX_FORMATS, None for xywh; state_attribute: the attribute that
+    names the state, None: state.
     """
     content = common.read_json(path, common.unique_keys)
     if not isinstance(content, dict):
@@ -168,8 +172,8 @@ def clean(text):
 def parts_as_coco(content, faults):
     """{image: {image: {height, width}, parts: {part: {absolute_bounding_box, object_state, trust}}}} -> COCO.
 
-    Each annotation has the part's name as its `entry`, so that messages name what the user wrote. A part that is
-    absent may have no bbox.
+    Each annotation has the part's name as its `entry`, so that messages name what the user wrote. A
+    part that is absent may have no bbox.
     """
     images = []
     annotations = []
@@ -258,8 +262,8 @@ def read_id(value):
 def read_records(content, key, reading):
     """{read_id of its id: record} of one list of a COCO file; ids are numbers or text, from 0 or with gaps.
 
-    A record that equals the first of its id counts once, and so do equal annotations without one; other annotations
-    whose ids repeat get new ones.
+    A record that equals the first of its id counts once, and so do equal annotations without one;
+    other annotations whose ids repeat get new ones.
     """
     listed = content.get(key)
     if not isinstance(listed, list):
@@ -457,10 +461,10 @@ def read_trust(value, where, faults):
 def refuse_other_convention(images, path, box_format, way="Say which: --box_format"):
     """UserError where boxes, read as left, top, width, height, look like those of another of BOX_FORMATS.
 
-    images: AnnotatedImages; box_format: what the flag says; where it is given, nothing is refused; way: what to do, up
-    to the name of a convention. One of these signs is enough: no number is above 1; more than a tenth of the boxes
-    leave their picture, and half as many at most in another convention; the areas in the file are those of corners
-    alone.
+    images: AnnotatedImages; box_format: what the flag says; where it is given, nothing is refused;
+    way: what to do, up to the name of a convention. One of these signs is enough: no number is
+    above 1; more than a tenth of the boxes leave their picture, and half as many at most in another
+    convention; the areas in the file are those of corners alone.
     """
     known = [[*each.box, *image.size, read_number(each.fields.get("area"))]
              for image in images if image.size for each in image.objects if any(each.box)]
@@ -488,8 +492,8 @@ def refuse_other_convention(images, path, box_format, way="Say which: --box_form
     else:
         return
     raise common.UserError(
-        f"{path}: the boxes look like {likeliest}, not like left, top, width, height (COCO): {why}. "
-        f"{way} {likeliest}, or xywh to keep them.")
+        f"{path}: the boxes look like {likeliest}, not like left, top, width, height (COCO): "
+        f"{why}. {way} {likeliest}, or xywh to keep them.")
 
 
 def cut_box(box, size):
@@ -572,15 +576,15 @@ def as_coco(found_images, category_ids, folder):
 def read_groups(images, column, notes):
     """(N,) group of each image: what its entry has under `column`.
 
-    Where that is None: the picture of which it is a version (turned, lighter ...) by Roboflow's names, which a note
-    says; None where no picture has two versions.
+    Where that is None: the picture of which it is a version (turned, lighter ...) by Roboflow's
+    names, which a note says; None where no picture has two versions.
     """
     if column is None:
         originals = [ROBOFLOW_VERSION.sub("", image.name) for image in images]
         if len(set(originals)) == len(images):
             return None
-        notes.append("versions of one picture, by Roboflow's names (.rf.), are one group; where these are other "
-                     "pictures: --group_column file_name")
+        notes.append("versions of one picture, by Roboflow's names (.rf.), are one group; where "
+                     "these are other pictures: --group_column file_name")
         return np.array(originals)
     values = [image.fields.get(column) for image in images]
     lacking = [image.name for image, value in zip(images, values) if value in (None, "")]
@@ -592,8 +596,8 @@ def read_groups(images, column, notes):
 def as_truth(images, parts, min_trust, **others):
     """AnnotatedImages with a size -> (PartTruth, dicts of the boxes that were skipped, notes).
 
-    others: groups and keeps_absent of the PartTruth. Boxes are cut to their picture; those without area there are
-    skipped by name, those that annotators trusted less than min_trust are ignored.
+    others: groups and keeps_absent of the PartTruth. Boxes are cut to their picture; those without
+    area there are skipped by name, those that annotators trusted less than min_trust are ignored.
     """
     kept, skipped, n_cut = cut_boxes(images)
     truth = PartTruth(
@@ -638,8 +642,8 @@ def find_pictures(found, folder, exact_names):
     found.skipped += [{"image": image.name, "reason": "no such picture"} for image in found.images if not image.path]
     found.images = [image for image in found.images if image.path]
     if not found.images:
-        raise common.UserError(f"none of the {len(names)} pictures named in {found.path} is in {folder} (first: "
-                               f"{names[0]!r}); check the folder")
+        raise common.UserError(f"none of the {len(names)} pictures named in {found.path} is in "
+                               f"{folder} (first: {names[0]!r}); check the folder")
     root = folder.resolve()
     leaving = [image.name for image in found.images if root not in Path(os.path.realpath(image.path)).parents]
     refuse(leaving, f"{found.path}: these links lead out of {folder}:", "Copy the pictures into the folder.")
@@ -679,7 +683,8 @@ def check_pictures(audits, images, on_bad_file):
 def used_parts(found, images, known):
     """(parts, notes): those a checkpoint knows, else those with a box, in order of appearance.
 
-    found: Annotations of several files; images: those of theirs that are used; known: parts of a checkpoint, or None.
+    found: Annotations of several files; images: those of theirs that are used; known:
+    parts of a checkpoint, or None.
     """
     used = {each.part for image in images for each in image.objects}
     if known:
@@ -699,8 +704,8 @@ def used_parts(found, images, known):
 def mirrored_labels(parts):
     """(P,) label of each part in a mirrored picture, where left is right.
 
-    None: a part with a side has no counterpart. Single letters, which may mean other things (l_shape), are sides where
-    one of them has a counterpart.
+    None: a part with a side has no counterpart. Single letters, which may mean other things
+    (l_shape), are sides where one of them has a counterpart.
     """
     spelled = [re.sub("(?<=[a-z])(?=[A-Z])", "_", part).lower() for part in parts]  # leftWheel: left_wheel
 

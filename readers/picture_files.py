@@ -75,8 +75,8 @@ def _open_picture(path):
             f"its header claims more than {pixel_cache.MAX_PIXELS // 10**6} megapixels") from error
     except Image.UnidentifiedImageError as error:
         reason = (
-            "no picture, a damaged header, or another format under this name, such as an iPhone's HEIC: "
-            f"convert to JPEG (formats read: {', '.join(IMAGE_FORMATS)})")
+            "no picture, a damaged header, or another format under this name, such as an iPhone's "
+            f"HEIC: convert to JPEG (formats read: {', '.join(IMAGE_FORMATS)})")
         raise pixel_cache.BadImage(file_names.UNREAD_FORMATS.get(path.suffix.lower(), reason)) from error
     except PILLOW_ERRORS as error:
         raise pixel_cache.BadImage(f"damaged: {common.one_line(error) or type(error).__name__}") from error
@@ -131,7 +131,8 @@ def _deep_values(image):
 def _declared_range(image, values):
     """(low, high) that one picture alone tells: that of its integers up to 16 bits, so that signed zero is mid-grey.
 
-    32-bit integers and floats declare no white: floats within 0..1 have this range, all else that of its values.
+    32-bit integers and floats declare no white: floats within 0..1 have this range,
+    all else that of its values.
     """
     bits, is_signed = _sample_type(image)
     if bits <= 16:
@@ -147,8 +148,9 @@ def _declared_range(image, values):
 def choose_pixel_range(paths):
     """(low, high) for all grey pictures of more than 8 bits, None where there are none; colour keeps its upper 8 bits.
 
-    From 0 to the smallest power of two above the highest value, less 1: 0 to 4095 for 12 bits in files of 16. Where
-    that would leave little of the range, as for negative values, from the lowest to the highest value.
+    From 0 to the smallest power of two above the highest value, less 1: 0 to 4095 for 12
+    bits in files of 16. Where that would leave little of the range, as for negative
+    values, from the lowest to the highest value.
     """
     found = list(filter(None, pixel_cache.in_threads(_deep_range, paths)))
     if not found:
@@ -196,7 +198,8 @@ def _to_rgb(image, pixel_range):
 def _decode(path, short_side, pixel_range):
     """(pixels uint8 (H, W, 3), (width, height) of the whole upright picture); BadImage with the bare reason.
 
-    Pillow decodes: OpenCV is a fifth faster, but returns the missing rest of a truncated JPEG as grey.
+    Pillow decodes: OpenCV is a fifth faster, but returns the missing rest of a
+    truncated JPEG as grey.
     """
     from PIL import ImageOps
     with _open_picture(path) as image:
@@ -217,9 +220,10 @@ def _decode(path, short_side, pixel_range):
 def load_image(path, short_side=None, pixel_range=None):
     """Decode one picture to uint8 (H, W, 3) RGB, upright, scaled so that its short side is `short_side` pixels.
 
-    Transparency is put on white, more than 8 bits are scaled to 8 (pixel_range: the values that become 0 and 255, those
-    beyond are clipped; None: as the picture declares), the first frame is taken. JPEGs are decoded at reduced size, at
-    least 1.5 times the target; smaller pictures are enlarged. Raises BadImage: file and reason.
+    Transparency is put on white, more than 8 bits are scaled to 8 (pixel_range: the values that
+    become 0 and 255, those beyond are clipped; None: as the picture declares), the first frame is
+    taken. JPEGs are decoded at reduced size, at least 1.5 times the target; smaller pictures are
+    enlarged. Raises BadImage: file and reason.
     """
     try:
         return _decode(path, short_side, pixel_range)[0]
@@ -246,8 +250,8 @@ def check_bad_files(audit, on_bad_file):
     bad = [f"{found.path}: {found.error}" for found in audit if found.error]
     if bad and on_bad_file == "error":
         listed = "\n  ".join(bad)
-        raise common.UserError(f"{len(bad)} of {len(audit)} pictures cannot be read. Repair or remove them, or pass "
-                               f"--on_bad_file skip:\n  {listed}")
+        raise common.UserError(f"{len(bad)} of {len(audit)} pictures cannot be read. Repair or "
+                               f"remove them, or pass --on_bad_file skip:\n  {listed}")
     for line in bad:
         print(f"skipped {line}")
     return [index for index, found in enumerate(audit) if not found.error]
@@ -256,8 +260,8 @@ def check_bad_files(audit, on_bad_file):
 class ImageStore(pixel_cache.PixelStore):
     """N pictures, each decoded once, served as uint8 (H, W, 3) with the given short side in pixels.
 
-    cache: see PixelStore. pixel_range: as load_image has it; None: one for all of them, by choose_pixel_range. `audit`
-    is a list of N ImageAudit. Raises BadImage for a bad picture.
+    cache: see PixelStore. pixel_range: as load_image has it; None: one for all of them, by
+    choose_pixel_range. `audit` is a list of N ImageAudit. Raises BadImage for a bad picture.
     """
     item = "picture"
     smaller = "A smaller --image_size"
@@ -309,9 +313,10 @@ class StoredPictures:
 class Pictures(common.Samples):
     """Pictures by path for prediction; one that cannot be read is black and its `error` says why.
 
-    short_side: of the decoded pictures, in pixels; prepare(pixels uint8 (H, W, 3), (width, height) of the whole
-    picture) -> the array for the model, pickled for loader workers that are not forked. scale: width and height of the
-    whole picture over those of this array. hashes (2,): the picture's pixel_cache.content_hashes.
+    short_side: of the decoded pictures, in pixels; prepare(pixels uint8 (H, W, 3), (width, height)
+    of the whole picture) -> the array for the model, pickled for loader workers that are not
+    forked. scale: width and height of the whole picture over those of this array. hashes (2,): the
+    picture's pixel_cache.content_hashes.
     """
     rows: list  # paths
     short_side: int

@@ -30,7 +30,8 @@ class BadImage(common.UserError):
 class Audit:
     """What decoding one item found; `error` is None for a good one, else the reason and all else is empty.
 
-    file_sha, pixel_sha: SHA-256 of the file and of the decoded, resized pixels. phash: perceptual_hash as 4 integers.
+    file_sha, pixel_sha: SHA-256 of the file and of the decoded, resized pixels. phash:
+    perceptual_hash as 4 integers.
     """
     path: str
     error: str | None = None
@@ -64,15 +65,16 @@ def content_hashes(*columns):
 class PixelStore:
     """N uint8 arrays (..., H, W, 3), each decoded once; the base of ImageStore and ClipStore.
 
-    cache: "ram"; "disk", one .npy file an array, which later runs use again; "none", decoded at each access; "auto",
-    ram up to a quarter of the available memory, else disk, else none. `audit` is a list of N Audits; an item with
-    an error raises BadImage when it is asked for. Pixels from a cache are read-only: worker processes share them.
-    Raises UserError where --cache disk has no room.
+    cache: "ram"; "disk", one .npy file an array, which later runs use again; "none",
+    decoded at each access; "auto", ram up to a quarter of the available memory, else
+    disk, else none. `audit` is a list of N Audits; an item with an error raises
+    BadImage when it is asked for. Pixels from a cache are read-only: worker processes
+    share them. Raises UserError where --cache disk has no room.
 
-    A subclass names its item, its audit_class and what makes the items smaller, calls load_all at the end of its
-    __init__, and has four methods. `rows` are the items of one file: decode(rows) -> [(audit, pixels)],
-    estimate(rows) -> bytes of these pixels, and cache_keys(rows) -> [JSON types that decide the pixels of each row];
-    decode_again(row) -> pixels.
+    A subclass names its item, its audit_class and what makes the items smaller, calls load_all at
+    the end of its __init__, and has four methods. `rows` are the items of one file: decode(rows) ->
+    [(audit, pixels)], estimate(rows) -> bytes of these pixels, and cache_keys(rows) -> [JSON types
+    that decide the pixels of each row]; decode_again(row) -> pixels.
     """
 
     places = (itertools.repeat(""),)  # where the N items lie in their files, said in K ways; a picture is all of it
@@ -89,8 +91,8 @@ class PixelStore:
         sizes = list(in_threads(self.estimate, rows_of_files))
         self.cache = self._choose_cache(rows_of_files, sizes, cache)
         if sum(sizes) > LARGE:
-            print(f"note: {n_items} {self.item}s take about {sum(sizes) / 1e9:.1f} GB decoded (--cache {self.cache}). "
-                  f"{self.smaller} would take less")
+            print(f"note: {n_items} {self.item}s take about {sum(sizes) / 1e9:.1f} GB decoded "
+                  f"(--cache {self.cache}). {self.smaller} would take less")
         files = common.with_progress("decoding", in_threads(self._load, rows_of_files), len(rows_of_files))
         for loaded, rows in zip(files, rows_of_files):
             for row, (audit, n_bytes, kept) in zip(rows, loaded):
@@ -125,8 +127,8 @@ class PixelStore:
         if not self.pixel_range:
             return text
         low, high = self.pixel_range
-        return (f"{text}\nnote: of grey pictures of more than 8 bits, the values {low:g} to {high:g} became 0 to 255 "
-                "(--pixel_range)")
+        return (f"{text}\nnote: of grey pictures of more than 8 bits, the values {low:g} to "
+                f"{high:g} became 0 to 255 (--pixel_range)")
 
     def _choose_cache(self, rows_of_files, sizes, cache):
         if cache == "auto" and sum(sizes) <= available_memory() / 4:
@@ -180,7 +182,8 @@ class PixelStore:
 def frames_on_disk(folder, shape):
     """uint8 frames of `shape` (G, H, W, 3), mapped from a temporary .npy file; write_cache_file gives it its own name.
 
-    Its room is reserved first, so that a full disk is CannotSave here: within a mapped file it would be a crash.
+    Its room is reserved first, so that a full disk is CannotSave here: within a mapped
+    file it would be a crash.
     """
     path = folder / f".{uuid.uuid4()}.tmp"
     with common.explained_write_errors(folder, math.prod(shape)):

@@ -26,8 +26,9 @@ EULER_ORDERS = ("zyx", "zxy", "yzx", "yxz", "xzy", "xyz")  # of the factors of R
 # --------------------------------------------------------------------------------------
 # Algebra of poses
 # --------------------------------------------------------------------------------------
-# A pose (..., 6) is T = [R | t] with t = (x, y, z) in mm and R = Rz(yaw) Ry(pitch) Rx(roll) of angles in degrees.
-# Torch throughout, since the composition lies inside the loss; on_arrays runs the same code on numpy in float64.
+# A pose (..., 6) is T = [R | t] with t = (x, y, z) in mm and R = Rz(yaw) Ry(pitch) Rx(roll) of
+# angles in degrees. Torch throughout, since the composition lies inside the loss; on_arrays runs
+# the same code on numpy in float64.
 
 def on_arrays(function, *arrays):
     """function(*tensors) on numpy arrays, in float64."""
@@ -150,7 +151,8 @@ CONVENTIONS = {
 def composition_residuals(at1, motion, at2):
     """(N, 6) arrays -> dicts of convention, mean of what at2 is missed by in mm and degrees, rows.
 
-    Rows with anything missing are left out. The last line is the motion read the wrong way round, T(motion) T(at2).
+    Rows with anything missing are left out. The last line is the motion read the wrong
+    way round, T(motion) T(at2).
     """
     whole = ~np.isnan(at1 + motion + at2).any(1)
     if not whole.any():
@@ -219,17 +221,17 @@ def find_transitions(data_dir, limit, exact_names):
 def read_transitions(path, sequence, exact_names):
     """A transitions_dataset.json -> (list of Transition, notes).
 
-    A bare list or {"transitions": [...]}; further keys are ignored, null and missing poses are NaN. Pictures lie in the
-    file's folder, and are found as file_names.match_images finds them. Raises UserError that lists every row that
-    cannot be read.
+    A bare list or {"transitions": [...]}; further keys are ignored, null and missing poses are NaN.
+    Pictures lie in the file's folder, and are found as file_names.match_images finds them. Raises
+    UserError that lists every row that cannot be read.
     """
     listed = common.read_json(path)
     if isinstance(listed, dict):
         listed = listed.get("transitions")
     if not isinstance(listed, list) or not listed:
         raise common.UserError(
-            f"{path}: expected a list of transitions, or a dict with one under `transitions`, found "
-            f"{str(listed)[:60]}")
+            f"{path}: expected a list of transitions, or a dict with one under `transitions`, "
+            f"found {str(listed)[:60]}")
     rows = []
     faults = []
     for number, entry in enumerate(listed, start=1):
@@ -292,8 +294,9 @@ def _read_pose(entry, key):
 def different_frames(transitions):
     """-> (paths of the different pictures, (N, 2) index into them of the frames t1 and t2, -1 = none).
 
-    A picture that a sequence holds twice, as ft2 of one transition and ft1 of the next, stands there once. Where there
-    is no frame t2 the index has t1 twice. Empty files are as many faults, not one picture.
+    A picture that a sequence holds twice, as ft2 of one transition and ft1 of the
+    next, stands there once. Where there is no frame t2 the index has t1 twice. Empty
+    files are as many faults, not one picture.
     """
     index = np.full((len(transitions), 2), -1)
     first = {}  # (sequence, content) -> (place, path)
@@ -377,7 +380,8 @@ def check_positions(poses):
 def check_sequences(poses, sequences, unit):
     """Notes that name sequences which seem to be in other units than mm and the one in which angles are read.
 
-    Positions: below 1, and far smaller beside the angles than those of other sequences. Angles: as choose_unit tells.
+    Positions: below 1, and far smaller beside the angles than those of other
+    sequences. Angles: as choose_unit tells.
     """
     other = "deg" if unit == "rad" else "rad"
     turned = []
@@ -418,7 +422,9 @@ def mask_labels(poses, unit):
 
 
 def read_order(poses, asked, usual):
-    """Poses whose angles have another Euler order are turned, in place, into ours. Returns (order, notes).
+    """Poses whose angles have another Euler order are turned, in place, into ours.
+
+    Returns (order, notes).
 
     auto: the usual one or ours, unless it fits poorly and another one fits far better.
     """
@@ -477,8 +483,9 @@ def complete_poses(poses, convention):
 def complete_rows(transitions, asked_unit, asked_composition, asked_order, usual):
     """({at1, motion, at2: (N, 6)} of N Transitions, checked and completed, what was found on the way).
 
-    usual: {angle_unit, euler_order, compose} of the data that a model was trained on, {} where there is none. Found are
-    the same three of these data, residuals (of composition_residuals) and notes.
+    usual: {angle_unit, euler_order, compose} of the data that a model was trained on, {}
+    where there is none. Found are the same three of these data, residuals (of
+    composition_residuals) and notes.
     """
     poses = {name: np.stack([row.poses[name] for row in transitions]) for name in FIELDS}
     check_positions(poses)
@@ -497,7 +504,8 @@ def complete_rows(transitions, asked_unit, asked_composition, asked_order, usual
 def missing_frames(transitions, needs_labels, imagines):
     """N texts on the picture that a row needs and lacks, '' = none.
 
-    needs_labels: for all but prediction. imagines: by a world model, which learns from the frame at t2.
+    needs_labels: for all but prediction. imagines: by a world model, which learns from
+    the frame at t2.
     """
     def missing(row):
         if row.path_t1 is None:
@@ -526,7 +534,8 @@ def missing_poses(poses, needs_labels, imagines):
 def patients_of(sequences, patient_map, patient_regex):
     """{sequence: patient} from --patient_map or --patient_regex; without both the folder's own name.
 
-    patient_map: file of csv_tables.read_pairs, folder and patient; a folder may stand without the folders above it.
+    patient_map: file of csv_tables.read_pairs, folder and patient; a folder may stand
+    without the folders above it.
     """
     folders = sorted(set(sequences))
     patients = dict(zip(folders, folders))
@@ -539,8 +548,8 @@ def patients_of(sequences, patient_map, patient_regex):
     unknown = [folder for folder in folders if not patients.get(folder)]
     if unknown:
         raise common.UserError(
-            f"--patient_map or --patient_regex names no patient for {common.shorten_list(unknown)}; "
-            "every folder needs one")
+            f"--patient_map or --patient_regex names no patient for "
+            f"{common.shorten_list(unknown)}; every folder needs one")
     return patients
 
 

@@ -23,8 +23,8 @@ ROLES = {
 ABOUT_RATERS = ("sd", "n", "se")  # roles that say how many raters a mean has and how far they agree
 NO_RATING = set("id index unnamed names rt latency".split())
 # where and when in the experiment a single rating was given
-TRIAL = set("block blocknum order trial trialnum row screen time timestamp started stopped onset duration elapsed "
-            "coordinate".split())
+TRIAL = set("block blocknum order trial trialnum row screen time timestamp started stopped onset "
+            "duration elapsed coordinate".split())
 RATER = set("rater participant subject respondent observer judge coder worker user pid".split())
 DEMOGRAPHIC = set("age sex gender country nationality language education group status".split())  # participant_age
 ATTRIBUTE = "attribute trait question scale item measure dimension".split()
@@ -52,10 +52,11 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
                  rater_column=None, attribute_column=None, rating_column=None, missing_codes=None):
     """Ratings file -> RatingsTable; layouts: X_mean, X_sd, X_n; one column per rating; one row per single rating.
 
-    duplicates: what rows of one image are that no rater and no attribute tells apart: 'error'; 'ratings',
-    each is a single rating; 'mean' (mean and sd averaged, n summed). group_column is never a target.
-    missing_codes: numbers that stand for missing; None: what looks like one is an error. Raises UserError
-    for every fault that would make the training meaningless, naming rows and columns.
+    duplicates: what rows of one image are that no rater and no attribute tells apart:
+    'error'; 'ratings', each is a single rating; 'mean' (mean and sd averaged, n
+    summed). group_column is never a target. missing_codes: numbers that stand for
+    missing; None: what looks like one is an error. Raises UserError for every fault
+    that would make the training meaningless, naming rows and columns.
     """
     table = csv_tables.read_table(path)
     source = f"--ratings_file {path}"
@@ -98,8 +99,8 @@ def _refuse_useless(ratings, source):
     clashes = sorted((others | {"image", "seen", "warning", "error"}) & set(ratings.names))
     if clashes:
         raise common.UserError(
-            f"{source}: ratings called {common.shorten_list(clashes)}, as columns of predictions are. Rename them, "
-            "or choose others with --target_columns.")
+            f"{source}: ratings called {common.shorten_list(clashes)}, as columns of predictions "
+            "are. Rename them, or choose others with --target_columns.")
     mean = pd.DataFrame(ratings.mean, ratings.images, ratings.names)
     empty = mean.index[mean.isna().all(axis=1)]
     if len(empty):
@@ -215,7 +216,10 @@ class Columns:
         return chosen
 
     def targets(self):
-        """The columns asked for, else all means by name, else all that may be ratings. UserError where none is."""
+        """The columns asked for, else all means by name, else all that may be ratings.
+
+        UserError where none is.
+        """
         asked = self.wanted or list(filter(None, [self.rating]))
         if asked:
             short = {base: name for name, (role, base) in self.roles.items() if role == "mean"}
@@ -233,7 +237,10 @@ class Columns:
         return chosen
 
     def find_single_ratings(self, duplicates):
-        """Set rater, attribute and rating where each row is a single rating. UserError where it is unclear."""
+        """Set rater, attribute and rating where each row is a single rating.
+
+        UserError where it is unclear.
+        """
         varying = self.varying(self.others, [self.image])
         rater = self.rater or next(filter(_tells_raters_apart, varying), None)
         self.find_attribute_and_rating_by_name()
@@ -270,8 +277,8 @@ class Columns:
             asked = list(filter(self.may_be_attribute, varying))
         if len(asked) > 1:
             raise common.UserError(
-                f"{self.source}: {common.shorten_list(asked)} vary within an image; which one says what was "
-                "asked? --attribute_column")
+                f"{self.source}: {common.shorten_list(asked)} vary within an image; which one says "
+                "what was asked? --attribute_column")
         self.attribute = asked[0] if asked else None
 
     def find_rating(self, answers):
@@ -280,8 +287,8 @@ class Columns:
         answers = [name for name in answers if _words(name) & ANSWER] or answers
         if len(answers) != 1:
             raise common.UserError(
-                f"{self.source}: {self.attribute} says what was asked, but which column holds the answers? "
-                f"--rating_column (found: {common.shorten_list(answers)})")
+                f"{self.source}: {self.attribute} says what was asked, but which column holds the "
+                f"answers? --rating_column (found: {common.shorten_list(answers)})")
         self.rating = answers[0]
 
     def varying(self, names, within):
@@ -330,8 +337,8 @@ def _wide_ratings(columns, duplicates):
     if len(raters) > 1:
         notes.append(
             f"{common.shorten_list(raters)} are learnt as {len(raters)} ratings. If they are people who "
-            "answered one question, give each answer a row (columns image, rater, rating): then their mean "
-            "is learnt, and how far they agree tells what a model can reach")
+            "answered one question, give each answer a row (columns image, rater, rating): then "
+            "their mean is learnt, and how far they agree tells what a model can reach")
     return RatingsTable(
         names=[columns.means.get(name, name) for name in chosen],
         images=list(columns.table[columns.image].unique()),
@@ -344,7 +351,10 @@ def _wide_ratings(columns, duplicates):
 
 
 def _note_on_repeated(columns, duplicates, are_means):
-    """[a note on the images of several rows], [] without any. UserError where --duplicates does not average them."""
+    """[a note on the images of several rows], [] without any.
+
+    UserError where --duplicates does not average them.
+    """
     images = columns.table[columns.image]
     repeated = images[images.duplicated(keep=False)]
     if repeated.empty:
@@ -355,17 +365,20 @@ def _note_on_repeated(columns, duplicates, are_means):
     if duplicates == "mean":
         return [f"repeated rows were averaged: {counted}"]
     question = (
-        "Are these single ratings? Name who rated, --rater_column, or what was asked, --attribute_column, or say "
-        "--duplicates ratings. ")
+        "Are these single ratings? Name who rated, --rater_column, or what was asked, "
+        "--attribute_column, or say --duplicates ratings. ")
     if are_means:
-        question = ("If a column says who rated or what was asked, name it: --rater_column, --attribute_column (the "
-                    "sds are then not used). ")
+        question = ("If a column says who rated or what was asked, name it: --rater_column, "
+                    "--attribute_column (the sds are then not used). ")
     raise common.UserError(
         f"{columns.source} lists images twice: {counted}. {question}Delete rows, or average: --duplicates mean.")
 
 
 def _number_columns(columns, names, lowest=-np.inf, are_counts=False):
-    """(N, R) of R columns, NaN where one is None; None where all are. UserError for numbers below the lowest."""
+    """(N, R) of R columns, NaN where one is None; None where all are.
+
+    UserError for numbers below the lowest.
+    """
     import pandas as pd
     if not any(names):
         return None
@@ -381,7 +394,9 @@ def _number_columns(columns, names, lowest=-np.inf, are_counts=False):
 
 
 def _without_codes(columns, found, are_counts=False):
-    """{name: numbers by line} with NaN for --missing_codes, which a note counts. UserError for what looks like others.
+    """{name: numbers by line} with NaN for --missing_codes, which a note counts.
+
+    UserError for what looks like others.
 
     In numbers of raters only those below 0 are codes: 99 raters are 99.
     """
@@ -400,8 +415,8 @@ def _without_codes(columns, found, are_counts=False):
     if faults:
         raise common.UserError(
             f"{columns.source}: codes for missing answers? {common.shorten_list(faults, 5)}. To take such "
-            "numbers for missing: --missing_codes NUMBERS, all of them; to keep all: --missing_codes without a number; "
-            "to keep some: blank the other cells.")
+            "numbers for missing: --missing_codes NUMBERS, all of them; to keep all: "
+            "--missing_codes without a number; to keep some: blank the other cells.")
     return found
 
 
@@ -463,8 +478,8 @@ def _summarise_singles(columns, found, used):
     told = [f"--{flag}_column {getattr(columns, flag)}" for flag in flags if getattr(columns, flag)]
     notes = [
         *columns.notes,
-        f"{answers.count()} single ratings of {len(images)} images ({answers.isna().sum()} blank ones left out), of "
-        f"{common.shorten_list(names)}: {' '.join(told) or 'no rater named'}"]
+        f"{answers.count()} single ratings of {len(images)} images ({answers.isna().sum()} blank "
+        f"ones left out), of {common.shorten_list(names)}: {' '.join(told) or 'no rater named'}"]
     n_repeated = answers.count() - singles.count()
     if n_repeated:
         differing = columns.varying(columns.others, [columns.image, columns.rater])

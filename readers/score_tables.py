@@ -74,8 +74,8 @@ def score_columns(rows, wanted, path, no_scores):
         and csv_tables.looks_numeric(rows[name])]
     if not names:
         raise common.UserError(
-            f"{path}: expected columns of scores, found none among {common.shorten_list(rows, 40)}; "
-            "name them with --target_columns")
+            f"{path}: expected columns of scores, found none among "
+            f"{common.shorten_list(rows, 40)}; name them with --target_columns")
     return names
 
 
@@ -92,9 +92,9 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
                    min_event_sec=1.0, moment_column=None, row_filter=None, **finding):
     """Scores of frame sequences (CSV or JSON) -> EventTable for --task regress; names as the file spells them.
 
-    Several rows of one sequence (one per rater) become their mean, the single ratings are kept. Groups: group_column,
-    else the first of GROUP_COLUMNS. Times are columns whose names say their unit. finding, errors:
-    as read_events has them.
+    Several rows of one sequence (one per rater) become their mean, the single ratings are kept.
+    Groups: group_column, else the first of GROUP_COLUMNS. Times are columns whose names say their
+    unit. finding, errors: as read_events has them.
     """
     raw = sequence_rows(path)
     if target_columns and not need_labels:  # new sequences may come without the scores of a trained model
@@ -143,8 +143,8 @@ def merge_raters(table):
         ratings[i] = block[:1] if is_repeat else block
     rated = sum(len(block) > 1 for block in ratings)
     if len(ratings) < len(table):
-        table.notes.append(f"{len(table)} rows of {len(ratings)} sequences: {rated} have several raters, whose mean "
-                           "is learnt; other rows that repeat one count once")
+        table.notes.append(f"{len(table)} rows of {len(ratings)} sequences: {rated} have several "
+                           "raters, whose mean is learnt; other rows that repeat one count once")
     return dataclasses.replace(
         table.take([rows[0] for rows in rows_of]),
         target=np.stack([common.mean_without_nan(block, axis=0) for block in ratings]),
@@ -166,8 +166,8 @@ def total_and_parts(names, target):
     gap = (scores[total] - target[:, parts].sum(1)).abs().median()
     if not gap > 0.5 * scores[total].std(ddof=0):
         return total, parts, ""
-    note = (f"{names[total]} differs from the sum of its {len(parts)} parts, by {gap:.3g} in the median "
-            "row, and is not tied to it")
+    note = (f"{names[total]} differs from the sum of its {len(parts)} parts, by {gap:.3g} in the "
+            "median row, and is not tied to it")
     return None, [], note
 
 
@@ -187,9 +187,10 @@ def target_weights(pairs, names):
 def read_cv_file(path, table):
     """Split file -> list of dicts(fold, train (n,) rows, val (m,) rows), in order of the folds.
 
-    cv_folds as a list, as a dict with fold_0 keys, or either as a string of Python; or a list or dict at the top level.
-    Each fold names train_animals and val_animals, or train and val. Animals without rows are noted, and those that
-    no fold judges. Raises UserError: no folds, an animal on both sides or judged twice, a side without rows.
+    cv_folds as a list, as a dict with fold_0 keys, or either as a string of Python; or a list or
+    dict at the top level. Each fold names train_animals and val_animals, or train and val. Animals
+    without rows are noted, and those that no fold judges. Raises UserError: no folds, an animal on
+    both sides or judged twice, a side without rows.
     """
     if table.groups is None:
         raise common.UserError(f"--cv_file {path} names animals: it needs --group_column")
@@ -201,8 +202,8 @@ def read_cv_file(path, table):
     listed = as_list(content, "fold", prefix="fold")
     if not listed:
         raise common.UserError(
-            f"--cv_file {path}: expected cv_folds as a list or with keys fold_0, fold_1, ...; found "
-            f"{str(content)[:60]}")
+            f"--cv_file {path}: expected cv_folds as a list or with keys fold_0, fold_1, ...; "
+            f"found {str(content)[:60]}")
     folds = [fold_rows(fold, k, path, table) for k, fold in enumerate(listed)]
     n_judged = sum(np.isin(np.arange(len(table)), fold["val"]) for fold in folds)  # (N,)
     twice = dict.fromkeys(table.groups[n_judged > 1])
@@ -233,8 +234,8 @@ def fold_rows(fold, k, path, table):
     train_rows, val_rows = [np.flatnonzero(np.isin(table.groups, list(animals))) for animals in (train, val)]
     if both or not len(train_rows) or not len(val_rows):
         raise common.UserError(
-            f"--cv_file {path}, fold {k}: expected train_animals and val_animals that the scores have and that do not "
-            f"overlap; on both sides: {common.shorten_list(both) or 'none'}; "
+            f"--cv_file {path}, fold {k}: expected train_animals and val_animals that the scores "
+            f"have and that do not overlap; on both sides: {common.shorten_list(both) or 'none'}; "
             f"rows: {len(train_rows)} and {len(val_rows)}; without rows: {common.shorten_list(unknown) or 'none'}")
     if unknown:
         table.notes.append(f"--cv_file, fold {k}: no rows of {common.shorten_list(unknown)}")
@@ -243,9 +244,12 @@ def fold_rows(fold, k, path, table):
 
 
 def animals_of(fold, side, where):
-    """Set of the animals under train_animals or train; the same for val. UserError without such a list."""
+    """Set of the animals under train_animals or train; the same for val.
+
+    UserError without such a list.
+    """
     animals = fold.get(f"{side}_animals", fold.get(side))
     if not isinstance(animals, (list, tuple, set)):
-        raise common.UserError(f"{where}: expected {side}_animals or {side} with a list of animals, found the keys "
-                               f"{common.shorten_list(fold) or '(none)'}")
+        raise common.UserError(f"{where}: expected {side}_animals or {side} with a list of "
+                               f"animals, found the keys {common.shorten_list(fold) or '(none)'}")
     return set(map(event_tables.plain_level, animals))

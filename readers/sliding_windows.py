@@ -15,10 +15,11 @@ MOST_AT_ONCE = 64  # frames
 def slide(grid, length, step, batch_size, side, frame_features):
     """Yield (places on the grid, {name: (B, T, ...)}) of up to batch_size windows at a time.
 
-    grid: of a video_files.Recording, for windows of this length.
-    length, step: frames of a window, and from one window to the next; the last one ends with the recording, and what is
-    shorter is one window, in which the last frame is shown on. names: pixels uint8 (S, S, 3), is_new (GridFrame), and
-    those that frame_features(pixels (n + 1, S, S, 3)) gives for all frames but the first, which it was given before.
+    grid: of a video_files.Recording, for windows of this length. length, step: frames of a window,
+    and from one window to the next; the last one ends with the recording, and what is shorter is
+    one window, in which the last frame is shown on. names: pixels uint8 (S, S, 3), is_new
+    (GridFrame), and those that frame_features(pixels (n + 1, S, S, 3)) gives for all frames but the
+    first, which it was given before.
     """
     kept = {}  # name -> (n, ...) of the latest frames
     n_frames = 0

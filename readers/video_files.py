@@ -1,10 +1,10 @@
 """Frames of videos at known times, with an audit of what each file really holds, and the cache of clips.
 
-PyAV decodes. A file is decoded from its first frame on, one thread a file, and only the frames that are wanted are
-converted to RGB and scaled: seeking each frame is ten times slower.
+PyAV decodes. A file is decoded from its first frame on, one thread a file, and only the frames that
+are wanted are converted to RGB and scaled: seeking each frame is ten times slower.
 
-Letters: N clips, G frames of the time grid, H, W height and width. Units: seconds from the start of a file, as a player
-shows them: its first picture may come later, after the sound.
+Letters: N clips, G frames of the time grid, H, W height and width. Units: seconds from the start of
+a file, as a player shows them: its first picture may come later, after the sound.
 """
 import collections
 import contextlib
@@ -22,14 +22,14 @@ from readers import file_names, picture_files, pixel_cache
 
 LEAST_RATE = 0.98  # of the grid's frames a second; below it a recording is called slow
 STAMP_SLACK_SEC = 1e-3  # Matroska rounds its stamps to milliseconds
-# FFmpeg's SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND, which PyAV 17 does not name. Without them colours are up to 1.5
-# of 255 too dark, and more so in frames that are scaled than in others.
+# FFmpeg's SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND, which PyAV 17 does not name. Without them
+# colours are up to 1.5 of 255 too dark, and more so in frames that are scaled than in others.
 EXACT_COLOURS = 0x2000 | 0x40000
 MOST_GUESSED_FRAMES = 2**20  # what a header may claim before its frames are counted
 UNREADABLE = common.UserError, OSError  # what a source that cannot be read raises
 # formats that open other files or devices, and text that FFmpeg draws as a picture
-NO_VIDEO_FORMATS = set("hls dash concat imf sdp rtsp rtp sap webm_dash_manifest image2 image2pipe vapoursynth avisynth "
-                       "lavfi tty".split())
+NO_VIDEO_FORMATS = set("hls dash concat imf sdp rtsp rtp sap webm_dash_manifest image2 image2pipe "
+                       "vapoursynth avisynth lavfi tty".split())
 
 
 class BadVideo(pixel_cache.BadImage):
@@ -40,9 +40,10 @@ class BadVideo(pixel_cache.BadImage):
 class VideoInfo:
     """What a whole pass over one video found; `error` is one line, or None for a good one.
 
-    times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those that cannot, NaN
-    where unknown. duration_sec: until the last frame has been shown. By the header, which may lie: header_fps, 25
-    where that says none that could be true; header_sec, the length of the picture, 0 where it says none.
+    times: (n_frames,) float64 of the frames that can be decoded, increasing. damaged: (D,) of those
+    that cannot, NaN where unknown. duration_sec: until the last frame has been shown. By the
+    header, which may lie: header_fps, 25 where that says none that could be true; header_sec, the
+    length of the picture, 0 where it says none.
     """
     error: str | None = None
     duration_sec: float = 0.0
@@ -93,8 +94,8 @@ def _constant_rate(fps, n_frames, size, first_sec=0.0):
 class _Video:
     """One open file: what its header says, then frames(). BadVideo: no pictures in it.
 
-    start_sec: the stamp at which the file starts; where it does not say when each frame is shown, None until the first
-    frame, shown at first_sec, is decoded.
+    start_sec: the stamp at which the file starts; where it does not say when each frame is shown,
+    None until the first frame, shown at first_sec, is decoded.
     """
 
     def __init__(self, path):
@@ -147,7 +148,8 @@ class _Video:
     def frames(self):
         """Yield (time in seconds, function short_side -> pixels (H, W, 3) RGB, upright), each later than the last one.
 
-        A stamp that does not exceed the one before (AVI with B-frames has such, NaN too) becomes one frame later.
+        A stamp that does not exceed the one before (AVI with B-frames has such, NaN
+        too) becomes one frame later.
         """
         last_sec = -math.inf
         for frame in self._whole_frames():
@@ -164,8 +166,9 @@ class _Video:
     def _whole_frames(self):
         """Yield PyAV's frames to the end of the file, without damaged ones.
 
-        The times of packets that cannot be decoded, or of which the decoder made up a part, go to `damaged`, and so do
-        those after it that build on its picture, up to the next key frame: of these a decoder does not say so.
+        The times of packets that cannot be decoded, or of which the decoder made up a part, go to
+        `damaged`, and so do those after it that build on its picture, up to the next key frame: of
+        these a decoder does not say so.
         """
         lost = set()
         is_broken = False
@@ -220,7 +223,8 @@ class _Video:
 class _Stills:
     """Frames without a clock, all of one size, fps of them a second: a folder of pictures, a picture or a .npy clip.
 
-    As _Video: guess() is all that there is to know, frames() steps over damaged pictures; pixels() reads one alone.
+    As _Video: guess() is all that there is to know, frames() steps over damaged
+    pictures; pixels() reads one alone.
     """
 
     def __init__(self, path, fps, pixel_range):
@@ -314,9 +318,10 @@ def claimed(path):
 def read_source(path, wanted, receive, short_side, fps, pixel_range=None, last=math.inf):
     """VideoInfo of the source, in one pass in which receive(index, pixels) gets the wanted frames.
 
-    wanted: collection of indices; pixels: uint8 (H, W, 3) RGB, upright, scaled to short_side (in pixels, None for the
-    whole size), in the order of the file; pixel_range: of the pictures of a folder, as picture_files.load_image has
-    it; last: the frame after which the pass ends. BadImage: the reason.
+    wanted: collection of indices; pixels: uint8 (H, W, 3) RGB, upright, scaled to
+    short_side (in pixels, None for the whole size), in the order of the file;
+    pixel_range: of the pictures of a folder, as picture_files.load_image has it; last:
+    the frame after which the pass ends. BadImage: the reason.
     """
     times = []
     with _open_source(path, fps, pixel_range) as source:
@@ -344,8 +349,8 @@ def read_source(path, wanted, receive, short_side, fps, pixel_range=None, last=m
 def on_screen(info, times_sec):
     """Index of the frame on screen at a time, or at each of (T,); the first before the start, the last after the end.
 
-    A frame counts from half a frame before its stamp (half the gap before it, where that is shorter), so that a rounded
-    stamp does not show the frame before.
+    A frame counts from half a frame before its stamp (half the gap before it, where that is
+    shorter), so that a rounded stamp does not show the frame before.
     """
     gaps = np.diff(info.times, prepend=info.times[0] - 1)
     starts = info.times - np.minimum(gaps, 1 / info.header_fps) / 2
@@ -400,9 +405,10 @@ class GridPlan:
 def plan_grid(info, window, grid, fps, n_frames, jitter_sec=0.0):
     """GridPlan of one window (start, end) in seconds, NaN = from the start, to the end of the file.
 
-    "rate": a frame every 1 / fps s; a window too short for n_frames of them is widened around its centre and shifted
-    into the file, whose last frame is repeated where it is shorter still; up to jitter_sec more on either side.
-    "even": up to n_frames evenly from the first to the last frame of the window, all of them where it has fewer.
+    "rate": a frame every 1 / fps s; a window too short for n_frames of them is widened around its
+    centre and shifted into the file, whose last frame is repeated where it is shorter still; up to
+    jitter_sec more on either side. "even": up to n_frames evenly from the first to the last frame
+    of the window, all of them where it has fewer.
     """
     start, end = np.where(np.isnan(window), (0, math.inf), window)
     fault = window_fault(info, start, end)
@@ -469,7 +475,8 @@ class ClipAudit(GridPlan, pixel_cache.Audit):
 class GridFrames:
     """The grid of one row while its file is decoded: each frame is hashed as it comes, then kept or let go.
 
-    cache: "ram" keeps them in one array, "disk" in a temporary file in `folder`, "none" only counts them.
+    cache: "ram" keeps them in one array, "disk" in a temporary file in `folder`,
+    "none" only counts them.
     """
 
     def __init__(self, n_grid, cache, folder):
@@ -507,7 +514,8 @@ class GridFrames:
 def places_of(windows):
     """N windows -> 3 places (N,) of each in its file: the window, and its middle rounded to .2 s in two ways.
 
-    The two differ by .1 s. So middles less than .1 s apart are equal in one or both, and those .2 s apart in neither.
+    The two differ by .1 s. So middles less than .1 s apart are equal in one or both,
+    and those .2 s apart in neither.
     """
     steps = np.round(np.reshape(windows, (-1, 2)).mean(1) / 0.2, 6)
     return windows, np.floor(steps), np.floor(steps + 0.5) - 0.5
@@ -516,11 +524,12 @@ def places_of(windows):
 class ClipStore(pixel_cache.PixelStore):
     """N rows of videos, each decoded once onto its grid of times and served as uint8 (G, H, W, 3) RGB, read-only.
 
-    sources: N paths of video files, folders of frames or .npy clips (T, H, W, 3) uint8; windows: N pairs (start_sec,
-    end_sec), NaN = the whole; grid, fps, n_frames, jitter_sec: see plan_grid; short_side in pixels. A source without a
-    clock has fps frames a second. cache: see PixelStore. pixel_range: of folders of pictures of more than 8 bits; None:
-    one for all, by choose_pixel_range. `audit` is a list of N ClipAudit; a row with an error raises BadImage when it is
-    asked for. All rows of a file are taken from the same pass over it.
+    sources: N paths of video files, folders of frames or .npy clips (T, H, W, 3) uint8; windows: N
+    pairs (start_sec, end_sec), NaN = the whole; grid, fps, n_frames, jitter_sec: see plan_grid;
+    short_side in pixels. A source without a clock has fps frames a second. cache: see PixelStore.
+    pixel_range: of folders of pictures of more than 8 bits; None: one for all, by
+    choose_pixel_range. `audit` is a list of N ClipAudit; a row with an error raises BadImage when
+    it is asked for. All rows of a file are taken from the same pass over it.
     """
     item = "clip"
     smaller = "A smaller --image_size, a lower --fps, shorter events or (scores) fewer --n_frames"
@@ -636,8 +645,9 @@ class ClipStore(pixel_cache.PixelStore):
 def check_clips(audit, max_missing, on_bad_file):
     """Name and count the broken and damaged videos in a list of ClipAudit.
 
-    UserError, listing all of them, where their rows are more than max_missing of all rows, or damaged frames more than
-    that of all frames; with on_bad_file "error" where there is any; and where nothing is left.
+    UserError, listing all of them, where their rows are more than max_missing of all
+    rows, or damaged frames more than that of all frames; with on_bad_file "error"
+    where there is any; and where nothing is left.
     """
     allowed = 0.0 if on_bad_file == "error" else max_missing
     files = {found.path: found for found in audit}
@@ -652,13 +662,16 @@ def check_clips(audit, max_missing, on_bad_file):
 
 
 def name_losses(what, reasons, allowed, is_too_much):
-    """Name the videos that are lost or damaged, {path: reason}. UserError where this is too much."""
+    """Name the videos that are lost or damaged, {path: reason}.
+
+    UserError where this is too much.
+    """
     if not reasons:
         return
     listed = "".join(f"\n  {path}: {reason}" for path, reason in reasons.items())
     if is_too_much:
-        raise common.UserError(f"{what}; at most {allowed:.0%} may be lost (--max_missing, --on_bad_file skip). "
-                               f"Repair or remove these videos:{listed}")
+        raise common.UserError(f"{what}; at most {allowed:.0%} may be lost (--max_missing, "
+                               f"--on_bad_file skip). Repair or remove these videos:{listed}")
     print(f"note: {what}; left out:{listed}")
 
 
@@ -723,8 +736,8 @@ class Recording:
                          "windows there show the frames before them")
         rate = (self.n_read + len(self.damaged)) / (self.read_sec - self.begin_sec)
         if rate < LEAST_RATE * self.fps:
-            found.append(f"{self.path}: it has {rate:.1f} frames a second, fewer than the {self.fps:g} of a window, "
-                         "which shows some twice")
+            found.append(f"{self.path}: it has {rate:.1f} frames a second, fewer than the "
+                         f"{self.fps:g} of a window, which shows some twice")
         return found
 
     def spans(self, places, length):

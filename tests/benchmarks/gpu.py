@@ -4,7 +4,8 @@
     tests/benchmarks/gpu.sh OUT --minutes 7     # begin with the same, end sooner
     tests/benchmarks/gpu.sh OUT --small         # tiny settings: does it run? also on a CPU
 
-One Markdown table, OUT/gpu.md, is written row by row, so that a run that is cut leaves what it has measured:
+One Markdown table, OUT/gpu.md, is written row by row, so that a run that is cut leaves
+what it has measured:
 
     speed       training passes of each script against the bare loop, a plain loop and packages (see assessor.py, ...)
     profile     waits for the device a step, where the host's time goes, part of the time that the GPU works, and the
@@ -384,7 +385,8 @@ def profile(name, options):
 def host_seconds(loop):
     """Seconds of the host in an epoch of the script: until it has a batch, in Training.step, and in all till its end.
 
-    A GPU works on its own meanwhile; where the host takes as long as the epoch, it is the host that the GPU waits for.
+    A GPU works on its own meanwhile; where the host takes as long as the epoch, it is
+    the host that the GPU waits for.
     """
     training = loop.training
     spent = {}

@@ -1,10 +1,12 @@
 """How long does a whole recording take, and how long its decoding alone? Both in turn, for several sizes of picture.
 
-    python tests/benchmarks/recording.py --checkpoint outputs/run_YYYYMMDD_HHMMSS --videos clips --minutes 60
+    python tests/benchmarks/recording.py --checkpoint outputs/run_YYYYMMDD_HHMMSS
+    --videos clips --minutes 60
 
-The clips of the folder are shown one after the other, scaled to each size with the noise of a camera, as H.264 with 25
-frames a second; one minute of this is repeated without encoding it again. decoding: PyAV decodes every frame in one
-thread and forgets it. script: `train_video.py --mode predict --video FILE --every 0.5` from its start to its end.
+The clips of the folder are shown one after the other, scaled to each size with the noise of a
+camera, as H.264 with 25 frames a second; one minute of this is repeated without encoding it again.
+decoding: PyAV decodes every frame in one thread and forgets it. script: `train_video.py --mode
+predict --video FILE --every 0.5` from its start to its end.
 """
 import argparse
 import itertools

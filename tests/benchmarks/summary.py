@@ -2,8 +2,8 @@
 
     python tests/benchmarks/summary.py outputs/benchmarks/speed.jsonl
 
-Reads the lines that --json FILE of the benchmarks has appended; writes a .md and a .png beside the file and prints the
-table.
+Reads the lines that --json FILE of the benchmarks has appended; writes a .md and a .png beside the
+file and prints the table.
 """
 import argparse
 import json

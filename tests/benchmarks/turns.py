@@ -1,9 +1,10 @@
 """Loops in processes of their own, timed in turn: a busy machine is busy for all, and each has its own memory.
 
-A benchmark calls compare() with its loops. The parent makes the data, starts this benchmark once more per loop and
-tells the children one after the other to run an epoch; the first epoch of each is not timed. Measured per loop: seconds
-of each epoch, seconds from the start of its process to its first optimiser step, and the highest memory of the process
-while it trains (resident, without that of loader workers; on a GPU what torch has reserved there).
+A benchmark calls compare() with its loops. The parent makes the data, starts this benchmark once
+more per loop and tells the children one after the other to run an epoch; the first epoch of each is
+not timed. Measured per loop: seconds of each epoch, seconds from the start of its process to its
+first optimiser step, and the highest memory of the process while it trains (resident, without that
+of loader workers; on a GPU what torch has reserved there).
 """
 import argparse
 import importlib.util
@@ -106,11 +107,11 @@ def _peak():
 def compare(file, options, make_data, loops, title, unit, count, goals):
     """Time the loops in turn and print medians and ratios; in a child, run one of them.
 
-    loops: {name: class whose objects (folder, options) have epoch(), or run_all(turn), which never ends; prepare(), if
-    there is one, is called before each epoch, untimed}. make_data(folder, options) writes what they train on. title:
-    what is timed, in words;
-    unit, count: of an epoch. goals: [(over, under, "<=" or ">=", goal)], where over / under is a ratio of seconds.
-    A loop with an attribute `package` is skipped by name where that is not installed.
+    loops: {name: class whose objects (folder, options) have epoch(), or run_all(turn), which never
+    ends; prepare(), if there is one, is called before each epoch, untimed}. make_data(folder,
+    options) writes what they train on. title: what is timed, in words; unit, count: of an epoch.
+    goals: [(over, under, "<=" or ">=", goal)], where over / under is a ratio of seconds. A loop
+    with an attribute `package` is skipped by name where that is not installed.
     """
     if options.child:
         return _run_child(loops, options)

@@ -1,7 +1,7 @@
 """How fast are clips read? Clips per second of processor time, each way in turn in the same run.
 
-    python tests/benchmarks/video_decode.py
-    python tests/benchmarks/video_decode.py --videos ../shared/data/video/fight_surveillance --repeats 5
+    python tests/benchmarks/video_decode.py python tests/benchmarks/video_decode.py --videos
+    ../shared/data/video/fight_surveillance --repeats 5
 
     script        as train_video.py does it: one pass, one thread, only wanted frames converted and scaled
     opencv        OpenCV decodes every frame in one thread, and converts and scales the wanted ones
