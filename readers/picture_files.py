@@ -22,6 +22,7 @@ IMAGE_FORMATS = "JPEG PNG GIF BMP TIFF WEBP TGA".split()  # Pillow opens MPO as 
 TIFF_BITS_PER_SAMPLE = 258
 TIFF_PHOTOMETRIC = 262
 TIFF_SAMPLE_FORMAT = 339
+SIGNATURES = {b"ftyphe": ".heic", b"ftypmif1": ".heif", b"ftypavi": ".avif", b"jP  ": ".jp2", b"DICM": ".dcm"}
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, EOFError, AttributeError,
                  RuntimeError, MemoryError, struct.error, zlib.error)  # what its parsers raise on damaged files
 
@@ -74,10 +75,8 @@ def _open_picture(path):
         raise pixel_cache.BadImage(
             f"its header claims more than {pixel_cache.MAX_PIXELS // 10**6} megapixels") from error
     except Image.UnidentifiedImageError as error:
-        reason = (
-            "no picture, a damaged header, or another format under this name, such as an iPhone's "
-            f"HEIC: convert to JPEG (formats read: {', '.join(IMAGE_FORMATS)})")
-        raise pixel_cache.BadImage(file_names.UNREAD_FORMATS.get(path.suffix.lower(), reason)) from error
+        reason = f"no picture, or a damaged header (formats read: {', '.join(IMAGE_FORMATS)})"
+        raise pixel_cache.BadImage(_unread_format(path) or reason) from error
     except PILLOW_ERRORS as error:
         raise pixel_cache.BadImage(f"damaged: {common.one_line(error) or type(error).__name__}") from error
 
@@ -86,6 +85,16 @@ def count_pictures(path):
     """How many pictures one file holds: an animation, a stack of pages, or a JPEG, whose preview is none of its own."""
     with _open_picture(path) as image:
         return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+
+
+def _unread_format(path):
+    """What to do with a picture in a format that is not read, known by its first bytes; None where it is none."""
+    with open(path, "rb") as handle:
+        head = handle.read(140)
+    for signature, suffix in SIGNATURES.items():
+        if signature in head:
+            return file_names.UNREAD_FORMATS[suffix]
+    return file_names.UNREAD_FORMATS.get(path.suffix.lower())
 
 
 def check_file(path):

@@ -330,8 +330,8 @@ def test_reasons_of_bad_files(tmp_path):
 
 @pytest.mark.parametrize("name, head, word", [
     ("a.heic", b"\0\0\0\x18ftypheic", "HEIC (iPhone): convert to JPEG"),
-    ("a.jpg", b"\0\0\0\x18ftypheic", "such as an iPhone's HEIC"),
-    ("a.heif", b"\0\0\0\x18ftypmif1", "HEIF"), ("b.avif", b"\0\0\0\x1cftypavif", "AVIF"),
+    ("a.jpg", b"\0\0\0\x18ftypheic", "HEIC (iPhone)"),
+    ("a.jpg", b"\0\0\0\x18ftypmif1", "HEIF"), ("b.png", b"\0\0\0\x1cftypavif", "AVIF"),
     ("c.jp2", b"\0\0\0\x0cjP  \r\n", "JPEG 2000"), ("d.dcm", bytes(128) + b"DICM", "DICOM: export as PNG")])
 def test_formats_that_are_not_read_are_listed_with_the_remedy(tmp_path, name, head, word):
     (tmp_path / name).write_bytes(head + bytes(200))
