@@ -245,7 +245,9 @@ def test_evaluate_on_data_it_never_saw(trained, slices, tmp_path):
     assert any(f"trained on these patients: {known}. Score others" in alarm for alarm in metrics["alarms"])
 
 
-def test_predict_repeats_the_predictions_without_labels(trained, slices, tmp_path):
+@pytest.mark.parametrize("kind", ["trained", "read_off"])
+def test_predict_repeats_the_predictions_without_labels(kind, slices, tmp_path, request):
+    trained = request.getfixturevalue(kind)
     motion = "action_change_6dof"
     for path in sorted(slices.glob("patient_*_*")):
         (tmp_path / "data" / path.name).mkdir(parents=True)
@@ -261,10 +263,9 @@ def test_predict_repeats_the_predictions_without_labels(trained, slices, tmp_pat
     assert all(("trained on" in row["warning"]) == (row["seen"] == "train") for row in found.values())
     wanted = [row for row in read_csv(trained / "predictions_test.csv") if row["name"] in found]
     assert len(wanted) >= 8
-    for row in wanted:  # other batches: bf16 rounds elsewhere
-        for axis in AXES:
-            assert float(found[row["name"]][f"{axis}_predicted"]) == pytest.approx(
-                float(row[f"{axis}_predicted"]), abs=0.3)
+    before, now = (np.array([[float(row[f"{axis}_predicted"]) for axis in AXES] for row in rows])
+                   for rows in (wanted, [found[row["name"]] for row in wanted]))
+    assert (np.abs(now - before) < 0.05 * before.std(0)).all(), "other batches: bf16 rounds elsewhere"
 
 
 def test_folds_leave_each_patient_out_once(folds, slices):

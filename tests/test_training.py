@@ -346,6 +346,17 @@ def test_the_list_of_what_is_skipped_is_that_of_the_data_as_they_are(tmp_path):
     assert lists == [["image,reason\na.png,no such picture\n"], []]
 
 
+def test_what_a_script_adds_to_the_record_must_be_the_same_on_resume(tmp_path):
+    """As the detector's --val_batch_size, on which its validation loss depends."""
+    study = SimpleNamespace(data_record=lambda split: {"fingerprint": "same"}, skipped=[])
+    with common.start_run(parsed(tmp_path)) as run:
+        run.write_record(study, {}, val_batch_size=4)
+    with common.start_run(parsed(tmp_path, "--resume")) as run:
+        run.write_record(study, {}, val_batch_size=4)
+        with pytest.raises(common.UserError, match=r"these differ \(then, now\).*\n  val_batch_size +4 +8"):
+            run.write_record(study, {}, val_batch_size=8)
+
+
 def test_after_the_run_inside_a_run_nothing_more_is_trained(tmp_path):
     """The time that an epoch of the baseline says to be left is its own."""
     with common.start_run(parsed(tmp_path)) as run:
