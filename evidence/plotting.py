@@ -335,7 +335,7 @@ def _draw_reliability(axis, probability, label, colour, name):
     weights = np.stack([np.ones(len(bins)), confidence, is_right])
     sums = class_scores.sums_by(bins, class_scores.ECE_BINS, weights)
     count, sum_confidence, right = sums[:, sums[0] > 0]
-    low, high = subject_intervals.share_interval(right, count)
+    low, high = subject_intervals.share_intervals(right, count)
     x = sum_confidence / count
     axis.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.6)
     axis.plot(x, right / count, "o-", color=colour, label=name)

@@ -3,7 +3,6 @@
 Letters: N rows, R scores, C classes, S subjects, D resamples.
 """
 import dataclasses
-import functools
 import math
 import statistics
 
@@ -256,7 +255,7 @@ def _share_ends(value, drawn, reach, support, bottom):
     half = reach * common.sd_without_nan(_log_odds(near))
     scaled = _log_odds(held) + np.multiply.outer((-1, 1), half)
     ends = 1 / (1 + np.exp(-scaled))
-    exact = share_interval(share * support, support)
+    exact = share_intervals(share * support, support)
     is_certain = np.isin(share, (0.0, 1.0)) & (half < 1e-9)
     return bottom + span * np.where(is_certain, exact, ends)
 
@@ -314,7 +313,6 @@ def sign_flip_p(differences):
     return np.mean(flipped >= abs(differences.sum()) - rounding)
 
 
-@functools.partial(np.vectorize, otypes=[float, float])
 def share_interval(k, n):
     """(low, high) of k of n independent rows: Wilson; exact (Clopper & Pearson 1934) where all are alike."""
     if n == 0:
@@ -328,6 +326,11 @@ def share_interval(k, n):
     centre = (k + z * z / 2) / (n + z * z)
     half = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
     return centre - half, centre + half
+
+
+def share_intervals(k, n):
+    """share_interval of arrays: the lows and the highs."""
+    return np.vectorize(share_interval, otypes=[float, float])(k, n)
 
 
 # --- scores ----------------------------------------------------------------------------------------
@@ -464,6 +467,6 @@ def _take_wilson_intervals(overall, each, confusion):
     """Intervals of accuracy, recall and precision of independent rows; confusion: (C, C)."""
     right = np.diag(confusion)
     accuracy = overall["accuracy"]
-    accuracy.low, accuracy.high = map(float, share_interval(right.sum(), confusion.sum()))
+    accuracy.low, accuracy.high = share_interval(right.sum(), confusion.sum())
     for metric, counts in (("recall", confusion.sum(1)), ("precision", confusion.sum(0))):
-        each[metric].low, each[metric].high = share_interval(right, counts)
+        each[metric].low, each[metric].high = share_intervals(right, counts)
