@@ -57,7 +57,7 @@ BREAKS = [
           tests="tests/torture/test_ranks.py -k slices"),
     Break(name="every process counts the same, whatever its share", file="common.py",
           code="one_or_nan * (own / step.n_samples)",
-          replaced_by="one_or_nan * (len(current.sampler.step_span(batch, 1)) / step.n_samples / self.processes.size)",
+          replaced_by="one_or_nan * (len(sampler.step_span(batch, 1)) / step.n_samples / self.processes.size)",
           tests="tests/torture/test_ranks.py -k trains_the_same"),
     Break(name="checkpoints may hold anything", file="common.py",
           code='content = torch.load(path, map_location="cpu", weights_only=True)',
