@@ -192,6 +192,7 @@ def describe_part(table):
         "repeated_rows": (table.repeats - 1).sum(),
         "videos": len(of_videos),
         "events": len(n_labels),
+        "groups": None if table.groups is None else len(set(table.groups)),
         "classes": count_classes(table),
         "events_per_video": of_videos["event"].agg(["min", "median", "max"]).to_dict(),
         "pure_videos": (of_videos["label"] == 1).sum(),
@@ -226,6 +227,7 @@ def probability_clusters(path):
     clusters = counts[counts >= 3]
     return {
         "rows": len(rows),
+        "distinct": len(counts),
         "values": len(clusters),
         "rows_in_clusters": clusters.sum(),
         "examples": clusters.head().reset_index(name="count").to_dict("records")}

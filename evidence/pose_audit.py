@@ -173,8 +173,10 @@ def write_statistics(run, study, split):
         "patients_known": study.has_patients,
         "angle_unit": study.angle_unit,
         "compose": study.compose,
+        "residuals": study.residuals,
         "poses": pose_ranges(study.poses),
         "skipped": len(study.skipped),
+        "notes": study.notes,
     }
     common.write_json(run.path("dataset_stats.json"), stats)
     facts = [

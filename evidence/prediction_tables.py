@@ -514,9 +514,10 @@ def _stated_class(table, names, path):
     Raises UserError for several.
     """
     said = sorted(set(table.get("positive_class", [])) - {""})
-    if len(said) > 1:
-        raise common.UserError(f"{path}: positive_class names {common.shorten_list(said)}; expected one class")
-    return known_name(*said, names, path) if said else None
+    found = csv_tables.pick_columns(said, names, f"{path}: found no")
+    if len(found) > 1:
+        raise common.UserError(f"{path}: positive_class names {common.shorten_list(found)}; expected one class")
+    return found[0] if found else None
 
 
 def _threshold(table, column, label_column, path):

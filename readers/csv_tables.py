@@ -77,8 +77,8 @@ def looks_numeric(cells):
 def read_text(path):
     """Text of a file, unpacked where it is gzip: UTF-8 or UTF-16 (BOM), Windows-1252 as the last resort."""
     if not path.is_file():
-        raise common.UserError(
-            f"{path}: expected a table or list, found no such file. Tables in a folder: join them in one.")
+        found = "a folder; join its tables in one" if path.is_dir() else "no such file"
+        raise common.UserError(f"{path}: expected a table or list, found {found}.")
     data = path.read_bytes()
     if data.startswith(b"\x1f\x8b"):
         try:

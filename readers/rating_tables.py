@@ -110,10 +110,10 @@ def _refuse_useless(ratings, source):
     is_constant = mean.nunique() < 2
     if is_constant.any():
         others = shlex.join(mean.columns[~is_constant])
+        remedy = f" Leave them out: --target_columns {others}" if others else ""
         raise common.UserError(
             f"{source}: constant rating columns (nothing to learn): "
-            f"{common.shorten_list(mean.columns[is_constant])}. "
-            f"Leave them out: --target_columns {others or '(no other is left)'}")
+            f"{common.shorten_list(mean.columns[is_constant])}.{remedy}")
 
 
 # --------------------------------------------------------------------------------------

@@ -178,7 +178,9 @@ def test_patients_stand_on_one_side_and_the_report_says_zero(slices, trained):
     report = json.loads((trained / "leakage_report.json").read_text())
     shared = [pair[what]["count"] for pair in report["between"].values() for what in ("groups", "exact_duplicates")]
     assert shared == [0] * 6
-    assert json.loads((trained / "dataset_stats.json").read_text())["patients_in_two_parts"] == []
+    stats = json.loads((trained / "dataset_stats.json").read_text())
+    assert stats["patients_in_two_parts"] == [] and stats["notes"]
+    assert stats["compose"] in {row["convention"] for row in stats["residuals"]}
 
 
 def test_too_few_patients_for_an_interval_are_said(trained):

@@ -357,6 +357,8 @@ def test_a_threshold_is_of_the_class_that_its_table_names(tmp_path):
     (tmp_path / "t.csv").write_text(text.replace(",b\n", ",B\n").replace(",B\n", ",\n", 1))  # another program's
     again = prediction_tables.read_predictions(tmp_path / "t.csv")
     assert again.positive == 1 and (again.chosen == written.chosen).all()
+    (tmp_path / "t.csv").write_text(text.replace(",b\n", ",B\n", 1))
+    assert prediction_tables.read_predictions(tmp_path / "t.csv").positive == 1, "one class, spelled in two ways"
     (tmp_path / "t.csv").write_text(text.replace(",b\n", ",a\n", 1))
     with pytest.raises(common.UserError, match="positive_class names a, b; expected one class"):
         prediction_tables.read_predictions(tmp_path / "t.csv")

@@ -117,7 +117,7 @@ def test_faulty_files_say_what_and_where(tmp_path, text, words):
 
 def test_missing_file_and_folder(tmp_path):
     assert "no such file" in fails(csv_tables.read_table, tmp_path / "none.csv")
-    assert "a folder" in fails(csv_tables.read_table, tmp_path)
+    assert "found a folder; join its tables in one." in fails(csv_tables.read_table, tmp_path)
 
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=8)
@@ -349,6 +349,8 @@ def test_image_column_by_name(tmp_path):
 def test_ratings_with_blanks_in_their_names_are_quoted_in_what_to_type(tmp_path):
     path = written(tmp_path, "image,Ear position,pain,flat\na,1,2,3\nb,2,3,3\n")
     assert "Leave them out: --target_columns 'Ear position' pain" in fails(rating_tables.read_ratings, path)
+    path = written(tmp_path, "image,pain,flat\na,3,3\nb,3,3\n")
+    assert fails(rating_tables.read_ratings, path).endswith("(nothing to learn): pain, flat.")
 
 
 def test_the_rating_column_of_a_table_with_one_row_an_image(tmp_path):

@@ -1103,7 +1103,7 @@ def test_planted_facts_of_each_part(tmp_path):
     train, test = report["parts"]["train"], report["parts"]["test"]
     assert (train["rows"], train["repeated_rows"], train["events"], train["videos"]) == (5, 1, 5, 4)
     assert train["events_per_video"] == {"min": 1, "median": 1.0, "max": 2}
-    assert train["classes"] == {"ear": 3, "tail": 2}
+    assert train["classes"] == {"ear": 3, "tail": 2} and (train["groups"], test["groups"]) == (1, 2)
     assert (train["pure_videos"], train["mixed_videos"], test["pure_videos"], test["mixed_videos"]) == (3, 1, 4, 0)
     assert counts(report["within"]["train"]) == {"exact_duplicates": 0, "overlapping_windows": 1, "near_windows": 0}
     assert train["events_with_two_labels"]["count"] == 0
@@ -1196,7 +1196,7 @@ def test_probability_clusters(tmp_path):
     path = write(tmp_path / "p.csv", "clip_id,prob_ear,prob_tail\n" +
                  "".join(f"c{i},{1 - p!r},{p!r}\n" for i, p in enumerate(values)))
     found = event_audit.probability_clusters(path)
-    assert (found["rows"], found["values"], found["rows_in_clusters"]) == (12, 2, 7)
+    assert (found["rows"], found["distinct"], found["values"], found["rows_in_clusters"]) == (12, 5, 2, 7)
     assert found["examples"][0] == {"count": 4, "prob_ear": 0.75, "prob_tail": 0.25}
     assert "prob_CLASS" in fails(event_audit.probability_clusters, write(path, "clip_id,p\na,1\nb,2\n"))
 
