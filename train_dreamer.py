@@ -22,6 +22,7 @@ P features of a frame on grids, D width of a token, S side of a frame in pixels.
 roll, pitch, yaw), mm and degrees, everywhere; frames are uint8 grey until they reach the model.
 at1, at2: the motion asked for at t1 and t2 (at1_6dof, at2_6dof); motion: the known one from t1 to t2.
 """
+import collections
 import dataclasses
 import itertools
 import math
@@ -1023,7 +1024,12 @@ def make_split(args, study):
         for part in splitting.PARTS:
             names = (getattr(args, f"{part}_patients") or "").split(",")
             listed[part] = [name.strip() for name in names if name.strip()]
-        return splitting.split_by_names(listed, study.patients, dict(zip(study.sequences, study.patients)))
+        folders = dict(zip(study.sequences, study.patients))
+        owners = collections.defaultdict(set)  # last name of a folder -> patients
+        for sequence, patient in folders.items():
+            owners[Path(sequence).name].add(patient)
+        last_names = {name: patient for name, (patient, *others) in owners.items() if not others}
+        return splitting.split_by_names(listed, study.patients, last_names | folders)
     if args.split_by == "time" and not args.split_file:
         return splitting.split_by_time(study.sequences, study.order, splitting.ratios_of_flags(args), args.gap)
     n_parts = 3 if args.test_ratio else 2

@@ -625,15 +625,17 @@ def test_manual_lists_take_folders_or_patients_and_refuse_an_overlap(clinic):
         train_dreamer.make_split(args, study)
 
 
-def test_a_listed_folder_goes_by_its_whole_name():
-    """By the last part of it the later one was taken, and the other one left out without a word."""
+def test_a_listed_folder_goes_by_its_last_name_unless_two_patients_share_it():
+    """The later one was taken, and the other one left out without a word."""
     folders = np.array(["north/scan_1", "south/scan_1", "north/scan_2"])
     study = types.SimpleNamespace(sequences=folders, patients=folders)
     args = types.SimpleNamespace(manual_splits=True, train_patients="scan_1", val_patients="scan_2", test_patients=None)
     with pytest.raises(common.UserError, match=r"no such group: scan_1 \(did you mean .*/scan_1\?\)"):
         train_dreamer.make_split(args, study)
+    args.train_patients = "south/scan_1"
+    assert [rows.tolist() for rows in train_dreamer.make_split(args, study).values()] == [[1], [2], []]
     study.patients = np.array(["a", "a", "b"])
-    args.train_patients, args.val_patients = "south/scan_1", "north/scan_2"
+    args.train_patients = "scan_1"
     assert [rows.tolist() for rows in train_dreamer.make_split(args, study).values()] == [[0, 1], [2], []]
 
 
