@@ -239,7 +239,8 @@ def fit_readout(features, truth, groups=None, n_classes=None, blocks=None):
     models = {name: fit(features[:, columns], truth, groups=groups, sd_floor=FEATURE_SD_FLOOR)
               for name, columns in blocks.items()}
     errors = np.stack([np.atleast_1d(model.inner_error) for model in models.values()])
-    ratios = (errors / errors.min(axis=0)).round(9)  # equal ones are not told apart by rounding
+    with common.undefined_is_nan():  # the first block where rows are too few to tell
+        ratios = (errors / errors.min(axis=0)).round(9)  # equal ones are not told apart by rounding
     chosen = [list(blocks)[best] for best in ratios.argmin(axis=0)]
     n_outputs = n_classes or truth.shape[1]
     readout = Readout(np.zeros((features.shape[1], n_outputs)), np.zeros(n_outputs), chosen)

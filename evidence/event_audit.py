@@ -140,7 +140,7 @@ def record_split(run, table, audits, split):
 
 def audit_videos(table, fps, **options):
     """audit_table of the parts of a table, with what a whole pass over each video finds; options: of audit_table."""
-    infos = {source: video_files.probe(source, fps) for source in set(table.sources)}
+    infos = {source: video_files.probe(source, fps) for source in dict.fromkeys(table.sources)}
     split = {part or "all": np.flatnonzero(table.parts == part) for part in (*splitting.PARTS, "")}
     durations = {source: info.duration_sec for source, info in infos.items() if not info.error}
     report = audit_table(table, split, durations=durations, **options)

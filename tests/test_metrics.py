@@ -258,6 +258,13 @@ def test_left_out_residuals_equal_refitting(features):
     np.testing.assert_allclose(error, [_refit_error(z, y[:, k], fold_of, 10.0) for k in range(3)], rtol=1e-8)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_readout_of_two_rows_of_two_classes_takes_the_first_block():
+    features = np.array([[0.0, 1.0], [1.0, 0.0]])
+    readout = baseline_models.fit_readout(features, np.array([0, 1]), n_classes=2, blocks={"a": [0], "b": [1]})
+    assert readout.blocks == ["a"] and np.isfinite(readout.weights).all()
+
+
 def test_a_readout_takes_for_each_target_the_block_with_the_smallest_error_of_the_inner_folds():
     """Two blocks tell a target each, a third needs both. Judge: scikit-learn's search over the same folds and blocks."""
     draws = np.random.default_rng(3)

@@ -1122,6 +1122,14 @@ def test_the_audit_does_not_depend_on_the_order_of_the_rows(tmp_path, seed):
     assert one == other
 
 
+def test_an_audit_lists_videos_in_the_order_of_the_table(monkeypatch):
+    sources = [Path(f"{letter}.mp4") for letter in "hgfedcba"]
+    table = SimpleNamespace(sources=sources, parts=np.full(8, "train"), skipped=[], notes=[])
+    monkeypatch.setattr(event_audit.video_files, "probe", lambda source, fps: video_files.VideoInfo("no video"))
+    monkeypatch.setattr(event_audit, "audit_table", lambda *_, **__: {"notes": []})
+    assert list(event_audit.audit_videos(table, 25)["unreadable"]) == list(map(str, sources))
+
+
 def test_audit_text_says_it_in_ascii(tmp_path):
     text = splitting.leakage_text(audit(tmp_path))
     assert text.isascii() and "1 of 4 test events are in train or val" in text
