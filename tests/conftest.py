@@ -186,14 +186,15 @@ def fork_server():
 def run_script(script, *flags, code=0, env=None, folder=None):
     """Run a script to its end; the exit code must be as expected. Returns stdout, stderr and both together as text.
 
-    The run is forked from fork_server(), so that it does not pay for its imports.
+    The run is forked from fork_server(), so that it does not pay for its imports, nor for the end of its interpreter.
     """
     from torture import forkserver
     if Path(script).stem not in forkserver.SCRIPTS:
         return run_fresh(script, *flags, code=code, env=env, folder=folder)
     with tempfile.TemporaryDirectory() as kept:
         out, err = Path(kept, "out"), Path(kept, "err")
-        found = fork_server().start(script, flags, out, env, err, folder).finish(600)
+        quick = {"QUICK_EXIT": "1", **(env or {})}
+        found = fork_server().start(script, flags, out, quick, err, folder).finish(600)
         stdout, stderr = (file.read_text(errors="replace") for file in (out, err))
     assert found == code, f"exit code {found}, expected {code}:\n{(stdout + stderr)[-3000:]}"
     return SimpleNamespace(stdout=stdout, stderr=stderr, text=stdout + stderr)

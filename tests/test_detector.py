@@ -740,12 +740,14 @@ def test_groups_stand_on_one_side(bicycles, trained):
 
 def test_folds_judge_every_picture_by_a_detector_that_has_not_seen_it(bicycles, tmp_path):
     """The pooled numbers are those of the folds' own files put together, also when the run is continued."""
-    flags = train_flags(bicycles, tmp_path, "--folds", 3)
+    truth = json.loads((bicycles / "annotations.json").read_text(), strict=False)
+    truth = dict(list(truth.items())[:15])  # a fold takes a third of a second for each picture
+    common.write_json(tmp_path / "few.json", truth)
+    flags = train_flags(bicycles, tmp_path, "--folds", 3, "--train_json", tmp_path / "few.json")
     del flags[4:8]  # the shares of one split
     run_script("train_detector.py", *flags)
     run = only_run(tmp_path)
     metrics = json.loads((run / "metrics.json").read_text())
-    truth = json.loads((bicycles / "annotations.json").read_text(), strict=False)
     parts = [json.loads((run / f"fold_{k}" / "splits.json").read_text()) for k in range(3)]
     for split in parts:
         streets = [{truth[name]["street"] for name in split[part]} for part in ("train", "val", "test")]
