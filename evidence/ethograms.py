@@ -5,6 +5,7 @@ Letters: W windows, C classes, V videos, D resamples. Units: seconds from the st
 import dataclasses
 import fractions
 import functools
+import itertools
 import typing
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def join_close(windows, merge_gap_sec):
     gaps = []
     for c in np.unique(joined):
         own = np.flatnonzero(joined == c)
-        for before, after in zip(own, own[1:]):
+        for before, after in itertools.pairwise(own):
             gap = round(edges[after] - edges[before + 1], 6)
             gaps.append((gap, before, after))
     for gap, before, after in sorted(gaps):
@@ -92,7 +93,7 @@ def bouts_of(windows, names, min_bout_sec=0.0, merge_gap_sec=0.0):
     classes = join_close(windows, merge_gap_sec)
     changes = np.flatnonzero(np.diff(classes, prepend=-1, append=-1))
     bouts = []
-    for begin, end in zip(changes, changes[1:]):
+    for begin, end in itertools.pairwise(changes):
         start_sec, end_sec = edges[[begin, end]]
         if end_sec - start_sec >= min_bout_sec - SLACK_SEC:
             c = classes[begin]
