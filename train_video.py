@@ -718,10 +718,9 @@ class Behaviours(Objective):
         """{column: value} of the history for logits (M, C) of these rows."""
         found = class_scores.classification_metrics(
             class_scores.softmax(logits), self.label[rows], positive=self.positive)
-        values = {}
-        for column, (metric, name) in self.columns.items():
-            values[column] = found.overall[metric] if name is None else found.per_class[metric][self.names.index(name)]
-        return values
+        return {
+            column: found.overall[metric] if name is None else found.per_class[metric][self.names.index(name)]
+            for column, (metric, name) in self.columns.items()}
 
 
 class Scores(Objective):

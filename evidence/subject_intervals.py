@@ -116,10 +116,7 @@ def estimate(model, baseline, subjects, unit, *,
     no interval.
     """
     whole = _compare(model, baseline, np.ones((1, subjects)))
-    estimates = {}
-    for place, values in whole.items():
-        value = values[0]
-        estimates[place] = Estimate(value, value * np.nan, value * np.nan)
+    estimates = {place: Estimate(value, value * np.nan, value * np.nan) for place, (value,) in whole.items()}
     method = f"no interval: only {subjects} {unit}"
     if subjects >= FEWEST_FOR_INTERVAL:
         reach, method = _reach_of_interval(subjects, unit, folds)
