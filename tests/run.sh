@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests on a bare machine with only Python 3.10+ and pip: 9 minutes on 2 cores, no GPU.
+# Run the tests on a bare machine with only Python 3.10+ and pip: 8 minutes on 2 cores, no GPU.
 #   tests/run.sh                        all tests but the long ones, and the short part of the fault table
 #   tests/run.sh --all                  the long ones too, every case of every fault, and jobs on a real SLURM (40 minutes to 2 hours)
 #   tests/run.sh pytest-arguments       only these, as in: tests/run.sh tests/test_tables.py -k header
