@@ -138,7 +138,7 @@ def _process_prefix():
 
 
 def _half_batch():
-    """The command with half the batch and twice --accumulate: the same optimiser steps."""
+    """The command with half the batch and twice --accumulate: the same optimiser steps, in a run of its own."""
     command = shlex.join(["python", *map(_snake_case, sys.argv)])
     batch = re.search(r"--batch_size[ =](\d+)", command)
     accumulate = re.search(r"--accumulate(?:_grad_batches)?[ =](\d+)", command)
@@ -147,7 +147,8 @@ def _half_batch():
                 "--val_batch_size, smaller pictures, or in predict_assessor.py a smaller --predict_batch_size")
     half = int(batch[1]) // 2
     doubled = 2 * int(accumulate[1]) if accumulate else 2
-    kept = re.sub(r" --(batch_size|accumulate(_grad_batches)?)[ =]\d+", "", command)
+    changed = r" --(batch_size|accumulate(_grad_batches)?|resume(_from_checkpoint)?)[ =](?!auto|--)('[^']*'|\S+)"
+    kept = re.sub(changed, "", command)
     return (f"try: {kept} --batch_size {half} --accumulate {doubled}\n"
             "(or, if it was in evaluation, with a smaller --val_batch_size)")
 

@@ -648,6 +648,9 @@ def test_names_of_files_that_are_no_unicode_can_be_written(tmp_path):
 @pytest.mark.parametrize("words, expected", [
     ("--batch_size 32 --lr 1e-4", "--lr 1e-4 --batch_size 16 --accumulate 2"),
     ("--batch-size=33 --images_dir 'my faces' --accumulate_grad_batches 2", "--images_dir 'my faces' --batch_size 16 --accumulate 4"),
+    ("--batch_size 8 --resume 'my runs/run_1' --epochs 9", "--epochs 9 --batch_size 4 --accumulate 2"),
+    ("--batch_size 8 --resume auto", "--resume auto --batch_size 4 --accumulate 2"),
+    ("--batch_size 8 --resume --epochs 9", "--resume --epochs 9 --batch_size 4 --accumulate 2"),
     ("--names A B --accumulate=3 --batch_size 4 --dry_run", "--names A B --dry_run --batch_size 2 --accumulate 6")])
 def test_out_of_memory_prints_the_command_with_half_the_batch(monkeypatch, words, expected):
     monkeypatch.setattr("sys.argv", ["train_x.py", *shlex.split(words)])
