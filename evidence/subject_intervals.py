@@ -111,9 +111,9 @@ def estimate(model, baseline, subjects, unit, *,
     those are not all, with the side before the scope where the sides differ; folds: how many models
     predicted the rows; per_subject: {metric: (S,)}, None = pseudo-values of the jackknife; rows,
     described: the other fields of the Result. An interval is value -+ t x standard error on the
-    scale where the metric is nearest to normal, that of R2 without the value's bias; the error is
-    that of the jackknife, from 200 subjects on that of the bootstrap. Resting on under 5 subjects:
-    no interval.
+    scale where the metric is nearest to normal, of R2 also about the value without its bias; the
+    error is that of the jackknife, from 200 subjects on that of the bootstrap. Resting on under 5
+    subjects: no interval.
     """
     whole = _compare(model, baseline, np.ones((1, subjects)))
     estimates = {place: Estimate(value, value * np.nan, value * np.nan) for place, (value,) in whole.items()}
@@ -127,7 +127,7 @@ def estimate(model, baseline, subjects, unit, *,
             values = np.concatenate([part[place] for part in drawn])
             scale = None if side == "difference" else metric_names.METRICS[metric].normal_scale
             rests_on = np.asarray(support.get(place, support.get((scope, metric), subjects)))
-            ends = _t_ends(found.value, values, reach, scale, rests_on)
+            ends = _t_ends(found.value, values, reach, scale, rests_on, metric)
             found.low, found.high = np.where(rests_on >= FEWEST_FOR_INTERVAL, ends, np.nan)
         for (side, *place), found in estimates.items():
             if side == "difference":
@@ -225,33 +225,32 @@ def draw_subjects(subjects, draws, block):
         yield drawn.reshape(size, subjects).astype(np.float64)
 
 
-def _t_ends(value, drawn, reach, scale, support):
-    """(low, high): value -+ reach x sd of the draws (D, ...), on the normal scale; support: subjects it rests on."""
+def _t_ends(value, drawn, reach, scale, support, metric):
+    """(low, high): value -+ reach x sd of the draws (D, ...), on the normal scale; support: subjects it rests on.
+
+    Of R2 the ends lie about the value, and about it without its bias, whichever reaches further:
+    labels spread less about the mean of a few rows than about that of all, which makes R2 too low,
+    and the interval of a mean over many targets is narrow.
+    """
     if scale in SHARE_RANGES:
-        low, high = _share_ends(value, drawn, reach, support, SHARE_RANGES[scale])
+        ends = _share_ends(value, drawn, reach, support, SHARE_RANGES[scale])
     else:
         forward, backward = NORMAL_SCALES[scale]
         centre = forward(value)
-        half = reach * common.sd_without_nan(forward(drawn))
+        scaled = forward(drawn)
+        half = reach * common.sd_without_nan(scaled)
+        bias = _bias(scaled, centre) if metric == "r2" else 0.0
         if scale == "log1m":
-            bias = _jackknife_bias(forward(drawn), centre)
             half = np.where(half + np.abs(bias) > WIDEST_LOG_RATIO, np.nan, half)
-            centre = centre - bias
-        low, high = np.sort([backward(centre - half), backward(centre + half)], axis=0)
-    return np.minimum(low, value), np.maximum(high, value)
+        ends = [backward(each + side) for each in (centre, centre - bias) for side in (-half, half)]
+    ends = [value, *ends]
+    return np.min(ends, axis=0), np.max(ends, axis=0)
 
 
-def _jackknife_bias(left_out, whole):
-    """Bias (...) of a statistic `whole` (...), by (S, ...) values that leave one subject out (Quenouille 1956).
-
-    It matters for R2: labels spread less about the mean of a few subjects than about that of all,
-    which makes R2 too low, and the interval of a mean over many targets is narrow. 0 from
-    FEWEST_FOR_BOOTSTRAP subjects on, whose draws are resamples.
-    """
-    subjects = len(left_out)
-    if subjects >= FEWEST_FOR_BOOTSTRAP:
-        return 0.0
-    return np.nan_to_num((subjects - 1) * (left_out.mean(0) - whole))
+def _bias(drawn, value):
+    """Bias (...) of a value (...), by those of its draws (D, ...): jackknife (Quenouille 1956) or bootstrap."""
+    factor = len(drawn) - 1 if len(drawn) < FEWEST_FOR_BOOTSTRAP else 1
+    return factor * (common.mean_without_nan(drawn, axis=0) - value)
 
 
 def _share_ends(value, drawn, reach, support, bottom):
@@ -320,8 +319,8 @@ def sign_flip_p(differences):
     differences = differences[~np.isnan(differences)]
     if not FEWEST_FOR_INTERVAL <= len(differences) <= MOST_FOR_SIGN_FLIP:
         return None
-    bits = (np.arange(2 ** len(differences))[:, None] >> np.arange(len(differences))) & 1
-    flipped = np.abs((1 - 2 * bits) @ differences)  # (2^S,)
+    signs = np.stack(np.meshgrid(*[(-1, 1)] * len(differences)), -1)
+    flipped = np.abs(signs @ differences)
     rounding = 1e-12 * np.abs(differences).sum()
     return np.mean(flipped >= abs(differences.sum()) - rounding)
 

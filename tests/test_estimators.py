@@ -74,7 +74,7 @@ def score_coverage(subjects, repeats, rows=ROWS_PER_SUBJECT):
 def test_scores_cover_92_to_97_percent(subjects):
     """The difference of R2 over five subjects covers a little more, cut or not."""
     held = score_coverage(subjects, repeats=8 if subjects < 40 else 4)
-    assert all(0.92 <= share <= 0.975 for share in held.values()), held
+    assert all(0.92 <= share <= 0.985 for share in held.values()), held
 
 
 @pytest.mark.parametrize("rows", [9, 20, 200])
@@ -117,7 +117,44 @@ def mean_r2_coverage(subjects, rows, missing=0.0, simulations=400):
 @pytest.mark.parametrize("case", MEANS_OF)
 def test_the_mean_r2_over_targets_covers(case, missing):
     """About an R2 whose bias is left in it covered .82 to .92, as such an interval is narrow."""
-    assert 0.92 <= mean_r2_coverage(*MEANS_OF[case], missing=missing) <= 0.985
+    assert 0.92 <= mean_r2_coverage(*MEANS_OF[case], missing=missing) <= 0.995
+
+
+@pytest.mark.parametrize("subjects, rows", [(5, 18), (60, 1)])
+def test_the_gain_of_a_mean_r2_over_targets_covers(subjects, rows):
+    """R2 of .8 against .19, 34 targets. With its bias left in, .83 to .87 of the intervals of the gain held the truth."""
+    names = np.repeat(np.arange(subjects), rows)
+    generator = np.random.default_rng((subjects, 12))
+    hits = []
+    for _ in range(150):
+        target, error, other = (clustered(subjects, 34, generator, rows) for _ in range(3))
+        result = subject_intervals.bootstrap_regression(target + 0.45 * error, target, names, target + 0.9 * other)
+        hits.append(coverage(result.overall.difference["r2"], 0.81 - 0.2025))
+    assert 0.93 <= np.mean(hits) <= 0.995
+
+
+@pytest.mark.parametrize("subjects, rows", [(20, 18), (60, 1)])
+def test_r2_of_a_constant_covers(subjects, rows):
+    """As of a model that has learnt nothing. About an R2 without its bias alone it lay above the truth in .15 of all cases."""
+    names = np.repeat(np.arange(subjects), rows)
+    generator = np.random.default_rng((subjects, 11))
+    target = clustered(subjects, 1000, generator, rows)
+    constant = clustered(4 * subjects, 1000, generator, rows).mean(0)
+    found = subject_intervals.bootstrap_regression(np.tile(constant, (len(names), 1)), target, names).each.model["r2"]
+    assert 0.96 <= coverage(found, -constant ** 2) <= 0.995
+    assert np.mean(found.low > -constant ** 2) <= 0.025
+
+
+def test_the_mean_r2_of_constants_covers_over_210_rows():
+    """The bias is that of the bootstrap from 200 rows on, where it was left in: 0.1 of such intervals held the truth."""
+    generator = np.random.default_rng(11)
+    hits = []
+    for _ in range(10):
+        target = generator.normal(size=(210, 60))
+        constant = generator.normal(size=60) / math.sqrt(840)
+        result = subject_intervals.bootstrap_regression(np.tile(constant, (210, 1)), target)
+        hits.append(coverage(result.overall.model["r2"], np.mean(-constant ** 2)))
+    assert np.mean(hits) == 1
 
 
 def test_sign_flip_p_is_uniform_where_there_is_no_difference():
