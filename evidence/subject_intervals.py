@@ -319,8 +319,8 @@ def sign_flip_p(differences):
     differences = differences[~np.isnan(differences)]
     if not FEWEST_FOR_INTERVAL <= len(differences) <= MOST_FOR_SIGN_FLIP:
         return None
-    signs = np.stack(np.meshgrid(*[(-1, 1)] * len(differences)), -1)
-    flipped = np.abs(signs @ differences)
+    signs = np.stack(np.meshgrid(*[(-1, 1)] * len(differences)), -1)  # (2, ..., 2, S): every choice
+    flipped = np.abs(signs @ differences)  # (2, ..., 2)
     rounding = 1e-12 * np.abs(differences).sum()
     return np.mean(flipped >= abs(differences.sum()) - rounding)
 
