@@ -12,7 +12,7 @@ N_STATES = detection_scores.N_STATES
 BOX_COLUMNS = ("x1", "y1", "x2", "y2")
 PROBABILITY_COLUMNS = tuple(f"p_{state}" for state in part_boxes.STATES)
 COLUMNS = ("image", "part", "score", "state", *PROBABILITY_COLUMNS, *BOX_COLUMNS, "seen", "warning", "error")
-ROUNDING = 0.02  # probabilities with two digits add up to 1 up to this
+ROUNDING = 0.005 * N_STATES + 1e-6  # probabilities with two digits add up to 1 up to this
 
 
 def best_of_each_part(detected, threshold):

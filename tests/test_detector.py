@@ -156,6 +156,33 @@ def test_ap_is_that_of_pycocotools_on_resampled_pictures_too(seed):
         assert (values["map"], values["map50"]) == pytest.approx(coco_stats(truth, found, pictures), abs=1e-9)
 
 
+def test_of_each_part_the_hundred_best_of_a_picture_count():
+    """As in pycocotools' own summary; programs write up to 300."""
+    truth = annotated([(0, 0, BOX)])
+    for n_wrong, expected in ((99, 1 / 100), (100, 0)):
+        found = [detections(*[(0, 0.9, 0, FAR)] * n_wrong, (0, 0.8, 0, BOX))]
+        assert values_of(truth, found)["map"] == pytest.approx(expected)
+        assert coco_stats(truth, found, [0])[0] == pytest.approx(expected)
+
+
+def test_a_part_is_found_from_half_an_overlap_on():
+    """By hand: moved by 6 of its 20 pixels a box overlaps by 14 / 26 = .54, by 7 of them by .48; and so on.
+
+    Of an ignored box counts the share of the detection that lies on it: 10.5 / 20, or 9.5 / 20.
+    """
+    truth = annotated([(0, 1, BOX), (1, 0, FAR, True), (2, ABSENT, OTHER)], parts=("bell", "saddle", "lamp"))
+
+    def moved(bell, saddle, lamp):
+        places = np.add([BOX, FAR, OTHER], [[shift, 0, shift, 0] for shift in (bell, saddle, lamp)])
+        return values_of(truth, [detections(*zip((0, 1, 2), (0.9, 0.9, 0.9), (1, 0, 0), places))])
+    found = moved(6, 9.5, 13)
+    assert found["precision"] == 1 and found["recall"] == 1 and found["hallucination_rate"] == 1
+    assert found["state_accuracy"] == 0.5, "the absent lamp is called intact"
+    missed = moved(7, 10.5, 14)
+    assert missed["precision"] == missed["recall"] == missed["hallucination_rate"] == 0
+    assert math.isnan(missed["state_accuracy"])
+
+
 def test_without_absent_parts():
     """Absent boxes leave the truth and detections called absent leave the list."""
     truth = annotated([(0, 0, BOX), (1, ABSENT, OTHER)])
@@ -331,6 +358,7 @@ RESULT_FAULTS = {
     "percent": ([{**RESULT, "state_probabilities": [70, 10, 10, 10]}], ["result 0", "sum 1"]),
     "sum": ([{**RESULT, "state_probabilities": [0.7, 0.7, 0.1, 0.1]}], ["result 0", "sum 1"]),
     "no object": ([3], ["each an object", "found [3]"]),
+    "one that is no object": ([RESULT, 3], ["each an object"]),
     "no list": ({"a": 1}, ["expected a list"])}
 
 
@@ -385,6 +413,9 @@ def test_annotations_in_another_convention_stop_and_are_read_when_they_are_conve
 
 def test_states_of_results_may_be_text_or_numbers(tmp_path):
     as_files(tmp_path, *random_case(3))
+    common.write_json(tmp_path / "results.json", [{**RESULT, "state": "Damaged"}])
+    [plain, *_] = detection_judging.read_coco_results(tmp_path / "truth.json", tmp_path / "results.json")[1]
+    assert plain.scores.tolist() == [0.5] and plain.states is None, "no annotated box has a state to judge them by"
     content = json.loads((tmp_path / "truth.json").read_text())
     content["annotations"][1]["state"] = "damaged"
     common.write_json(tmp_path / "truth.json", content)
@@ -395,6 +426,19 @@ def test_states_of_results_may_be_text_or_numbers(tmp_path):
     metrics = judge_files(tmp_path, detection_judging.mean_boxes(judged))
     assert metrics["per_state"] and metrics["state_calibration"] == [], "no probabilities were given"
     assert "Reliability" not in (only_run(tmp_path / "out") / "report.html").read_text()
+
+
+@pytest.mark.parametrize("probabilities, is_read", [
+    ([0.12, 0.12, 0.12, 0.62], True), ([0.13, 0.13, 0.13, 0.63], True), ([0.13, 0.13, 0.14, 0.63], False)])
+def test_probabilities_with_two_digits_are_read(tmp_path, probabilities, is_read):
+    """Of eight votes three states get one each, the fourth five: 1/8 is written as .12 or .13."""
+    as_files(tmp_path, annotated([(0, 0, BOX)]), [detections()])
+    common.write_json(tmp_path / "results.json", [{**RESULT, "state_probabilities": probabilities}])
+    annotations = part_boxes.read_annotations(tmp_path / "truth.json")
+    refusal = contextlib.nullcontext() if is_read else pytest.raises(common.UserError, match="with sum 1")
+    with refusal:
+        [found] = detection_tables.read_results(tmp_path / "results.json", annotations, None)[1]
+        assert found.states.tolist() == [probabilities]
 
 
 # --- states, hallucinations, baselines -----------------------------------------------------
@@ -462,6 +506,24 @@ def test_hallucinations_by_hand():
     assert elsewhere["hallucination_rate"] == 0 and elsewhere["hallucination_rate_anywhere"] == pytest.approx(2 / 4)
 
 
+def test_that_no_part_is_absent_is_said_only_where_none_is():
+    """Of each absent part it is told whether it has a box, or stands in the list of its picture."""
+    cases = {True: [annotated([(0, 0, BOX)])],
+             False: [annotated([(0, ABSENT, BOX)]), annotated([(0, 0, BOX)], absent=[[1]])]}
+    for is_said, truths in cases.items():
+        for truth in truths:
+            limits = detection_judging.general_limits(judge(truth, [detections()]))
+            assert any("hallucinations were not measured" in sentence for sentence in limits) == is_said
+
+
+def test_errors_of_a_picture_are_missed_boxes_wrong_ones_and_wrong_states():
+    """By hand: none; one missed for one elsewhere; two wrong states; one missed, and a wrong one under the threshold."""
+    both = [(0, 0, BOX), (1, 1, OTHER)]
+    found = [detections((0, 0.9, 0, BOX), (1, 0.9, 1, OTHER)), detections((0, 0.9, 0, FAR), (1, 0.9, 1, OTHER)),
+             detections((0, 0.9, 1, BOX), (1, 0.9, 0, OTHER)), detections((0, 0.9, 0, BOX), (1, 0.4, 1, FAR))]
+    assert detection_judging.count_errors(judge(annotated(*[both] * 4), found)).tolist() == [0, 2, 2, 1]
+
+
 def test_what_is_not_trusted_or_there_too_is_no_hallucination():
     """An absent box that no one trusts; a part annotated twice, absent in one place and found in the other."""
     truth = annotated([(0, ABSENT, BOX, True)], [(0, ABSENT, FAR), (0, 0, BOX)])
@@ -490,6 +552,7 @@ def test_intervals_pair_model_and_baseline_and_need_five_pictures():
     model, baseline, difference = (getattr(result.overall, side)["map"] for side in ("model", "baseline", "difference"))
     assert "24 images" in result.method and model.low < model.value < model.high and difference.low > 0
     assert difference.value == pytest.approx(model.value - baseline.value)
+    assert result.n.tolist() == np.bincount(np.concatenate(truth.labels)).tolist(), "boxes of each part"
     four = judge(truth.take(range(4)), found[:4]).result()
     assert four.method == "no interval: only 4 images" and math.isnan(four.overall.model["map"].low)
     few = judge(truth.take(range(12)), found[:12], baseline=baseline_boxes[:12]).result()

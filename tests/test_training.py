@@ -534,17 +534,54 @@ def test_output_dir_that_cannot_be_written(tmp_path):
 
 
 def test_a_layer_without_a_gradient_counts_as_one_of_zeros():
-    """As of two processes, though here is one: a sum over them is what this one has."""
+    """As of two processes, though here is one: a sum over them is what this one has.
+
+    What is frozen is not exchanged, and after close(), as in the epochs to come, nothing is.
+    """
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 1), "unused": torch.nn.Linear(2, 1)})
+        model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 1) for name in ("used", "unused", "frozen")})
+        model["frozen"].requires_grad_(False)
         exchange = common.GradientExchange(SimpleNamespace(size=2), model)
         exchange.is_open = True
-        model["used"](torch.tensor([[3.0, 4.0]])).sum().backward()
-        exchange.finish(torch.zeros(1))
+        for step in (1, 2):
+            model.zero_grad()
+            model["used"](torch.tensor([[3.0, 4.0]])).sum().backward()
+            exchange.finish(torch.zeros(1))
+            assert model["used"].weight.grad.tolist() == [[3, 4]] and model["unused"].weight.grad.tolist() == [[0, 0]]
+            assert model["frozen"].weight.grad is None and len(exchange.waiting) == 1
+        exchange.close()
+        sum(each(torch.ones(1, 2)).sum() for each in model.values()).backward()
+        assert exchange.sent == [] and len(exchange.waiting) == 1
     finally:
         torch.distributed.destroy_process_group()
-    assert model["used"].weight.grad.tolist() == [[3, 4]] and model["unused"].weight.grad.tolist() == [[0, 0]]
+
+
+def test_the_others_do_not_go_on_where_the_first_process_is_lost(monkeypatch):
+    """Nor with the message of a lost connection where the first one has its own error to tell."""
+    def lost(processes, parts):
+        raise RuntimeError("Connection closed by peer")
+
+    def refuse():
+        raise common.UserError("no such table")
+    monkeypatch.setattr(common.Processes, "gather", lost)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        common.Processes(1, 2).on_first(lambda: 3)
+    with pytest.raises(common.UserError, match="no such table") as caught:
+        common.Processes(0, 2).on_first(refuse)
+    assert caught.value.said_by_first is False
+
+
+def test_a_resumed_run_has_the_threads_of_its_first_start(tmp_path):
+    folder = make_run(tmp_path)
+    record = common.read_json(folder / "args.json")
+    before = torch.get_num_threads()
+    common.write_json(folder / "args.json", record | {"device": record["device"] | {"threads": before + 1}})
+    try:
+        with common.start_run(parsed(tmp_path, "--resume", folder)):
+            assert torch.get_num_threads() == before + 1, "their number decides the last bits of every sum"
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_deterministic_run_asks_torch_for_it(tmp_path, monkeypatch):

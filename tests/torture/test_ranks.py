@@ -264,6 +264,7 @@ def test_cores_of_a_process(monkeypatch, env, expected):
 @pytest.mark.parametrize("name, processes, expected", [
     ("auto", common.Processes(), "cuda"), ("cuda:1", common.Processes(), "cuda:1"), ("cpu", common.Processes(), "cpu"),
     ("cuda:0", common.Processes(3, 4, 3, 4), "cuda:1"), ("auto", common.Processes(2, 4, 0, 2), "cuda:0"),
+    ("cuda", common.Processes(1, 2, 1, 2), "cuda:1"),
     ("cpu", common.Processes(1, 2, 1, 2), "cpu"),
     *((name, common.Processes(1, 2, 1, 2), None) for name in ("cuda:x", "cuda:-1", "cudas", "mps")),
     ("cuda:2", common.Processes(), None)])
