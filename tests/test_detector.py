@@ -85,6 +85,10 @@ def test_joint_ap_by_hand():
     values = values_of(truth, found)
     assert values["map"] == pytest.approx(1) and values["map50"] == pytest.approx(1)
     assert values["joint_map"] == pytest.approx((51 + 50 * 2 / 3) / 101 / 2)
+    plain = [dataclasses.replace(each, states=None) for each in found]
+    of_baselines = [judge(truth, found, baseline=each).result().overall.baseline for each in (found, plain)]
+    assert of_baselines[0]["joint_map"].value == values["joint_map"] and "joint_map" not in of_baselines[1]
+    assert of_baselines[0]["map"].value == of_baselines[1]["map"].value == pytest.approx(1)
 
 
 def test_joint_ap_is_one_only_if_box_part_and_state_are_right():
@@ -265,7 +269,8 @@ def test_the_baseline_of_the_highest_ap_counts_and_limits_of_a_run_stand_on_its_
         metrics = detection_judging.judge_detections(run, truth, found, setting, priors, trained)
     assert metrics["baseline_name"] == "heads" and list(metrics["baselines"]) == ["mean box", "heads", "other"]
     assert metrics["baselines"]["heads"] == metrics["model"]["map"]["value"] > metrics["baselines"]["mean box"]
-    assert "Of one observer." in (run.folder / "report.html").read_text()
+    page = (run.folder / "report.html").read_text()
+    assert "Of one observer." in page and "nothing else was tested" in page
 
 
 RESULT = {"image_id": "picture 0", "category_id": 10, "bbox": [1, 2, 3, 4], "score": 0.5}
@@ -687,6 +692,8 @@ def test_a_detector_that_answers_alike_everywhere_is_an_alarm():
     [alarm] = repeats(same, shifted, same, same)
     assert alarm.startswith("exactly the same boxes in 3 of 4 pictures. ")
     assert repeats(same, shifted, same, more) == repeats(*[detections()] * 4) == []
+    alarms = detection_judging.find_alarms(judge(truth, [same, shifted, more, same]), [same, *[detections()] * 3], 0.5)
+    assert [alarm[:43] for alarm in alarms] == ["95 % or more of the found parts are intact:"], "one picture has a sure one"
 
 
 @pytest.mark.parametrize("confusion, words", [

@@ -570,6 +570,10 @@ def test_the_others_do_not_go_on_where_the_first_process_is_lost(monkeypatch):
     with pytest.raises(common.UserError, match="no such table") as caught:
         common.Processes(0, 2).on_first(refuse)
     assert caught.value.said_by_first is False
+    monkeypatch.setattr(common.Processes, "gather", lambda processes, parts: [(None, common.UserError("no such table"))])
+    with pytest.raises(common.UserError) as caught:
+        common.Processes(1, 2).on_first(refuse)
+    assert caught.value.said_by_first is True, "so that it is printed once"
 
 
 def test_a_resumed_run_has_the_threads_of_its_first_start(tmp_path):

@@ -77,6 +77,7 @@ def run_case(case, processes):
                 model.steps_times_rank += processes.rank
                 training.step(loss)
             assert model.steps_times_rank == 0
+            assert not any(p._post_accumulate_grad_hooks for p in model.parameters()), "each epoch takes off its own"
             with torch.no_grad():
                 outputs = torch.cat(processes.gather([model(batch["x"]) for batch in scoring])).flatten()
             training.end_epoch({**training.epoch_means(), "val_loss": outputs.square().mean().item()})

@@ -250,6 +250,7 @@ def test_rank_from_the_environment(env, expected):
 @pytest.mark.parametrize("env, expected", [
     ({}, 8),
     ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, 2),
+    ({"RANK": "1", "WORLD_SIZE": "9", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "9"}, 1),
     (STEP, 4),  # two tasks on this node, and not said how many cores each has
     ({**STEP, "SLURM_CPUS_PER_TASK": "8"}, 8),  # bound to its own
     ({**STEP, "SLURM_CPUS_PER_TASK": "3"}, 3),  # not bound
