@@ -664,6 +664,26 @@ def test_boxes_are_drawn_where_they_are():
     assert not any((one == other).all() for one, other in zip(named, named[1:])), "each letter is drawn as itself"
 
 
+def test_a_sheet_shows_in_each_line_the_annotated_boxes_left_and_the_detected_ones_right(monkeypatch):
+    """Upright pictures, the second one first; neither an ignored box nor a detection under the threshold is drawn."""
+    sheets = []
+    monkeypatch.setattr(box_pictures, "write_picture", lambda path, pixels: sheets.append(pixels))
+    low, small = [10, 40, 30, 60], [5, 5, 9, 9]
+    truth = annotated(*[[(0, 0, BOX), (1, 0, small, True)]] * 2, size=(40, 80))
+    found = [detections((1, 0.5, 1, low), (0, 0.49, 1, small))] * 2
+    greys = [np.full((80, 40, 3), grey, np.uint8) for grey in (50, 100)]
+    box_pictures.write_sheet("sheet.jpg", truth, found, lambda row: greys[row], [1, 0], 0.5)
+    [sheet] = sheets
+    assert sheet.shape == (2 * 652, 1292, 3)
+    for grey, line in zip(greys[::-1], np.split(sheet, 2)):
+        [left, right] = [box_pictures.draw_boxes(grey, (40, 80), np.array([box], float), np.array([label]),
+                                                 np.array([state]), truth.parts, scores)
+                         for box, label, state, scores in ((BOX, 0, 0, None), (low, 1, 1, [0.5]))]
+        np.testing.assert_array_equal(line[:640, :320], left)
+        np.testing.assert_array_equal(line[:640, 332:652], right)
+        assert (line[:640, 320:332] == 255).all() and (line[:, 652:] == 255).all() and (line[640:] == 255).all()
+
+
 def test_without_states_each_part_has_a_colour():
     unknown, parts = np.full(18, UNKNOWN), np.arange(18)
     colours = box_pictures.colours_of(parts, unknown, 18)

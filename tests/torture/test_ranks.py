@@ -201,9 +201,15 @@ common.run_main(main)
 """
 
 
-@pytest.mark.parametrize("script", [LEAVE, AFTER], ids=["report", "workers"])
+ALONE = AFTER.replace("time.sleep(2)", "signal.raise_signal(signal.SIGTERM)").replace(
+    "    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()\n", "").replace(
+    "Workers() if processes.is_first else None", "None if processes.is_first else Workers()")
+
+
+@pytest.mark.parametrize("script", [LEAVE, AFTER, ALONE], ids=["report", "workers", "alone"])
 def test_a_signal_to_all_ends_all_alike(cases, script):
-    """It reaches the first process in the report or while its workers end, and another one that waits for it."""
+    """It reaches the first process in the report or while its workers end, and another one that waits for it; or, while
+    its workers end, that other one alone."""
     members = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
                                 stderr=subprocess.STDOUT, env={**os.environ, **env},
                                 cwd=Path(common.__file__).parent) for env in rank_environments(2)]
