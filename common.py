@@ -727,7 +727,8 @@ class Run:
     def write_args(self, **data):
         """args.json: what repeats the run. On resume: refuse flags or data unlike the first start's.
 
-        More epochs are no such difference: the metrics of fewer are removed.
+        More epochs are no such difference: the metrics of fewer are removed. Nor is --fold all: it
+        is kept, so that the next --resume continues all folds.
         """
         record = _args_record(self.args, self.compute, data) | {"is_part": self.is_part}
         path = self.path("args.json")
@@ -735,18 +736,22 @@ class Run:
             write_json(path, record)
             return
         first = read_json(path)
-        epochs = first["flags"]["epochs"]
-        first["flags"]["epochs"] = max(epochs, self.args.epochs)
+        flags = first["flags"]
+        started = dict(flags)
+        flags["epochs"] = max(flags["epochs"], self.args.epochs)
+        if self.args.fold == "all":
+            flags["fold"] = "all"
         before, now = map(self._lasting, (first, record))
         lines = [f"\n  {name:24} {json.dumps(before.get(name))[:30]:32} {json.dumps(value)[:30]}"
                  for name, value in now.items() if value != before.get(name)]
         if lines:
             raise UserError(f"{self.folder} cannot be continued exactly: these differ (then, now); "
                             f"start a new run or restore them{''.join(lines)}")
-        if epochs < self.args.epochs:
+        if started["epochs"] < self.args.epochs:
             for folder in (self.folder, *self.folder.glob("fold_*")):
                 read_last(self, folder)  # CheckpointError before anything is changed
             self.path("metrics.json").unlink(missing_ok=True)
+        if flags != started:
             write_json(path, first)
 
     def write_record(self, study, split, **further):

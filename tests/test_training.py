@@ -450,6 +450,15 @@ def test_one_fold_goes_on_for_more_epochs_and_the_others_when_they_are_asked_for
     assert go_on(folder) == ["fold_1"]  # metrics of 2 and of 3 epochs are not pooled
 
 
+def test_folds_that_were_all_asked_for_once_go_on_together(tmp_path):
+    """--fold 1, then --resume RUN --fold all: more epochs of fold 1 alone would take the place of the pooled result."""
+    folder = make_run(tmp_path, "--folds", 2, "--epochs", 2, "--fold", 1, folds=[0, 1], pooled=[1])
+    assert parsed(tmp_path, "--resume", folder).fold == 1
+    assert go_on(folder, "--fold", "all") == []
+    assert go_on(folder, "--fold", 0) == []
+    assert go_on(folder, "--epochs", 3) == ["fold_0", "fold_1"]
+
+
 @pytest.mark.parametrize("words, data", [(["--clip_grad", 9], "same"), ([], "changed")], ids=["flags", "data"])
 def test_more_epochs_that_are_refused_leave_a_finished_run_as_it_was(tmp_path, words, data):
     folder = make_run(tmp_path, "--folds", 2, "--epochs", 2, folds=[0, 1], pooled=[0, 1])
