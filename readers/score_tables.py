@@ -92,7 +92,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
                    min_event_sec=1.0, moment_column=None, row_filter=None, **finding):
     """Scores of frame sequences (CSV or JSON) -> EventTable for --task regress; names as the file spells them.
 
-    Several rows of one sequence (one per rater) become their mean, the single ratings are kept.
+    Several rows of one sequence (one per rater) become their mean, that of each rater is kept.
     Groups: group_column, else the first of GROUP_COLUMNS. Times are columns whose names say their
     unit. finding, errors: as read_events has them.
     """
@@ -101,7 +101,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
         known = set(map(csv_tables.column_key, raw))
         raw = raw.assign(**{name: "" for name in target_columns if csv_tables.column_key(name) not in known})
     sources = (*event_tables.PATH_COLUMNS, "media", "sequence_id", "id")
-    named = [name for name in (group_column, path_column, moment_column) if name]
+    named = filter(None, (group_column, path_column, moment_column))
     no_scores = {*sources, *map(csv_tables.column_key, named)}
     names = score_columns(raw, target_columns, path, no_scores)
     target = np.column_stack([csv_tables.to_numbers(raw[name], f"{path}, column {name}") for name in names])  # (N, R)
@@ -133,20 +133,26 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
 
 
 def merge_raters(table):
-    """Rows of one sequence: equal scores without a rater column count once, others are raters and are averaged."""
-    rows_of = common.rows_by_key(table.clip_ids).values()
-    has_raters = any(name in table.extra for name in RATER_COLUMNS)
-    ratings = np.empty(len(rows_of), object)  # of each sequence (raters, R)
-    for i, rows in enumerate(rows_of):
-        block = table.target[rows]
-        is_repeat = not has_raters and all(np.array_equal(row, block[0], equal_nan=True) for row in block)
-        ratings[i] = block[:1] if is_repeat else block
+    """Rows of one sequence: several of one rater are averaged first, then the raters; unnamed equal rows count once.
+
+    A blank name is nobody's: such rows are raters of their own.
+    """
+    import pandas as pd
+    rater = csv_tables.find_column(table.extra, RATER_COLUMNS)
+    names = table.lines if rater is None else table.extra[rater].mask(table.extra[rater] == "", table.lines)
+    of_raters = pd.DataFrame(table.target).groupby([table.clip_ids, names], sort=False).mean()
+    is_first = ~pd.Index(table.clip_ids).duplicated()
+    ratings = np.empty(is_first.sum(), object)  # of each sequence (raters, R)
+    for i, (_, block) in enumerate(of_raters.groupby(level=0, sort=False)):
+        if rater is None and len(block.drop_duplicates()) == 1:
+            block = block[:1]
+        ratings[i] = block.to_numpy()
     rated = sum(len(block) > 1 for block in ratings)
     if len(ratings) < len(table):
-        table.notes.append(f"{len(table)} rows of {len(ratings)} sequences: {rated} have several "
-                           "raters, whose mean is learnt; other rows that repeat one count once")
+        table.notes.append(f"{len(table)} rows of {len(ratings)} sequences: {rated} have several raters, whose mean is "
+                           "learnt; several rows of one rater, and other rows that repeat one, count once")
     return dataclasses.replace(
-        table.take([rows[0] for rows in rows_of]),
+        table.take(is_first),
         target=np.stack([common.mean_without_nan(block, axis=0) for block in ratings]),
         single_ratings=ratings if rated else None)
 

@@ -887,6 +887,17 @@ def test_rows_of_one_sequence_that_differ_once_are_all_raters(tmp_path):
     assert table.target.tolist() == [[2, 2], [3, 1]] and list(map(len, table.single_ratings)) == [3, 1]
 
 
+def test_a_rater_who_scores_a_sequence_twice_counts_once(tmp_path):
+    """As in tables of ratings of pictures: a rater agrees with himself more than with others. Blank names are nobody's."""
+    put(tmp_path, *(f"{name}.mp4" for name in "bac"))
+    text = "path,observer,ears,mouth\nb.mp4,A,1,2\na.mp4,A,4,4\nb.mp4,B,5,\nb.mp4,A,3,4\na.mp4,A,6,4\nc.mp4,,1,1\nc.mp4,,1,1\n"
+    table = score_tables.read_sequences(write(tmp_path / "s.csv", text))
+    assert [source.name for source in table.sources] == ["b.mp4", "a.mp4", "c.mp4"]
+    np.testing.assert_array_equal(np.concatenate(table.single_ratings), [[2, 3], [5, np.nan], [5, 4], [1, 1], [1, 1]])
+    assert list(map(len, table.single_ratings)) == [2, 1, 2] and table.target.tolist() == [[3.5, 3], [5, 4], [1, 1]]
+    assert "7 rows of 3 sequences: 2 have several raters" in table.notes[-1] and "of one rater" in table.notes[-1]
+
+
 def test_a_total_of_something_else_is_named(tmp_path):
     put(tmp_path, *(f"s{i}/0.jpg" for i in range(4)))
     rows = [f"s{i},{400 * i},{70 + i % 2},{38.5 + i / 10}" for i in range(4)]
