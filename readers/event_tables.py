@@ -314,7 +314,9 @@ def describe_rows(table, path, root, written, part="", min_event_sec=1.0, time_u
         "start": start,
         "end": end,
         "unit": unit,
-        "fault": np.where(written == "", "its path is blank", faults),
+        "fault": np.where(
+            written == "", "its path is blank (of merged cells the first one alone is exported: fill in the rest)",
+            faults),
         "place": [f"{row / len(table):.6f}" for row in range(len(table))]})
 
 
@@ -403,8 +405,9 @@ def refuse_several_files(rows, extra):
         return
     first_player = extra[length].str.replace(",", ".").str.partition("|")[0]  # 60,000 of Excel is 60
     of_files = first_player.str.split(";").explode()
-    seconds = pd.Series(csv_tables.to_numbers(of_files, f"column {length}"), of_files.index)
-    totals = seconds.groupby(level=0).sum(min_count=1)
+    lines = rows["row"].str.replace("(.*) line (.*)", r"\2 of \1", regex=True)[of_files.index]
+    seconds = csv_tables.to_numbers(of_files.set_axis(lines), f"column {length}")
+    totals = pd.Series(seconds).groupby(of_files.index).sum(min_count=1)
     is_there = [bool(source) and source.exists() for source in rows["source"]]
     known = rows.assign(total=totals)[is_there]
     for name, own in known.groupby(extra["observation_id"].replace("", np.nan)):  # blank: of another table

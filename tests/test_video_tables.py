@@ -244,10 +244,11 @@ def test_blank_paths_are_skipped_by_their_lines(tmp_path):
     for need_files in (True, False):
         table = event_tables.read_events({"": path}, need_files=need_files)
         assert list(table.lines) == ["m.csv line 2"] and not any("not there" in note for note in table.notes)
-        assert [(row["row"], row["reason"]) for row in table.skipped] == [
-            ("m.csv line 3", "its path is blank"), ("m.csv line 4", "its path is blank")]
+        assert [row["row"] for row in table.skipped] == ["m.csv line 3", "m.csv line 4"]
+        assert {row["reason"] for row in table.skipped} == {
+            "its path is blank (of merged cells the first one alone is exported: fill in the rest)"}
     write(path, "path,label\n,x\n,y\n")
-    assert "no usable row of 2: m.csv line 2: its path is blank, m.csv line 3" in fails(event_tables.read_events, {"": path})
+    assert "no usable row of 2: m.csv line 2: its path is blank (of merged cells" in fails(event_tables.read_events, {"": path})
     path = write(tmp_path / "s.csv", "path,animal,pain\na.mp4,1,3\n,2,4\n")
     assert [row["row"] for row in score_tables.read_sequences(path).skipped] == ["s.csv line 3"]
 
@@ -416,6 +417,15 @@ def test_boris_lengths_of_several_players_and_files(tmp_path, monkeypatch, lengt
         assert boris(tmp_path, text).windows.tolist() == [[1, 2], [5, 6], [5, 6]]
     else:
         assert f"observation o: media_duration_s {length}, expected" in fails(boris, tmp_path, text)
+
+
+def test_a_boris_length_that_is_no_number_is_named_with_its_line(tmp_path):
+    """As a spreadsheet writes a minute; of several tables with that of its own."""
+    text = "Observation id\tMedia duration (s)\tMedia file name\tBehavior\tStart (s)\tStop (s)\no\t{}\ts0.mp4\tgroom\t1\t2\n"
+    put(tmp_path, "s0.mp4")
+    tables = {part: write(tmp_path / f"{part}.tsv", text.format(length)) for part, length in (("train", 60), ("val", "1:00"))}
+    message = fails(event_tables.read_events, tables)
+    assert "column media_duration_s: expected numbers, found '1:00' in line 2 of val.tsv." in message
 
 
 @pytest.mark.parametrize("header, starts, is_noted", [
