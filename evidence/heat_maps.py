@@ -35,7 +35,7 @@ def _gradient_maps(model, paths, inputs, outputs):
     On the last map it is each place's share of the output, up to what the layers above add
     (Selvaraju et al. 2017, with the gradient of each place as in Draelos & Carin 2020).
     """
-    *found, (_, predicted) = backbones.outputs_of(model, [*paths, ""], inputs)
+    *found, (_, predicted) = backbones.outputs_at(model, [*paths, ""], inputs)
     heat = inputs.new_zeros(len(inputs), 1, 1)
     for _, layer in reversed(found):
         heat = 0

@@ -279,7 +279,7 @@ def feature_maps(output):
     return None
 
 
-def outputs_of(network, paths, images):
+def outputs_at(network, paths, images):
     """One pass of images -> [(path, output)] of the modules at these paths, in the order in which they end."""
     outputs = []
 
@@ -300,7 +300,7 @@ def stage_ends(backbone, example):
     by_depth = {}, {}  # of children and of grandchildren: width of maps -> path of the last that gives maps of it
     paths = [path for path, _ in backbone.named_modules() if path and path.count(".") < 2]
     with torch.inference_mode():
-        for path, output in outputs_of(backbone.eval(), paths, example):
+        for path, output in outputs_at(backbone.eval(), paths, example):
             maps = feature_maps(output)
             if maps is not None and output.ndim == example.ndim and maps.shape[-1] > 1:
                 by_depth[path.count(".")][maps.shape[-1]] = path
@@ -335,7 +335,7 @@ class FeatureMaps(nn.Module):
         self.n_channels = [each.shape[1] for each in maps]
 
     def forward(self, images):
-        return [feature_maps(output) for _, output in outputs_of(self.network, self.ends, images)]
+        return [feature_maps(output) for _, output in outputs_at(self.network, self.ends, images)]
 
 
 class MotionFeatures(FeatureMaps):
