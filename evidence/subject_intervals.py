@@ -129,9 +129,9 @@ def estimate(model, baseline, subjects, unit, *,
             rests_on = np.asarray(support.get(place, support.get((scope, metric), subjects)))
             ends = _t_ends(found.value, values, reach, scale, rests_on, metric)
             found.low, found.high = np.where(rests_on >= FEWEST_FOR_INTERVAL, ends, np.nan)
-        for (side, *place), found in estimates.items():
+        for (side, scope, metric), found in estimates.items():
             if side == "difference":
-                _hold_difference(found, estimates["model", *place], estimates["baseline", *place])
+                _hold_difference(found, estimates["model", scope, metric], estimates["baseline", scope, metric])
     if subjects > MOST_FOR_SIGN_FLIP or baseline is None or unit == TIME_BLOCKS or folds > 1:
         per_subject = {}
     elif per_subject is None:
@@ -197,9 +197,9 @@ def _compare(model, baseline, weights):
         if statistic:
             for scope, metrics in zip(("overall", "each"), statistic(weights)):
                 values |= {(side, scope, metric): each for metric, each in metrics.items()}
-    for side, *place in list(values):
+    for side, scope, metric in list(values):
         if side == "baseline":
-            values["difference", *place] = values["model", *place] - values["baseline", *place]
+            values["difference", scope, metric] = values["model", scope, metric] - values["baseline", scope, metric]
     return values
 
 

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_verify_setup.py
 """
+import ast
 import importlib
 import io
 import os
@@ -120,6 +121,15 @@ def test_old_python_fails(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 9, 18))
     first = next(verify_setup.check_installation())
     assert (first.status, first.name) == ("FAIL", "Python") and "3.10" in first.remedy
+
+
+def test_every_file_can_be_read_by_the_oldest_python():
+    """3.10 knows no * in an index without brackets, and stops there before any message of ours."""
+    for path in [*REPO.glob("*.py"), *REPO.glob("readers/*.py"), *REPO.glob("evidence/*.py")]:
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text, feature_version=(3, 10))):
+            if isinstance(node, ast.Subscript) and any(isinstance(item, ast.Starred) for item in ast.iter_child_nodes(node.slice)):
+                assert ast.get_source_segment(text, node.slice).startswith("("), f"{path.name}, line {node.lineno}"
 
 
 # --- the machine -----------------------------------------------------------------
