@@ -702,7 +702,7 @@ class Run:
     @functools.cached_property
     def wandb(self):
         """The Weights & Biases run of this folder, begun or continued: its id is made of the folder's path."""
-        wandb = optional_package("wandb")
+        import wandb
         if wandb.run:  # that of the fold before
             wandb.finish()
         own = uuid.uuid5(uuid.NAMESPACE_URL, self.folder.resolve().as_uri()).hex
@@ -1952,7 +1952,7 @@ def eval_crop(image, size):
 @functools.lru_cache
 @torch.inference_mode(False)
 def on_device(numbers, device):
-    """A tuple of numbers as a float32 tensor that is copied to the device once, not for every batch."""
+    """A tuple of numbers, or of such tuples, as a float32 tensor that is copied to the device once, not every batch."""
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
@@ -1960,8 +1960,7 @@ def to_input(batch, compute, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Normalise a uint8 tensor (B, H, W, 3) on the device to float32 (B, 3, H, W); channels_last costs no copy."""
     pixels = compute.send(batch).float()  # (B, H, W, 3)
     # Rows of W * 3 numbers: a last axis of length 3 would be four times slower.
-    centre = on_device(tuple(mean), compute.device).repeat(batch.shape[2])
-    spread = on_device(tuple(std), compute.device).repeat(batch.shape[2])
+    centre, spread = on_device((tuple(mean), tuple(std)), compute.device).repeat(1, batch.shape[2])
     pixels.flatten(2).sub_(255 * centre).div_(255 * spread)
     pixels = pixels.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
     return pixels if compute.channels_last else pixels.contiguous()

@@ -120,8 +120,7 @@ def event_keys(extra, fallback):
     levels = extra.reindex(columns=["group", *names], fill_value="").map(plain_level)
     seconds = extra["start_time"].map(event_times.clock_seconds)
     levels["start_time"] = levels["start_time"].where(seconds.isna(), seconds.map("{:g} s".format))
-    is_blank = extra["start_time"] == ""
-    return np.where(is_blank, fallback, levels.agg(" | ".join, axis=1)).astype(str)
+    return np.where(extra["start_time"] == "", fallback, levels.agg(" | ".join, axis=1)).astype(str)
 
 
 # --------------------------------------------------------------------------------------

@@ -465,7 +465,7 @@ def _summarise_singles(columns, found, used):
     table = columns.table
     image_of = table[columns.image]
     images = image_of.unique()
-    line = pd.Series([f"line {number}" for number in table.index], table.index)
+    line = table.index.to_series()  # a number, unlike the text of any name
     rater_of = table[columns.rater].mask(lambda rater: rater == "", line) if columns.rater else line
     answers = pd.concat(found)
     singles = pd.concat({name: values.groupby([image_of, rater_of], sort=False).mean().droplevel(1)

@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 import common
-from readers import csv_tables, event_tables, event_times
+from readers import csv_tables, event_tables, event_times, file_names
 
 GROUP_COLUMNS = "animal animal_id subject subject_id participant participant_id patient patient_id group".split()
 RATER_COLUMNS = "rater rater_id observer observer_id coder coder_id annotator annotator_id scorer scorer_id".split()
@@ -141,9 +141,9 @@ def merge_raters(table):
     rater = csv_tables.find_column(table.extra, RATER_COLUMNS)
     names = table.lines if rater is None else table.extra[rater].mask(table.extra[rater] == "", table.lines)
     of_raters = pd.DataFrame(table.target).groupby([table.clip_ids, names], sort=False).mean()
-    is_first = ~pd.Index(table.clip_ids).duplicated()
-    ratings = np.empty(is_first.sum(), object)  # of each sequence (raters, R)
-    for i, (_, block) in enumerate(of_raters.groupby(level=0, sort=False)):
+    sequences = of_raters.groupby(level=0, sort=False)
+    ratings = np.empty(len(sequences), object)  # of each sequence (raters, R)
+    for i, (_, block) in enumerate(sequences):
         if rater is None and len(block.drop_duplicates()) == 1:
             block = block[:1]
         ratings[i] = block.to_numpy()
@@ -152,8 +152,8 @@ def merge_raters(table):
         table.notes.append(f"{len(table)} rows of {len(ratings)} sequences: {rated} have several raters, whose mean is "
                            "learnt; several rows of one rater, and other rows that repeat one, count once")
     return dataclasses.replace(
-        table.take(is_first),
-        target=np.stack([common.mean_without_nan(block, axis=0) for block in ratings]),
+        table.take(~pd.Index(table.clip_ids).duplicated()),
+        target=sequences.mean().to_numpy(),
         single_ratings=ratings if rated else None)
 
 
@@ -191,7 +191,7 @@ def target_weights(pairs, names):
 
 
 def read_cv_file(path, table):
-    """Split file -> list of dicts(fold, train (n,) rows, val (m,) rows), in order of the folds.
+    """Split file -> list of dicts(order, train (n,) rows, val (m,) rows), in order of the folds.
 
     cv_folds as a list, as a dict with fold_0 keys, or either as a string of Python; or a list or
     dict at the top level. Each fold names train_animals and val_animals, or train and val. Animals
@@ -219,7 +219,7 @@ def read_cv_file(path, table):
                                f"judged once; in several: {common.shorten_list(twice)}")
     if never:
         table.notes.append(f"--cv_file: never judged, in val_animals of no fold: {common.shorten_list(never)}")
-    return sorted(folds, key=lambda fold: fold["fold"])
+    return sorted(folds, key=lambda fold: fold["order"])
 
 
 def as_python(text, path):
@@ -232,7 +232,7 @@ def as_python(text, path):
 
 
 def fold_rows(fold, k, path, table):
-    """One fold of a split file -> dict(fold, train, val). Raises UserError, see read_cv_file."""
+    """One fold of a split file -> dict(order, train, val). Raises UserError, see read_cv_file."""
     fold = fold if isinstance(fold, dict) else {}
     train, val = [animals_of(fold, side, f"--cv_file {path}, fold {k}") for side in ("train", "val")]
     both = sorted(train & val)
@@ -245,8 +245,7 @@ def fold_rows(fold, k, path, table):
             f"rows: {len(train_rows)} and {len(val_rows)}; without rows: {common.shorten_list(unknown) or 'none'}")
     if unknown:
         table.notes.append(f"--cv_file, fold {k}: no rows of {common.shorten_list(unknown)}")
-    number = re.search(r"\d+", str(fold.get("fold", k)))
-    return {"fold": int(number[0]) if number else k, "train": train_rows, "val": val_rows}
+    return {"order": file_names.natural_key(fold.get("fold", k)), "train": train_rows, "val": val_rows}
 
 
 def animals_of(fold, side, where):

@@ -1047,8 +1047,8 @@ FOLDS = [{"fold": 0, "train_animals": [0, 1], "val_animals": [2]},
     [{"train_indices": [2], "val_indices": [0, 1], **fold} for fold in FOLDS]])
 def test_split_files_in_every_spelling(scores, tmp_path, content):
     folds = score_tables.read_cv_file(write(tmp_path / "cv.json", json.dumps(content)), scores)
-    assert [(fold["fold"], fold["train"].tolist(), fold["val"].tolist()) for fold in folds] == [
-        (0, [0, 1, 2, 3], [4, 5]), (1, [4, 5], [0, 1])]
+    assert [(fold["train"].tolist(), fold["val"].tolist()) for fold in folds] == [
+        ([0, 1, 2, 3], [4, 5]), ([4, 5], [0, 1])]
     assert scores.notes[-1] == "--cv_file: never judged, in val_animals of no fold: 1"
 
 
