@@ -138,7 +138,7 @@ def prior_levels(table):
     levels = {"video": np.array(table.videos, dtype=str)}
     for name, cells in table.extra.items():
         if not NO_CONFOUND.search(name):
-            levels[name] = np.array(list(map(event_tables.plain_level, cells)), dtype=str)
+            levels[name] = cells.map(event_tables.plain_level).to_numpy(str)
     return levels
 
 

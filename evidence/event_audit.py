@@ -132,9 +132,9 @@ def record_split(run, table, audits, split):
     stopping = splitting.STOPPING_LEAKS if keeps_groups and has_several else SAME_EVENT
     alarms = splitting.record_split(run, split, table.clip_ids, report, stopping, columns, groups)
     if groups is not None and not has_several:
-        one_group = (f"--group_column {args.group_column} has one value, {groups[0]}, so nothing is known of others "
-                     "and there is no interval. Where there are several, name the column that tells them apart")
-        alarms = [*alarms, one_group]
+        alarms.append(
+            f"--group_column {args.group_column} has one value, {groups[0]}, so nothing is known of others "
+            "and there is no interval. Where there are several, name the column that tells them apart")
     return alarms
 
 

@@ -74,12 +74,12 @@ def show(cases, pixels, maps, shown):
     correlations = rank_correlations(maps)
     grey = pixels.mean(-1, keepdims=True) * 0.8
     drawn = (grey + (TINT - grey) * 0.8 * maps[..., None]).astype(np.uint8)  # (2, B, S, S, 3)
-    grids = []
-    for case, learnt, random, correlation in zip(cases, *drawn, correlations):
-        grids.append(reporting.html_cases([
+    grids = [
+        reporting.html_cases([
             case,
             {"image": learnt, "title": "where it looks"},
-            {"image": random, "title": "with random weights", "lines": [f"rank correlation {correlation:.2f}"]}]))
+            {"image": random, "title": "with random weights", "lines": [f"rank correlation {correlation:.2f}"]}])
+        for case, learnt, random, correlation in zip(cases, *drawn, correlations)]
     mean = correlations.mean()
     level = "caution"
     if not maps[0].any():

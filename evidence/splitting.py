@@ -475,7 +475,7 @@ def rows_by_part(part_of):
 
 def _by_time(sequences, order):
     """The rows of each sequence in their order."""
-    return [sorted(rows, key=lambda row: order[row])
+    return [sorted(rows, key=order.__getitem__)
             for rows in common.rows_by_key(sequences).values()]
 
 

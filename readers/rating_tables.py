@@ -466,7 +466,7 @@ def _summarise_singles(columns, found, used):
     image_of = table[columns.image]
     images = image_of.unique()
     line = table.index.to_series()  # a number, unlike the text of any name
-    rater_of = table[columns.rater].mask(lambda rater: rater == "", line) if columns.rater else line
+    rater_of = table.get(columns.rater, line).mask(lambda rater: rater == "", line)
     answers = pd.concat(found)
     singles = pd.concat({name: values.groupby([image_of, rater_of], sort=False).mean().droplevel(1)
                          for name, values in found.items()})

@@ -139,7 +139,8 @@ def merge_raters(table):
     """
     import pandas as pd
     rater = csv_tables.find_column(table.extra, RATER_COLUMNS)
-    names = table.lines if rater is None else table.extra[rater].mask(table.extra[rater] == "", table.lines)
+    raters = table.extra.get(rater, "")
+    names = np.where(raters == "", table.lines, raters)
     of_raters = pd.DataFrame(table.target).groupby([table.clip_ids, names], sort=False).mean()
     sequences = of_raters.groupby(level=0, sort=False)
     ratings = np.empty(len(sequences), object)  # of each sequence (raters, R)
