@@ -1552,7 +1552,7 @@ class Processes:
             return parts
         boxes = [None] * self.size
         dist.all_gather_object(boxes, parts)
-        return [part for box in boxes for part in box]
+        return list(itertools.chain(*boxes))
 
     def largest(self, numbers):
         """Element-wise largest of a list of integers over the processes."""

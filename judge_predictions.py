@@ -122,11 +122,9 @@ def main():
         return judge_runs(args)
     if args.truth:
         return judge_coco(args)
-    tables = []
-    for path in args.predictions:
-        table = table_judging.read_table(path, args, args.baseline)
+    tables = [table_judging.read_table(path, args, args.baseline) for path in args.predictions]
+    for table in tables:
         table.seen = as_stated(table.seen, args)
-        tables.append(table)
     tables = table_judging.same_rows(tables, args.predictions)
     with common.start_run(args) as run:
         run.write_args(predictions=args.predictions)

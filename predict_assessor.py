@@ -98,8 +98,8 @@ def find_inputs(args):
         names = map(str.strip, csv_tables.read_text(args.image_list).splitlines())
         inputs += [(name, args.image_list.parent / name) for name in names if name]
     if args.image_dir:
-        for path in file_names.find_images(args.image_dir):
-            inputs.append((path.relative_to(args.image_dir).as_posix(), path))
+        inputs += [(path.relative_to(args.image_dir).as_posix(), path)
+                   for path in file_names.find_images(args.image_dir)]
     if not inputs:
         raise common.UserError(f"no pictures found in {args.image_dir or args.image_list}")
     return inputs

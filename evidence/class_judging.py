@@ -143,12 +143,12 @@ def key_figures(result, positive):
 
 def metric_blocks(run, setting, result):
     """HTML of the section Metrics: the tables and plots of the classes."""
-    per_class = []
-    for c, name in enumerate(result.names):
-        row = {"class": name, "n": result.n[c]}
-        for metric, found in result.each.model.items():
-            row[metric_names.METRICS[metric].label] = with_interval(found.at(c))
-        per_class.append(row)
+    per_class = [{
+        "class": name,
+        "n": result.n[c],
+        **{metric_names.METRICS[metric].label: with_interval(found.at(c))
+           for metric, found in result.each.model.items()},
+    } for c, name in enumerate(result.names)]
     method = result.method + result.exceptions
     caption = f"On {setting.rows_judged}; baseline: {result.baseline_label}; {method}"
     plots = {

@@ -229,8 +229,11 @@ def events_in(watched, table):
     first_sec, last_sec = watched.reindex(videos).to_numpy().T  # NaN: of no recording
     start_sec = np.fmax(first_sec, table.windows[:, 0])  # without times: from the start to the end
     end_sec = np.fmin(last_sec, table.windows[:, 1])
-    label = np.array(table.names)[table.label]
-    events = pd.DataFrame({"video": videos, "label": label, "start_sec": start_sec, "end_sec": end_sec})
+    events = pd.DataFrame({
+        "video": videos,
+        "label": np.array(table.names)[table.label],
+        "start_sec": start_sec,
+        "end_sec": end_sec})
     is_watched = ~np.isnan(last_sec)
     has_time = is_watched & (end_sec > start_sec)
     n_without = (is_watched & ~has_time).sum()

@@ -182,8 +182,8 @@ def leakage_blocks(run):
 
 def history_blocks(run):
     """The section on learning curves: those of the run, and of each of its folds; one epoch makes none."""
-    by_folder = sorted(run.folder.glob("**/training_history.png"))
-    by_folder.sort(key=lambda path: len(str(path)))  # fold_10 after fold_2, baseline last
+    by_folder = sorted(run.folder.glob("**/training_history.png"),
+                       key=lambda path: (len(str(path)), path))  # fold_10 after fold_2, baseline last
     curves = [path for path in by_folder if path.with_suffix(".csv").read_bytes().count(b"\n") > 2]
     blocks = [html_image(path, f"Learning curves, {path.parent.name}") for path in curves[:MOST_CURVES]]
     if curves[MOST_CURVES:]:

@@ -45,7 +45,7 @@ class SeenRows:
 def of_checkpoint(content, path="the checkpoint"):
     """The SeenRows in what a checkpoint holds."""
     with common.checkpoint_fields(path):
-        return SeenRows(content["seen"]["fitted"], content["seen"]["chose"])
+        return SeenRows(**content["seen"])
 
 
 def of_run(args, hashes, split):

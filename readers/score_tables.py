@@ -164,7 +164,7 @@ def total_and_parts(names, target):
     A name alone makes no total: none where half of the sums miss it by over half an SD of it.
     """
     import pandas as pd
-    keys = [csv_tables.column_key(name) for name in names]
+    keys = list(map(csv_tables.column_key, names))
     total = next((r for r, key in enumerate(keys) if "total" in key), None)
     parts = [r for r, key in enumerate(keys) if not re.match("nrs|vas|total|sum|mean", key) and r != total]
     if total is None or not parts:
