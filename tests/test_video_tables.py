@@ -1324,7 +1324,7 @@ def test_groups_on_two_sides_stop_a_run_that_could_keep_them_apart(tmp_path, mon
     path = write(tmp_path / "m.csv", "path,label,pen\n" + "\n".join(f"{i}.mp4,x,{group}" for i, group in enumerate(groups)))
     table = event_tables.read_events({"": path}, group_column="pen")
     asked = SimpleNamespace(gap_sec=30, split_by=split_by, group_column="pen")
-    monkeypatch.setattr(splitting, "record_split", lambda run, split, keys, report, stopping, *_: stopping)
+    monkeypatch.setattr(splitting, "record_split", lambda run, split, keys, report, stopping, *_: list(stopping))
     stopping = event_audit.record_split(SimpleNamespace(args=asked), table, None, {"train": np.arange(3), "val": np.array([3])})
     assert ("groups" in stopping) == stops
     assert ("--group_column pen has one value, a, so" in str(stopping)) == (groups == "aaaa")
