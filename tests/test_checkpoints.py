@@ -241,6 +241,30 @@ def test_a_step_is_saved_after_so_many_minutes(tmp_path, monkeypatch, minutes, a
     assert (tmp_path / "last.pth").exists() is is_saved
 
 
+def test_the_first_of_several_processes_decides_alone_when_a_step_is_saved(tmp_path, monkeypatch):
+    """The others never save, so by the time since their last save they would ask for one after every step."""
+    training, _ = make_training(tmp_path, False, save_minutes=0.5)
+    asked = []
+    monkeypatch.setattr(common.Training, "_seconds_since_save", lambda _: 1e9)
+    monkeypatch.setattr(common.Processes, "largest", lambda processes, numbers: asked.append(numbers) or [0, 0])
+    for rank in (0, 1):
+        training.processes = common.Processes(rank, 2)
+        training._save_or_stop()
+    assert asked == [[0, True], [0, False]]
+
+
+def test_each_process_and_batch_has_dropout_of_its_own(tmp_path):
+    training, _ = make_training(tmp_path, False)
+
+    def seed(rank, size, batch):
+        training.processes = common.Processes(rank, size)
+        training.progress.batch = batch
+        training._seed_dropout()
+        return torch.initial_seed()
+    assert len({seed(rank, 3, batch) for rank in range(3) for batch in range(2)}) == 6
+    assert seed(0, 3, 1) == seed(0, 1, 1) and seed(2, 3, 1) == seed(2, 3, 1)
+
+
 def test_age_and_duration_of_a_save(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(common.time, "monotonic", lambda: clock.now)

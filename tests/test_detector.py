@@ -854,6 +854,14 @@ def test_folds_judge_every_picture_by_a_detector_that_has_not_seen_it(bicycles, 
     own = [json.loads((run / f"fold_{k}" / "metrics.json").read_text()) for k in range(3)]
     assert [float(table[str(k)]["ap"]) for k in range(3)] == pytest.approx(
         [fold["model"]["map"]["value"] for fold in own], abs=1e-6)
+    assert [int(table[str(k)]["rows"]) for k in range(3)] == [len(split["test"]) for split in parts]
+    assert [float(table[str(k)]["baseline_ap"]) for k in range(3)] == pytest.approx(
+        [fold["baseline"]["map"]["value"] for fold in own], abs=1e-6)
+    priors = [common.load_model_file(run / f"fold_{k}" / "best_model.pth")["baseline"]
+              for k, split in enumerate(parts) for _ in split["test"]]
+    mean_boxes = detection_judging.baseline_detections(priors, judged.sizes)
+    assert metrics["baseline"]["map"]["value"] == pytest.approx(detection_scores.mean_ap(judged, mean_boxes), abs=1e-6)
+    assert "Started from random weights" in (run / "report.html").read_text()
     (run / "metrics.json").unlink()
     shutil.rmtree(run / "fold_2")  # as if it had been killed there
     text = run_script("train_detector.py", "--resume", run).text
@@ -908,6 +916,14 @@ def test_choosing_by_states_that_the_val_part_lacks_is_refused_before_training(b
     text = run_script("train_detector.py", *flags, code=2).stderr
     assert "--select joint_map: no box of the val part has a state; use --select map" in text
     assert not list((tmp_path / "out").glob("run_*")), "before anything is written"
+
+
+def test_criteria_on_states_need_states_that_train():
+    args = SimpleNamespace(dry_run=False, select="map", criteria="joint_map>0.5")
+    split = {"train": np.array([0]), "val": np.array([1])}
+    train_detector.check_states(args, annotated([(0, 0, BOX)], [(0, 1, BOX)]), split)
+    with pytest.raises(common.UserError, match="joint_map"):
+        train_detector.check_states(args, annotated([(0, UNKNOWN, BOX)], [(0, 1, BOX)]), split)
 
 
 def test_folds_need_three_groups(bicycles, tmp_path):

@@ -388,6 +388,18 @@ def test_plain_detection_has_no_state_head():
     assert train_detector.on_disk(found, np.ones((1, 2)))[0].states is None
 
 
+def test_detections_are_told_in_pixels_of_the_picture_on_disk_with_parts_from_0():
+    """By hand: a picture twice as wide and half as high on disk as in the input."""
+    states = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]])
+    found = {"boxes": torch.tensor([[2.0, 4, 6, 8], [1, 2, 3, 4]]), "labels": torch.tensor([3, 1]),
+             "scores": torch.tensor([0.75, 0.5]), "states": states}
+    [first, second] = train_detector.on_disk([found, {name: each[:0] for name, each in found.items()}],
+                                             np.array([[2, 0.5], [1, 1]]))
+    assert first.boxes.tolist() == [[4, 2, 12, 4], [2, 1, 6, 2]] and first.labels.tolist() == [2, 0]
+    assert first.scores.tolist() == [0.75, 0.5] and first.scores.dtype == float
+    assert first.states.tolist() == states.tolist() and second.states.shape == (0, 4)
+
+
 def test_pictures_without_objects_give_finite_losses():
     model = small_detector().train()
     empty = sample([], [], BOXES[:0])

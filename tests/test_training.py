@@ -3,6 +3,7 @@
     python -m pytest tests/test_training.py
 """
 import concurrent.futures
+import contextlib
 import errno
 import json
 import math
@@ -583,6 +584,18 @@ def test_the_others_do_not_go_on_where_the_first_process_is_lost(monkeypatch):
     with pytest.raises(common.UserError) as caught:
         common.Processes(1, 2).on_first(refuse)
     assert caught.value.said_by_first is True, "so that it is printed once"
+
+
+@pytest.mark.parametrize("main, expected", [(lambda: None, ["barrier", "destroy"]), (lambda: sys.exit(75), ["destroy"])])
+def test_processes_part_once_all_are_done_and_on_a_stop_at_once(monkeypatch, main, expected):
+    """One that left early would end the connection of those that still write; the others of a stopped run are gone."""
+    calls = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("destroy"))
+    with contextlib.suppress(SystemExit):
+        common.run_main(main)
+    assert calls == expected
 
 
 def test_a_resumed_run_has_the_threads_of_its_first_start(tmp_path):
