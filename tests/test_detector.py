@@ -410,8 +410,10 @@ def test_annotations_in_another_convention_stop_and_are_read_when_they_are_conve
     common.write_json(files[0], content)
     with pytest.raises(common.UserError, match="truth.json: .* look like xyxy.*Write them as COCO with .*--mode convert .*--box_format xyxy"):
         detection_judging.read_coco_results(*files)
-    run_script("train_detector.py", "--mode", "convert", "--json", files[0], "--box_format", "xyxy", "--output",
-               tmp_path / "made.json")
+    convert = ["--mode", "convert", "--json", files[0], "--output", tmp_path / "made.json"]
+    assert "--box_format xyxy" in run_here("train_detector.py", *convert, code=2).stderr
+    assert not (tmp_path / "made.json").exists()
+    run_here("train_detector.py", *convert, "--box_format", "xyxy")
     truth = detection_judging.read_coco_results(tmp_path / "made.json", files[1])[0]
     np.testing.assert_allclose(np.concatenate(truth.boxes), boxes)
 
@@ -934,6 +936,22 @@ def test_folds_need_three_groups(bicycles, tmp_path):
     assert "--folds 2: each fold must leave two groups or more" in text and "found 2 groups" in text
 
 
+@pytest.mark.parametrize("n_groups, folds, is_refused", [(3, 3, False), (3, 2, True), (4, 2, False)])
+def test_each_fold_leaves_two_groups(n_groups, folds, is_refused):
+    """Two folds of three groups leave one of them and two; one group cannot both train and choose the epoch."""
+    groups = np.array([f"g{k % n_groups}" for k in range(24)])
+    truth = annotated(*[[(0, 0, BOX)]] * 24, groups=groups)
+    study = SimpleNamespace(truth=truth, strata=np.zeros(24, int))
+    args = SimpleNamespace(folds=folds, val_ratio=0.25, seed=0)
+    if is_refused:
+        with pytest.raises(common.UserError, match="must leave two groups or more.*found 3 groups"):
+            train_detector.make_folds(args, study)
+        return
+    for split in train_detector.make_folds(args, study):
+        owners = [set(groups[split[part]]) for part in ("train", "val", "test")]
+        assert all(owners) and sum(map(len, owners)) == len(set.union(*owners)) == n_groups
+
+
 def test_the_mean_box_of_a_picture_is_that_of_its_fold():
     """Two pictures, each with the prior of the other's box: by hand, no box overlaps; with its own, all do."""
     truth = annotated([(0, 0, BOX)], [(0, 1, FAR)])
@@ -1038,7 +1056,7 @@ def test_prediction_lists_every_picture(bicycles, trained, tmp_path, monkeypatch
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)  # not resized
     Image.fromarray(noise).save(images / "noise.png")
     flags = ["--mode", "predict", "--checkpoint", trained, "--images_dir", images, "--output", tmp_path / "d.csv",
-             "--num_workers", 0, "--one_per_part", "--visualize", 1, "--score_threshold", 0.06]
+             "--num_workers", 0, "--one_per_part", "--visualize", 4, "--score_threshold", 0.06]
     monkeypatch.setattr(sys, "argv", ["train_detector.py", *map(str, flags)])
     train_detector.main()
     text = capsys.readouterr().out
@@ -1052,9 +1070,11 @@ def test_prediction_lists_every_picture(bicycles, trained, tmp_path, monkeypatch
         assert sorted(row["part"] for row in own) == sorted(train_detector.load_detector(
             trained / "best_model.pth", common.choose_compute("cpu", "off"), None)[1]["settings"]["parts"])
         assert all(row["state"] == "absent" for row in own if not row["score"])
-    assert len(list((tmp_path / "d_pictures").glob("*.jpg"))) == 1
+    drawn = sorted(path.name for path in (tmp_path / "d_pictures").glob("*.jpg"))
+    assert drawn == ["000_0.jpg", "001_1.jpg", "002_2.jpg", "004_noise.jpg"], "the broken one cannot be drawn"
     # the name of the CSV was given: the JSON stands beside it
-    assert f"{len(json.loads((tmp_path / 'd.json').read_text()))} detections, " in text
+    n_found = len(json.loads((tmp_path / "d.json").read_text()))
+    assert n_found > 1 and f"{n_found} detections, {n_found} of them from score 0.06" in text
 
 
 def test_a_folder_without_pictures_has_nothing_to_predict(tmp_path):

@@ -327,13 +327,53 @@ def test_overfitting_is_told_of_the_best_epoch(monkeypatch):
         monkeypatch.setattr(train_detector, name, lambda *_, value=value: value)
     monkeypatch.setattr(train_detector.plotting, "plot_history", lambda *_: None)
     monkeypatch.setattr(train_detector, "judge", lambda *given, **known: judged.append((given[-2:], known)))
-    run = SimpleNamespace(write_record=lambda *_, **__: None, say=print, path=str, compute=None)
-    args = train_detector.parse_args(["--train_json", "a.json", "--train_images", "images", "--group_column", "street"])
+    recorded = {}
+    run = SimpleNamespace(write_record=lambda *_, **further: recorded.update(further), say=print, path=str, compute=None)
+    args = train_detector.parse_args(["--train_json", "a.json", "--train_images", "images", "--group_column", "street",
+                                      "--val_batch_size", "3"])
     split = {"train": np.arange(2), "val": np.array([2]), "test": np.array([], int)}
     train_detector.run_split(run, args, SimpleNamespace(truth=None), split)
     (where, known), = judged
     assert where == ("val", ["found"]) and known["best_epoch"] == 2
     assert known["alarms"] == ["leak", *train_detector.overfitting_alarms(history[1])] and len(known["alarms"]) == 2
+    assert recorded == {"val_batch_size": 3}, "a resumed run must keep it"
+
+
+def test_folds_are_judged_as_one_with_the_alarms_of_their_split_and_the_numbers_of_each(monkeypatch, tmp_path):
+    """Of three folds the last two, as if one more were to be trained by another job."""
+    rows = [np.array([0, 3]), np.array([1]), np.array([2, 4, 5])]
+    splits = [{"train": np.arange(6), "val": np.array([0]), "test": own} for own in rows]
+    for k in range(3):
+        (tmp_path / f"fold_{k}").mkdir()
+        common.write_json(tmp_path / f"fold_{k}" / "metrics.json", {
+            "best_epoch": k, "headline": {"value": 0.25 * k, "baseline": {"value": 0.125 * k}}})
+    judged, written, recorded = [], [], []
+    for name, function in {
+            "make_folds": lambda *_: splits, "examine_split": lambda *_: None, "check_states": lambda *_: None,
+            "check_split": lambda *_: ["leak"], "load_models": lambda path, *_: (path.parent.name, path.name),
+            "detect_rows": lambda run, args, study, rows, *found: SimpleNamespace(rows=rows, found=found),
+            "write_annotations": lambda run, args, study, split: written.append(split["folds"].tolist()),
+            "judge": lambda run, args, study, split, part, scored, **known: judged.append((split, part, scored, known))}.items():
+        monkeypatch.setattr(train_detector, name, function)
+    checked = []
+    monkeypatch.setattr(train_detector.splitting, "check_leakage", lambda report, is_allowed: checked.append(is_allowed))
+
+    def train_the_last_two(*_):
+        assert checked == [False] * 3, "all before the first one is trained"
+        return [1, 2]
+    truth = SimpleNamespace(take=lambda rows: truth, has_states=lambda: True)
+    run = SimpleNamespace(path=lambda name: tmp_path / name, each_fold=train_the_last_two, compute=None,
+                          write_record=lambda study, split: recorded.append(list(split)))
+    args = train_detector.parse_args(["--train_json", "a.json", "--train_images", "images", "--folds", "3", "--no_pretrained"])
+    train_detector.run_folds(run, args, SimpleNamespace(truth=truth))
+    [(split, part, scored, known)] = judged
+    assert recorded == [["fold_0", "fold_1", "fold_2"]] == [list(split)] and written == [[1, 2, 4, 5]] and part == "folds"
+    assert [(each.rows.tolist(), each.found) for each in scored] == [
+        ([1], ("fold_1", "best_model.pth")), ([2, 4, 5], ("fold_2", "best_model.pth"))]
+    assert known == {"alarms": ["leak"], "limits": train_detector.limits(args), "folds": [
+        {"fold": 1, "best_epoch": 1, "rows": 1, "ap": 0.25, "baseline_ap": 0.125},
+        {"fold": 2, "best_epoch": 2, "rows": 3, "ap": 0.5, "baseline_ap": 0.25}]}
+    assert len(known["limits"]) == 2, "no --group_column, and random weights"
 
 
 def test_evaluation_reads_pictures_as_the_checkpoint_does(monkeypatch, tmp_path):

@@ -586,6 +586,15 @@ def test_the_others_do_not_go_on_where_the_first_process_is_lost(monkeypatch):
     assert caught.value.said_by_first is True, "so that it is printed once"
 
 
+@torch.no_grad()
+def test_weights_in_any_layout_are_those_of_the_first_process(monkeypatch):
+    """Those in channels_last are sent as a copy."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.BatchNorm2d(2)).to(memory_format=torch.channels_last)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda whole, source: whole.fill_(7 + source))
+    common.Processes(1, 2).spread(model)
+    assert not model[0].weight.is_contiguous() and all((each == 7).all() for each in model.state_dict().values())
+
+
 @pytest.mark.parametrize("main, expected", [(lambda: None, ["barrier", "destroy"]), (lambda: sys.exit(75), ["destroy"])])
 def test_processes_part_once_all_are_done_and_on_a_stop_at_once(monkeypatch, main, expected):
     """One that left early would end the connection of those that still write; the others of a stopped run are gone."""

@@ -247,6 +247,7 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", 
     ({}, (0, 1, 0, 1)),
     ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (1, 2, 1, 2)),
     (STEP, (3, 4, 1, 2)),
+    ({"RANK": "3"}, (0, 1, 0, 1)),
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1, 0, 1)),  # the batch script of a job is no step
     ({**STEP, "RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0, 1))])  # torchrun within a step
 def test_rank_from_the_environment(env, expected):
