@@ -12,7 +12,6 @@ N_STATES = detection_scores.N_STATES
 BOX_COLUMNS = ("x1", "y1", "x2", "y2")
 PROBABILITY_COLUMNS = tuple(f"p_{state}" for state in part_boxes.STATES)
 COLUMNS = ("image", "part", "score", "state", *PROBABILITY_COLUMNS, *BOX_COLUMNS, "seen", "warning", "error")
-ROUNDING = 0.005 * N_STATES + 1e-6  # probabilities with two digits add up to 1 up to this
 
 
 def best_of_each_part(detected, threshold):
@@ -152,7 +151,8 @@ def read_states(found, faults):
         return None if found.state == part_boxes.UNKNOWN else np.eye(N_STATES)[found.state].tolist()
     numbers = list(map(part_boxes.read_number, given)) if isinstance(given, list) else []
     is_whole = len(numbers) == N_STATES and None not in numbers
-    if not is_whole or min(numbers) < 0 or abs(sum(numbers) - 1) > ROUNDING:
+    # two digits add up to 1 as far as this
+    if not is_whole or min(numbers) < 0 or abs(sum(numbers) - 1) > 0.005 * N_STATES + 1e-6:
         faults.append(f"{found.key}: expected {N_STATES} state_probabilities from 0 to 1 with sum "
                       f"1, found {str(given)[:60]}")
     return numbers

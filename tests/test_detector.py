@@ -859,7 +859,7 @@ def test_folds_judge_every_picture_by_a_detector_that_has_not_seen_it(bicycles, 
     assert [int(table[str(k)]["rows"]) for k in range(3)] == [len(split["test"]) for split in parts]
     assert [float(table[str(k)]["baseline_ap"]) for k in range(3)] == pytest.approx(
         [fold["baseline"]["map"]["value"] for fold in own], abs=1e-6)
-    priors = [common.load_model_file(run / f"fold_{k}" / "best_model.pth")["baseline"]
+    priors = [common.load_model_file(run / f"fold_{k}" / "best_model.pth", "train_detector.py")["baseline"]
               for k, split in enumerate(parts) for _ in split["test"]]
     mean_boxes = detection_judging.baseline_detections(priors, judged.sizes)
     assert metrics["baseline"]["map"]["value"] == pytest.approx(detection_scores.mean_ap(judged, mean_boxes), abs=1e-6)
@@ -950,6 +950,14 @@ def test_each_fold_leaves_two_groups(n_groups, folds, is_refused):
     for split in train_detector.make_folds(args, study):
         owners = [set(groups[split[part]]) for part in ("train", "val", "test")]
         assert all(owners) and sum(map(len, owners)) == len(set.union(*owners)) == n_groups
+
+
+def test_of_what_a_fold_does_not_leave_out_the_share_of_val_ratio_chooses_the_epoch():
+    """Of 24 pictures in three folds 8 are left out; of the 16 others a quarter."""
+    study = SimpleNamespace(truth=annotated(*[[(0, 0, BOX)]] * 24), strata=np.zeros(24, int))
+    for split in train_detector.make_folds(SimpleNamespace(folds=3, val_ratio=0.25, seed=0), study):
+        assert {part: len(rows) for part, rows in split.items()} == {"train": 12, "val": 4, "test": 8}
+        assert sorted(np.concatenate(list(split.values()))) == list(range(24))
 
 
 def test_the_mean_box_of_a_picture_is_that_of_its_fold():
