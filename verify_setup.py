@@ -321,12 +321,12 @@ def check_by_script(task, flags, temporary):
     small = ["--min_size", "128"] if task == "detector" else []  # quicker, and shows as well what is there twice
     done = run_script(f"train_{task}.py", "--mode", "audit", *small, *flags, "--output", output)
     report = common.read_json(output)
-    row = Check("OK", "data", done.stdout.strip().removesuffix(f"; written to {output}"))
-    if counts_anything(report) or report.get("damaged") or "WARNING" in done.stdout:
-        remedy = ("correct what is counted or marked WARNING; keep copies, and the levels of a "
-                  "column that tells the label, on one side of the split")
-        row = row._replace(status="WARN", remedy=remedy)
-    yield row
+    found = done.stdout.strip().removesuffix(f"; written to {output}")
+    if counts_anything(report) or report.get("damaged") or "WARNING" in found:
+        yield Check("WARN", "data", found, "correct what is counted or marked WARNING; keep copies, and the levels of "
+                    "a column that tells the label, on one side of the split")
+    else:
+        yield Check("OK", "data", found)
     bad = [": ".join(each) for each in report.get("unreadable", {}).items()]
     yield listing("FAIL", "unreadable", bad, "fix or remove them, or train with a larger --max_missing")
     skipped = [": ".join(each.values()) for each in report["skipped"]]
@@ -363,7 +363,8 @@ def check_dry_run(task, temporary):
 # --- the table -----------------------------------------------------------------
 
 def parse_args(given):
-    """Command line; dashes within a flag are read as underscores. audit_flags: those of the train script's audit."""
+    """Command line -> (flags of this script, words for the train script's audit); dashes within a flag count as
+    underscores."""
     def with_underscores(match):
         return f"--{match[1].replace('-', '_')}"
     words = [re.sub("^--([^=]+)", with_underscores, word) for word in given]
@@ -379,16 +380,14 @@ def parse_args(given):
     add("--output_dir", type=Path, default=Path("outputs"), help="where runs will be written: its disk is checked")
     add("--download_weights", nargs="*", metavar="NAME", help="only fill the weights cache (no name: all)")
     if task not in ("assessor", "all"):
-        args, audit_flags = parser.parse_known_args(words)
-        return argparse.Namespace(**vars(args), audit_flags=audit_flags)
+        return parser.parse_known_args(words)
     add = parser.add_argument_group("data of the assessor").add_argument
     add("--images_dir", type=Path, help="folder of images (default: ./images)")
     add("--ratings_file", type=Path, help="ratings table (default: the one in ./ratings)")
     add("--exact_names", action="store_true",
         help="no guess at the file that a name of another folder or spelling means")
     rating_flags.add_arguments(add)
-    parser.set_defaults(audit_flags=[])
-    return parser.parse_args(words)
+    return parser.parse_args(words), []
 
 
 def show(check):
@@ -415,14 +414,14 @@ def run_check(name, rows):
         yield show(Check("FAIL", name, str(error)))
 
 
-def machine_and_task_checks(args, tasks, temporary):
+def machine_and_task_checks(args, audit_flags, tasks, temporary):
     """(name, rows) of the machine, then of the data and, with --full, the dry run of each task."""
     yield "processor", check_processor()
     yield "GPU", check_gpu()
     yield "disk", check_space(args.output_dir)
     yield "model", check_model(tasks)
     for task in tasks:
-        own = check_assessor(args) if task == "assessor" else check_by_script(task, args.audit_flags, temporary)
+        own = check_assessor(args) if task == "assessor" else check_by_script(task, audit_flags, temporary)
         yield f"data of {task}", own
         if args.full:
             yield f"dry run {task}", check_dry_run(task, temporary)
@@ -430,14 +429,14 @@ def machine_and_task_checks(args, tasks, temporary):
 
 def main(argv=None):
     """Print the table; returns the exit code."""
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args, audit_flags = parse_args(sys.argv[1:] if argv is None else argv)
     statuses = list(map(show, check_installation()))
     if "FAIL" in statuses:
         print("Fix these first; the other checks need them.")
         return 1
     tasks = TASKS if args.task == "all" else (args.task,)
     with tempfile.TemporaryDirectory(prefix="verify_setup_") as temporary:
-        checks = machine_and_task_checks(args, tasks, Path(temporary))
+        checks = machine_and_task_checks(args, audit_flags, tasks, Path(temporary))
         if args.download_weights is not None:
             checks = [("--download_weights", download_weights(args.download_weights or weights_of(tasks)))]
         for name, rows in checks:

@@ -44,7 +44,7 @@ def install_fake(folder, package, version):
 def assessor_args(images_dir, ratings_file, *flags):
     """Command line of the check of these data."""
     data = ["--images_dir", str(images_dir), "--ratings_file", str(ratings_file)]
-    return verify_setup.parse_args(["--task", "assessor", *data, *flags])
+    return verify_setup.parse_args(["--task", "assessor", *data, *flags])[0]
 
 
 def audit(images_dir, ratings_file, **flags):
@@ -333,9 +333,9 @@ def test_data_are_looked_for_in_the_stated_order(study, monkeypatch):
 def audit_video(temporary, **flags):
     """{name: Check} of a manifest of events."""
     words = [f"--{name}={value}" for name, value in flags.items()]
-    args = verify_setup.parse_args(["--task", "video", *words])
+    _, audit_flags = verify_setup.parse_args(["--task", "video", *words])
     with mock.patch.object(verify_setup, "run_script", run_script):  # without the imports of another process
-        return {check.name: check for check in verify_setup.check_by_script("video", args.audit_flags, temporary)}
+        return {check.name: check for check in verify_setup.check_by_script("video", audit_flags, temporary)}
 
 
 @pytest.fixture
@@ -407,20 +407,20 @@ def test_a_manifest_that_cannot_be_read_is_a_fail_row(clips, capsys):
 # --- the table -------------------------------------------------------------------
 
 def test_dashes_are_accepted_within_flags_only():
-    args = verify_setup.parse_args(["--images-dir", "my-pictures", "--ratings-file=a-b.csv", "--download-weights"])
+    args, _ = verify_setup.parse_args(["--images-dir", "my-pictures", "--ratings-file=a-b.csv", "--download-weights"])
     assert (str(args.images_dir), str(args.ratings_file), args.download_weights) == ("my-pictures", "a-b.csv", [])
 
 
 def test_further_flags_go_to_the_audit_of_the_task_that_is_named(capsys):
     words = ["--label-map", "a.json", "--full", "--fps=6", "--output-dir", "o"]
-    args = verify_setup.parse_args(["--task", "video", *words])
-    assert args.audit_flags == ["--label_map", "a.json", "--fps=6"] and args.full and str(args.output_dir) == "o"
+    args, audit_flags = verify_setup.parse_args(["--task", "video", *words])
+    assert audit_flags == ["--label_map", "a.json", "--fps=6"] and args.full and str(args.output_dir) == "o"
     for words in (["--label_map", "a.json"], ["--task", "assessor", "--image_dir", "here"]):
         with pytest.raises(SystemExit) as stopped:
             verify_setup.parse_args(words)
         assert stopped.value.code == 2 and words[-2] in capsys.readouterr().err
     flags = ["--images_dir", "i", "--ratings_file=t.csv"]
-    assert verify_setup.parse_args(["--task", "detector", *flags]).audit_flags == flags, "to be refused by its audit"
+    assert verify_setup.parse_args(["--task", "detector", *flags])[1] == flags, "to be refused by its audit"
 
 
 def test_flags_of_the_assessor_check_no_other_task(study, capsys, monkeypatch):
