@@ -467,8 +467,9 @@ def make_events(folder, n_events, seed):
     junk.with_name(f"._{junk.name}").write_bytes(b"Mac OS X")
     manifests = folder / "manifests"
     manifests.mkdir()
-    for name, groups in {"all": range(1, N_GROUPS + 1), **PARTS}.items():
-        common.write_table(manifests / f"{name}.csv", [row for row in rows if row["group"] in groups])
+    common.write_table(manifests / "all.csv", rows)
+    for part, groups in PARTS.items():
+        common.write_table(manifests / f"{part}.csv", [row for row in rows if row["group"] in groups])
     labels = {text: label for label, texts in SPELLINGS.items() for text in texts}
     common.write_json(manifests / "label_map.json", labels)
 
@@ -642,7 +643,7 @@ def picture_annotation(row, width, height, street, seen, rng):
 
 def make_detector(folder, n_images, seed):
     """Bicycles, their annotations in both formats in `folder`; returns the ground truth."""
-    n_streets = max(5, n_images // 6)
+    n_streets = n_images // 6
     (folder / "images").mkdir()
     content = {}
     trust_rng = generator(seed, 2)
@@ -748,7 +749,7 @@ def write_sequence(folder, poses, bend, blobs, quirk, rng):
 def make_dreamer(folder, n_transitions, seed):
     """Sequences of slices of several patients in `folder` (which exists and is empty); returns the ground truth."""
     n_sequences = max(6, round(n_transitions / PER_SEQUENCE))
-    n_patients = max(3, n_sequences // 2)
+    n_patients = n_sequences // 2
     anatomy = make_blobs(N_SHARED, (6, 14), (60, 140), generator(seed, 0))
     patients = {}
     for k, part in enumerate(np.array_split(range(n_transitions), n_sequences)):

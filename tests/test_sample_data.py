@@ -231,8 +231,19 @@ def test_interrupted_run_leaves_no_half_data(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["assessor"]
 
 
+def test_the_fewest_samples_have_groups_for_every_part(tmp_path):
+    """29 are refused, see below."""
+    for name in ("detector", "dreamer"):
+        (tmp_path / name).mkdir()
+    make_sample_data.make_detector(tmp_path / "detector", 30, 1)
+    annotations = common.read_json(tmp_path / "detector" / "annotations.json")
+    assert len({entry["street"] for entry in annotations.values()}) == 5
+    make_sample_data.make_dreamer(tmp_path / "dreamer", 30, 1)
+    assert len(set(common.read_json(tmp_path / "dreamer" / "patient_map.json").values())) == 3
+
+
 @pytest.mark.parametrize("flags, message", [
-    (["--n_images", "5"], "n_images"), (["--seed", "-1"], "seed"), (["--task", "poetry"], "poetry"),
+    (["--n_images", "29"], "n_images"), (["--seed", "-1"], "seed"), (["--task", "poetry"], "poetry"),
     (["--images", "9"], "--n_images")])
 def test_bad_flags_exit_2(tmp_path, monkeypatch, capsys, flags, message):
     with pytest.raises(SystemExit) as stopped:
