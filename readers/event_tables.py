@@ -516,7 +516,7 @@ def build_table(rows, extra, names, notes, group, group_column, target=None, row
         first = [f"{row['row']}: {row['reason']}" for row in skipped]
         raise common.UserError(f"no usable row of {len(rows)}: {common.shorten_list(first, 3)}")
     rows = rows[keep]
-    extra = with_own_columns(extra[keep].reset_index(drop=True), rows["place"])
+    extra = with_own_columns(extra[keep].assign(row_order=rows["place"]).reset_index(drop=True))
     videos = paths_below_root(rows["source"], rows["root"])
     clip_ids = np.array(list(map(clip_name, videos, rows["start"], rows["end"], rows["unit"])))
     table = EventTable(
@@ -556,9 +556,8 @@ def clip_name(video, start, end, unit):
     return f"{video}@{start:.10g}-{end:.10g}{'f' if unit == 'frame' else ''}"
 
 
-def with_own_columns(extra, places):
-    """The other columns, and what is derived from them: row_order, the pair of animals, the hour."""
-    extra = extra.assign(row_order=list(places))
+def with_own_columns(extra):
+    """The other columns, and what is derived from them: the pair of animals, the hour."""
     if "initiator_id" in extra and "receiver_id" in extra and "pair" not in extra:
         animals = extra[["initiator_id", "receiver_id"]].map(plain_level)
         extra["pair"] = animals.agg(" > ".join, axis=1)
