@@ -19,7 +19,6 @@ IOUS = (0.25, 0.5)
 SLACK_SEC = 1e-6  # times of a grid are rounded: 0.1 + 0.2 is as long as 0.3
 STRIP_SEC = 600  # of an ethogram, as the next one
 MOST_STRIPS = 12
-COLOURS = (plotting.BLUE, plotting.ORANGE, plotting.GREEN, plotting.PURPLE, plotting.SKY, plotting.YELLOW)
 
 
 def add_arguments(add):
@@ -145,7 +144,8 @@ def plot_ethogram(windows, bouts, names, path):
         for c, name in enumerate(names):
             bars = [(bout.start_sec / unit, (bout.end_sec - bout.start_sec) / unit)
                     for bout in bouts if bout.label == name]
-            axis.broken_barh(bars, (c - 0.4, 0.8), color=COLOURS[c % len(COLOURS)], alpha=0.6, linewidth=0)
+            colour = plotting.CYCLE[c % len(plotting.CYCLE)]
+            axis.broken_barh(bars, (c - 0.4, 0.8), color=colour, alpha=0.6, linewidth=0)
             axis.plot(middles, c + 0.4 - 0.8 * windows.probability[:, c], color=plotting.INK, linewidth=0.7)
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_yticks(range(len(names)), plotting.without_math(names, 28))
@@ -191,7 +191,7 @@ def count_pairs(found, true, iou):
     true_starts, true_ends = true.T  # (m,) each
     both = np.minimum(ends, true_ends) - np.maximum(starts, true_starts)  # (n, m), below 0: apart
     hull = np.maximum(ends, true_ends) - np.minimum(starts, true_starts)
-    overlap = both / np.maximum(hull, 1e-9)
+    overlap = both / hull
     count = 0
     while overlap.max(initial=-1.0) >= iou:
         row, column = np.unravel_index(overlap.argmax(), overlap.shape)
@@ -217,15 +217,14 @@ def read_spans(path):
     return pd.read_csv(path, dtype=words, keep_default_na=False)
 
 
-def events_in(watched, table):
+def events_in(watched, table, videos):
     """DataFrame of the events of an EventTable, cut to what was watched.
 
     UserError: none is of a recording.
 
-    watched: DataFrame of the video (its index), start_sec and end_sec of each recording.
+    watched: DataFrame of the video (its index), start_sec and end_sec of each recording; videos: of the N events.
     """
     import pandas as pd
-    videos = [str(source.resolve()) for source in table.sources]
     first_sec, last_sec = watched.reindex(videos).to_numpy().T  # NaN: of no recording
     start_sec = np.fmax(first_sec, table.windows[:, 0])  # without times: from the start to the end
     end_sec = np.fmin(last_sec, table.windows[:, 1])
@@ -272,12 +271,12 @@ def judge_folder(folder, read_table, output):
         lines = [f"{entry['row']}, {entry['video']}: {entry['reason']}" for entry in table.skipped]
         print(f"skipped: {common.shorten_list(lines)}")
     bouts = read_spans(folder / "bouts.csv")
+    videos = [str(source.resolve()) for source in table.sources]
     group_of = {}
     if table.groups is not None:
-        videos = [str(source.resolve()) for source in table.sources]
         group_of = dict(zip(videos, event_tables.connected([videos, table.groups])))  # groups in one video are one
     watched = windows.groupby("video", sort=False).agg({"start_sec": "min", "end_sec": "max"})
-    rows, method = judge_bouts(watched, bouts, events_in(watched, table), table.names, group_of)
+    rows, method = judge_bouts(watched, bouts, events_in(watched, table, videos), table.names, group_of)
     output = output or folder / "bout_scores.csv"
     common.write_table(output, rows)
     for row in rows:
@@ -341,10 +340,9 @@ def judge_bouts(watched, bouts, events, names, group_of):
         for name in names:
             found = spans_of(bouts, video, name)
             true = spans_of(events, video, name)
-            counts.append(compare_spans(found, true, end_sec - start_sec))
-    groups = [group_of.get(video, video) for video in watched.index]
-    keys = [np.repeat(groups, len(names)), len(groups) * list(names)]
-    summed = pd.DataFrame(counts).groupby(keys, sort=False).sum()
+            own = compare_spans(found, true, end_sec - start_sec)
+            counts.append({"group": group_of.get(video, video), "label": name, **own})
+    summed = pd.DataFrame(counts).groupby(["group", "label"], sort=False).sum()
     numbers = {key: column.to_numpy().reshape(-1, len(names)) for key, column in summed.items()}  # (V, C) each
     n_videos = len(numbers["bouts"])
 

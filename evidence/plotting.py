@@ -19,6 +19,7 @@ GREEN = "#009E73"
 PURPLE = "#CC79A7"
 SKY = "#56B4E9"
 YELLOW = "#E69F00"
+CYCLE = (BLUE, GREEN, PURPLE, YELLOW, SKY, ORANGE)  # of curves, bars and classes, in turn
 MOST_TARGETS = 40  # of one plot
 
 
@@ -47,7 +48,7 @@ def new_figure(n_panels, columns, panel_inches, share_y=False):
         axis.ticklabel_format(useOffset=False)
         axis.grid(color=GRID)
         axis.set_axisbelow(True)
-        axis.set_prop_cycle(color=[BLUE, GREEN, PURPLE, YELLOW, SKY, ORANGE])
+        axis.set_prop_cycle(color=CYCLE)
     return figure, axes[:n_panels]
 
 
@@ -125,11 +126,8 @@ def _draw_history_panel(axis, history, title, columns, best_epoch):
     axis.locator_params(axis="x", integer=True)
     if len(columns) > 1:
         _add_legend(axis)
-    note = ""
-    if best_epoch is not None:
-        axis.axvline(best_epoch, color=INK, linewidth=0.9, linestyle=":")
-        note = f"best epoch {best_epoch:g}"
-    set_title(axis, title, note)
+    axis.axvline(best_epoch, color=INK, linewidth=0.9, linestyle=":")
+    set_title(axis, title, f"best epoch {best_epoch:g}")
 
 
 def plot_history(history, path, best_epoch, facts=()):
@@ -260,16 +258,13 @@ def plot_batch(run, dataset, labels):
 
 def plot_scatter(table, path):
     """Predicted over true of a ScoreTable as PNG, a panel per score (the first 40) with identity line, r and n."""
-    predicted = table.predicted
-    target = table.target
-    known = np.isfinite(predicted - target)
-    masked = np.where(known, target, np.nan)
-    pearson_r = common.regression_metrics(predicted, masked)["pearson_r"]  # (R,)
+    pearson_r = common.regression_metrics(table.predicted, table.target)["pearson_r"]  # (R,)
     n_panels = min(len(table.names), MOST_TARGETS)
     figure, axes = new_figure(n_panels, min(n_panels, 6), (2.1, 2.1))
     for j, axis in enumerate(axes):
-        x = target[known[:, j], j]  # (n,)
-        y = predicted[known[:, j], j]
+        known = table.is_known[:, j]
+        x = table.target[known, j]  # (n,)
+        y = table.predicted[known, j]
         axis.plot(x, y, "o", color=BLUE, markersize=3, alpha=0.4, markeredgewidth=0)
         both = [*x, *y] or [0, 1]
         _draw_diagonal(axis, [min(both), max(both)])

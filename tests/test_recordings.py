@@ -20,7 +20,7 @@ from PIL import Image
 from sklearn.metrics import cohen_kappa_score
 
 import common
-from evidence import ethograms
+from evidence import ethograms, plotting
 from readers import sliding_windows, video_files
 import train_video
 from conftest import ROOT, only_run, run_here, run_script
@@ -123,7 +123,7 @@ def test_a_bout_of_seconds_is_seen_in_the_ethogram_of_an_hour(tmp_path):
     ethograms.plot_ethogram(windows, ethograms.bouts_of(windows, NAMES), NAMES, tmp_path / "hour.png")
     pixels = np.asarray(Image.open(tmp_path / "hour.png").convert("RGB")).astype(int)
     n_of = {}
-    for name, colour in zip(NAMES, ethograms.COLOURS):
+    for name, colour in zip(NAMES, plotting.CYCLE):
         bar = 255 - 0.6 * (255 - 255 * np.array(to_rgb(colour)))  # on white
         n_of[name] = (np.abs(pixels - bar).max(2) < 20).sum(1)  # of each line of pixels
     assert 6 <= n_of["bite"].max() <= 12, "6 of 600 s on some 900 pixels"
@@ -204,16 +204,15 @@ def test_events_past_what_was_watched_are_cut(capsys):
     """What lies past the end, and points of which no bout can hold a part, are said and do not count as missed."""
     watched = watched_of({"/v": (0, 10)})
     spans = np.array([(0, 4), (8, 14), (12, 13), (5, 5), (1, 2)], float)
-    table = SimpleNamespace(
-        windows=spans, sources=[*4 * [Path("/v")], Path("/w")], names=["bite"], label=np.zeros(5, int))
-    events = ethograms.events_in(watched, table)
+    table = SimpleNamespace(windows=spans, names=["bite"], label=np.zeros(5, int))
+    events = ethograms.events_in(watched, table, [*4 * ["/v"], "/w"])
     said = capsys.readouterr().out
     assert "note: 2 events in these recordings are left out" in said and "2 of 5 events are in the recordings" in said
     [row], _ = ethograms.judge_bouts(watched, table_of({"/v": {"bite": [(8, 10)]}}), events, ["bite"], {})
     assert (row["events"], row["bouts"], row["recall_at_0.5"]) == (2, 1, 0.5)
     assert np.isnan(row["recall_at_0.5_low"]), "one video gives no interval"
     table.windows = spans[[3, 3, 3, 3, 3]]
-    events = ethograms.events_in(watched, table)
+    events = ethograms.events_in(watched, table, [*4 * ["/v"], "/w"])
     assert "--min_event_sec 1" in capsys.readouterr().out
     [row], _ = ethograms.judge_bouts(watched, table_of({"/v": {"bite": [(8, 10)]}}), events, ["bite"], {})
     assert (row["events"], row["bouts"], row["precision_at_0.5"]) == (0, 1, 0), "a false bout counts"
@@ -456,9 +455,9 @@ def test_bouts_of_two_cameras_are_judged_over_their_sessions(tmp_path, capsys):
 @pytest.mark.parametrize("second, is_noted", [((4, 9), True), ((5, 9), False)])
 def test_events_of_one_class_that_overlap_are_noted(capsys, second, is_noted):
     """Two observers in one table: each bout can be paired with an event of one of them alone."""
-    table = SimpleNamespace(windows=np.array([(0, 5), second, (2, 8)], float), sources=3 * [Path("/v")],
+    table = SimpleNamespace(windows=np.array([(0, 5), second, (2, 8)], float),
                             names=["bite", "walk"], label=np.array([0, 0, 1]))
-    ethograms.events_in(watched_of({"/v": (0, 10)}), table)
+    ethograms.events_in(watched_of({"/v": (0, 10)}), table, 3 * ["/v"])
     note = "note: events of one class overlap in 1 recordings."
     assert (note in capsys.readouterr().out) is is_noted
 

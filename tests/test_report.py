@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import common
-from evidence import plotting, reporting
+from evidence import plotting, prediction_tables, reporting
 from evidence.verdicts import Verdict
 
 VOID = {"meta", "img", "br", "hr", "link"}
@@ -217,7 +217,7 @@ def check_png(path, min_width=400):
     assert path.stat().st_size < 200_000
 
 
-@pytest.mark.parametrize("n_epochs, best", [(1, None), (30, 12)])
+@pytest.mark.parametrize("n_epochs, best", [(1, 1), (30, 12)])
 def test_plot_history(tmp_path, n_epochs, best):
     plotting.plot_history(history(n_epochs), tmp_path / "h.png", best)
     check_png(tmp_path / "h.png")
@@ -273,9 +273,10 @@ def test_plot_scatter(tmp_path, n_targets):
     target = rng.normal(size=(60, n_targets))
     target[:, 0], target[3, -1] = np.nan, np.nan
     predicted = target + rng.normal(size=target.shape)
-    predicted[5, -1] = np.nan
+    predicted[3, -1] = np.nan  # where there is a true value, refuse_useless refuses it
     names = [f"$rating^ {i}$" for i in range(n_targets)]
-    plotting.plot_scatter(SimpleNamespace(predicted=predicted, target=target, names=names), tmp_path / "s.png")
+    table = prediction_tables.ScoreTable(keys={}, names=names, baselines={}, target=target, predicted=predicted)
+    plotting.plot_scatter(table, tmp_path / "s.png")
     check_png(tmp_path / "s.png", 200)
     with Image.open(tmp_path / "s.png") as picture:
         assert picture.height < 8 * 300, "the first 40 alone are drawn, six in a row"
@@ -325,7 +326,7 @@ def test_one_epoch_makes_no_learning_curve(tmp_path):
     history = [{"epoch": epoch, "val_loss": 1 / epoch, "learning_rate": 1e-3} for epoch in (1, 2)]
     for n_rows, n_shown in ((1, 0), (2, 1)):
         common.write_table(tmp_path / "training_history.csv", history[:n_rows])
-        plotting.plot_history(history[:n_rows], tmp_path / "training_history.png", None)
+        plotting.plot_history(history[:n_rows], tmp_path / "training_history.png", 1)
         assert len(reporting.history_blocks(SimpleNamespace(folder=tmp_path))) == n_shown
 
 
