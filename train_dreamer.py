@@ -668,8 +668,8 @@ class DreamLoss:
     def of_pose(self, name, predicted, target):
         """SmoothL1 of at1 or at2 in units of its sd, angles wrapped: (B, 6), (B, 6) with NaN = missing -> (B,)."""
         labelled = ~torch.isnan(target)  # (B, 6), True = a label is there
-        known = torch.where(labelled, target, predicted.detach())  # where none is: the error and its gradient are 0
-        error = probe_poses.pose_error(predicted, known) / common.on_device(self.sd[name], predicted.device)
+        error = torch.where(labelled, probe_poses.pose_error(predicted, target), 0.0)
+        error = error / common.on_device(self.sd[name], predicted.device)
         losses = nn.functional.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=self.beta)
         return losses.sum(1) / labelled.sum(1).clamp(min=1)  # (B, 6) -> (B,)
 
@@ -725,6 +725,7 @@ def evaluate(model, loader, loss_function, compute):
         frame_t1, frame_t2, poses = to_device(batch, compute)
         with compute.autocast():
             imagined = model(frame_t1, poses["motion"])
+            features_t2 = model.true_features(frame_t2) if model.imagines else None
         batches.append({
             "at1": imagined.at1,
             "features": imagined.features_t1.mean(2) if model.imagines else imagined.features_t1,
@@ -732,8 +733,6 @@ def evaluate(model, loader, loss_function, compute):
             "main_task_loss": loss_function.of_pose("at1", imagined.at1, poses["at1"]),  # (B,)
             "t2_loss": loss_function.of_pose("at2", imagined.at2, poses["at2"])})
         if model.imagines:
-            with compute.autocast():
-                features_t2 = model.true_features(frame_t2)  # (B, F, G)
             batches[-1] |= pose_scores.latent_terms(imagined.features_t1, imagined.features_t2, features_t2)
     rows = join_batches(batches, compute)  # {name: (M, ...)}
     means = {name: rows[name].mean() for name in ("main_task_loss", "t2_loss")}
@@ -872,14 +871,11 @@ def with_features(study, rows, args, compute, encoder=None):
         encoder = build_encoder(args, GridEncoder)
     encoder = compute.place(encoder).eval()
     wanted = np.unique(study.frames[rows])
-    outputs = []
+    grids = np.zeros((len(study.store), encoder.scales.n_features), np.float32)
     for chunk in np.array_split(wanted, math.ceil(len(wanted) / 64)):
         frames = np.stack([study.picture(i) for i in chunk])  # (64, S, S, 3)
         frames = torch.from_numpy(to_grey(frames))  # (64, S, S, 3) -> (64, 1, S, S)
-        with compute.autocast():
-            outputs.append(encoder(compute.send(frames)).float().cpu().numpy())
-    grids = np.zeros((len(study.store), encoder.scales.n_features), np.float32)
-    grids[wanted] = np.concatenate(outputs)
+        grids[chunk] = encoder(compute.send(frames)).cpu()
     return dataclasses.replace(study, grids=grids, blocks=encoder.scales.blocks)
 
 
@@ -909,16 +905,17 @@ def predict_baselines(study, train, rows, readout=None, centre=None):
     if not len(train):
         return predicted
     deviation = probe_poses.difference(study.at1, centre)  # (N, 6)
+    known = np.nan_to_num(deviation[train])  # a missing label counts as the mean
     near = baseline_models.place_weights(study.place, study.sequences, train, rows)  # (M, N_train)
     motion_ridge = baseline_models.fit_readout(study.motion[train], deviation[train], study.inner_groups(train))
     found = {
-        "frame_index": near @ np.nan_to_num(deviation[train]),
+        "frame_index": near @ known,
         "motion_ridge": motion_ridge.predict(study.motion[rows]),
         **baseline_models.time_baselines(deviation, study.order, study.sequences, train, rows),
     }
     same = study.patients[rows][:, None] == study.patients[train]  # (M, N_train), one patient
     if same.any() and not same.all():  # several patients, of whom one without train rows gets the train mean
-        found["patient_mean"] = same / same.sum(1, keepdims=True).clip(1) @ np.nan_to_num(deviation[train])
+        found["patient_mean"] = same / same.sum(1, keepdims=True).clip(1) @ known
     predicted |= {name: centre + values for name, values in found.items()}
     if readout:
         predicted["grid_readout"] = readout.predict(study.grids_at_t1(rows))
@@ -928,7 +925,7 @@ def predict_baselines(study, train, rows, readout=None, centre=None):
 # --- results: predictions table -> judged run folder -------------------------------------------
 
 def predictions_table(study, rows, predicted, others, seen):
-    """ScoreTable of at1 for these rows; predicted (M, 6); others {baseline: (M, 6)}; seen: (M,) of seen_rows.WORDS.
+    """ScoreTable of at1 for these rows; predicted (M, 6); others {baseline: (M, 6)}; seen: SeenRows of the model.
 
     Angles are turned to within 180 degrees of the truth, and the truth of its circular
     mean over the study, so that whoever subtracts them gets their errors, and
@@ -942,7 +939,7 @@ def predictions_table(study, rows, predicted, others, seen):
         predicted=pose_scores.wrapped(predicted, target),
         baselines={name: pose_scores.wrapped(block, target) for name, block in others.items()},
         groups=study.patients[rows],
-        seen=seen)
+        seen=seen.words(study.hashes[rows]))
 
 
 @common.first_process_only
@@ -1109,7 +1106,7 @@ def judge_split(args, study, split, readout, training, loss_function):
         own = split[of_part]
         loader = make_loader(study, own, args, run.compute)
         predicted, features, numbers = evaluate(model, loader, loss_function, run.compute)
-        table = predictions_table(study, own, predicted, baselines, training.seen.words(study.hashes[own]))
+        table = predictions_table(study, own, predicted, baselines, training.seen)
         return table, features, numbers
 
     part = "val"
@@ -1180,10 +1177,9 @@ def run_folds(run, args, study):
     study = with_features(study, np.arange(len(study.names)), args, run.compute)
     chosen = run.each_fold(splits, lambda child, split: run_split(child, args, study, split))
     tables = prediction_tables.read_folds(run, chosen, left_out)
-    joined = prediction_tables.join(tables, chosen)
-    rows = joined.rows_of(study.names)
-    pooled = predictions_table(study, rows, joined.predicted, joined.baselines, joined.seen)
-    pooled.keys["fold"] = joined.keys["fold"]
+    pooled = prediction_tables.join(tables, chosen)
+    rows = pooled.rows_of(study.names)
+    pooled.groups = study.patients[rows]  # as a cell, a name such as NA would be blank
     pooled.write(run.path("predictions_folds.csv"))
     numbers = [
         pose_scores.fold_numbers(table, study.label_sd) | common.read_json(run.path(f"fold_{k}/metrics.json"))["use"]
@@ -1272,7 +1268,7 @@ def evaluate_checkpoint(run, args):
     loader = make_loader(study, rows, args, run.compute)
     predicted, _, numbers = evaluate(model, loader, loss_function, run.compute)
     others = predict_baselines(study, fitted, rows, readout, content["scaler"]["at1"]["mean"].numpy())
-    table = predictions_table(study, rows, predicted, others, seen.words(study.hashes[rows]))
+    table = predictions_table(study, rows, predicted, others, seen)
     table.write(run.path(f"predictions_{part}.csv"))
     trained = fitted[seen.words(study.hashes[fitted]) == "train"]
     use = use_of_inputs(model, loader, numbers, loss_function, run.compute, study, trained, rows)
@@ -1292,13 +1288,13 @@ def predict(run, args):
     run.write_record(study, {"all": rows})
     loader = make_loader(study, rows, args, run.compute)
     predicted, features, _ = evaluate(model, loader, loss_function, run.compute)
-    seen = seen_rows.of_checkpoint(content).words(study.hashes)
+    seen = seen_rows.of_checkpoint(content)
     table = predictions_table(study, rows, predicted, {"motion": study.motion}, seen)
-    table.warning = row_warnings.texts([(content, features)], seen, "frames", run.say)
+    table.warning = row_warnings.texts([(content, features)], table.seen, "frames", run.say)
     table.write(run.path("predictions.csv"))
     common.write_json(run.path("metrics.json"),
                       {"part": "predict", "rows": len(rows), "epoch": content["epoch"]})
-    seen_rows.say_notes(seen, run.say)
+    seen_rows.say_notes(table.seen, run.say)
     run.say(f"{len(rows)} transitions; predicted: the motion asked for at t1. Open next: {run.path('predictions.csv')}")
 
 

@@ -194,17 +194,14 @@ class ClassTable(Rows):
 
         What is left of an AUC once a level can no longer tell the class; NaN without such a pair.
         """
-        score = self.probability[:, self.positive]
+        import pandas as pd
+        score = pd.Series(self.probability[:, self.positive])
         is_positive = self.label == self.positive
-        won = []
-        pairs = []
-        for level in np.unique(levels):
-            here = levels == level
-            pairs.append(is_positive[here].sum() * (~is_positive[here]).sum())
-            auc, _ = class_scores.ranking_metrics(score[here], is_positive[here])
-            won.append(pairs[-1] * auc[0])
+        # a rank among the rows of the level less that among its like: how many others are below, equal ones half
+        below = score.groupby(levels).rank() - score.groupby([levels, is_positive]).rank()
+        others = pd.Series(~is_positive).groupby(levels).transform("sum")
         with common.undefined_is_nan():
-            return np.nansum(won) / np.sum(pairs)
+            return below[is_positive].sum() / others[is_positive].sum()
 
     def compare(self):
         """subject_intervals.Result, paired with the best baseline; each decides by its own threshold, if any."""
@@ -317,7 +314,7 @@ def combine(records, function, names=None):
 # --- a table of any program ------------------------------------------------------------------------
 
 ID_COLUMNS = "image clip_id id filename file name".split()
-FURTHER_KEYS = "event n_clips video start_sec end_sec fold".split()
+FURTHER_KEYS = "sequence event n_clips video start_sec end_sec fold".split()
 KNOWN_COLUMNS = [*FURTHER_KEYS, "seen"]  # whatever their case
 BOUNDS = ("sd", "low", "high")  # NAME_ of how sure the model is: baselines only where one is named
 LABEL_COLUMNS = ("true_label", "label", "true", "target")

@@ -14,13 +14,14 @@ from scipy.spatial.transform import Rotation
 
 import common
 import make_sample_data
-from evidence import baseline_models, pose_audit, pose_scores, prediction_tables, splitting
+from evidence import baseline_models, pose_audit, pose_scores, prediction_tables, seen_rows, splitting
 import train_dreamer
 from conftest import only_run, run_script
 from readers.probe_poses import FIELDS
 from readers import picture_files, probe_poses
 
 DRAWS = np.random.default_rng(11)
+NONE_SEEN = seen_rows.SeenRows([], [])
 
 
 def write_sequence(folder, count=6, motions="additive", edit=None, wrap=None, scale=1.0):
@@ -471,7 +472,7 @@ def test_prediction_off_the_frame_needs_nothing_but_frames(tmp_path, recwarn):
             del row["at1_6dof"], row["at2_6dof"], row["action_change_6dof"], row["ft2_image_path"]
     write_sequence(tmp_path / "data" / "a_01", edit=edit)
     study, _, _ = load(tmp_path / "data", needs_labels=False)
-    table = train_dreamer.predictions_table(study, np.arange(6), np.full((6, 6), 190.0), {}, np.full(6, "new"))
+    table = train_dreamer.predictions_table(study, np.arange(6), np.full((6, 6), 190.0), {}, NONE_SEEN)
     assert (table.predicted == [190.0] * 3 + [-170.0] * 3).all() and not recwarn.list
     with pytest.raises(common.UserError, match="no usable action_change_6dof"):
         load(tmp_path / "data", "--token_type", "spatial", needs_labels=False)
@@ -487,7 +488,7 @@ def test_the_poses_of_a_predictions_table_subtract(tmp_path):
     write_sequence(tmp_path / "data" / "a_01", edit=edit)
     study, _, _ = load(tmp_path / "data")
     rows = np.arange(6)
-    table = train_dreamer.predictions_table(study, rows, study.at1 + 1.5, {}, np.full(6, "new"))
+    table = train_dreamer.predictions_table(study, rows, study.at1 + 1.5, {}, NONE_SEEN)
     assert np.allclose(table.predicted - table.target, 1.5)
 
 
