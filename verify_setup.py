@@ -65,7 +65,7 @@ Check = collections.namedtuple("Check", "status name found remedy", defaults=(""
 
 def version_numbers(text):
     """'2.14.1+cu130' -> (2, 14, 1): the leading numbers, for comparison."""
-    return tuple(int(number) for number in re.match(r"[\d.]*", text)[0].split(".") if number)
+    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", text)[0])))
 
 
 def read_requirements(path):
@@ -333,13 +333,12 @@ def check_by_script(task, flags, temporary):
     yield listing("WARN", "left out", skipped, "correct them, or train without them")
 
 
-def counts_anything(found, what=""):
+def counts_anything(found):
     """Whether an audit's JSON has a count above 0, other than of near neighbours, which every recording has."""
-    if what.startswith("near_"):
-        return False
     if "count" in found:
         return found["count"] > 0
-    return any(counts_anything(each, name) for name, each in found.items() if isinstance(each, dict))
+    return any(counts_anything(each) for name, each in found.items()
+               if isinstance(each, dict) and not name.startswith("near_"))
 
 
 def listing(status, what, examples, remedy, none="none"):
