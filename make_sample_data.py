@@ -307,6 +307,7 @@ OTHER_PAIRS = [pair for pair in itertools.permutations(range(1, 5), 2) if pair !
 
 @dataclasses.dataclass
 class Event:
+    """A nod of one animal at another, and what the manifest says of it."""
     behavior: str
     duration: float  # seconds
     offset: float  # seconds from the start of the video
@@ -317,7 +318,8 @@ class Event:
 
 @dataclasses.dataclass
 class Video:
-    group: int
+    """A recording of one pen."""
+    group: int  # the pen
     day: int
     file: str
     fps: float
@@ -652,8 +654,7 @@ def make_detector(folder, n_images, seed):
         street = row % n_streets
         states = rng.choice(part_boxes.STATES, len(PART_LOOKS), p=STATE_SHARES)
         width, height = rng.integers([220, 170], [281, 211]).tolist()
-        street_rng = generator(seed, 4, street)
-        background = draw_background((2 * width, 2 * height), street_rng)
+        background = draw_background((2 * width, 2 * height), generator(seed, 4, street))
         pixels, parts = draw_bicycle(states, background, rng)
         Image.fromarray(pixels).save(folder / "images" / f"{row}.jpg", quality=90)
         content |= picture_annotation(row, width, height, street, parts, trust_rng)

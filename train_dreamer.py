@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add_data_arguments(parser.group("transitions and patients"))
     add_model_arguments(parser.group("model"))
     add_world_model_arguments(parser.group("world model: --token_type channel or spatial"))
-    first = common.parse_arguments(parser, argv)
+    first = common.parse_arguments(parser, argv)  # on which some defaults depend
     parser.set_defaults(**dependent_defaults(first))
     args = common.parse_arguments(parser, argv)
     splitting.check_flags(parser, args)

@@ -368,7 +368,7 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
 
 def read_folds(run, chosen, part):
     """The tables of one part of these folds of a run."""
-    return [read_predictions(run.path(f"fold_{k}") / f"predictions_{part}.csv") for k in chosen]
+    return [read_predictions(run.path(f"fold_{k}/predictions_{part}.csv")) for k in chosen]
 
 
 def refuse_useless(table, path):
@@ -442,6 +442,7 @@ def _probabilities(table, prefix, names, path):
 
 
 def _read_scores(table, path, names, baseline, shared):
+    """ScoreTable of the columns NAME_true, NAME_predicted and NAME_BASELINE; shared: fields of Rows."""
     first = f"{names[0]}_"
     kinds = [column.removeprefix(first) for column in table if column.startswith(first)]
     # texts beside the scores, such as a remark, are no predictions of them
@@ -461,7 +462,10 @@ def _read_scores(table, path, names, baseline, shared):
 
 
 def _score_baselines(found, table, baseline, path):
-    """{name: (M, R)} of a ScoreTable whose baselines are all that may be one; baseline: as in read_predictions."""
+    """{name: (M, R)} of a ScoreTable, which still holds every further column of its scores as a baseline.
+
+    baseline: as in read_predictions.
+    """
     if baseline in table and len(found.names) == 1:
         return {baseline: _block(table, [baseline], path)}
     blocks = found.baselines
@@ -478,6 +482,7 @@ def _score_baselines(found, table, baseline, path):
 
 
 def _read_probabilities(table, path, label_column, baseline, positive_class, shared):
+    """ClassTable of the columns prob_CLASS and BASELINE_prob_CLASS; shared: fields of Rows."""
     names = [column.removeprefix("prob_") for column in table if column.startswith("prob_")]
     csv_tables.refuse_blank_names(names, path)
     unknown = sorted(set(table[label_column]) - {*names, ""})
@@ -529,6 +534,7 @@ def _threshold(table, column, label_column, path):
 
 
 def _read_binary(table, path, label_column, baseline, positive_class, shared):
+    """ClassTable of two classes and the column `score` of the positive one; shared: fields of Rows."""
     names = sorted(set(table[label_column]) - {""}, key=str.casefold)
     if len(names) != 2:
         raise common.UserError(

@@ -283,6 +283,7 @@ def _read_frame(entry, which):
 
 
 def _read_pose(entry, key):
+    """(6,) numbers under a key of an entry; NaN where it, or one of them, is missing or null."""
     value = entry.get(key)
     if value is None:
         return np.full(6, np.nan)

@@ -86,6 +86,7 @@ def _video_formats():
 
 
 def _constant_rate(fps, n_frames, size, first_sec=0.0):
+    """VideoInfo of frames of size (width, height), fps of them a second, the first one shown at first_sec."""
     times = first_sec + np.arange(n_frames) / fps
     return VideoInfo(
         duration_sec=first_sec + n_frames / fps, n_frames=n_frames, size=size, times=times, header_fps=fps)
@@ -130,7 +131,7 @@ class _Video:
                 self.start_sec = begin_sec
 
     def guess(self):
-        """VideoInfo as the header has it, constant rate and every frame there: to plan before the pass that tells."""
+        """VideoInfo by the header, as if every frame were there at a constant rate: a plan before the file is read."""
         import pandas as pd
         stream = self.stream
         duration_sec = (self.container.duration or 0) / self.av.time_base
@@ -199,6 +200,7 @@ class _Video:
             yield from self.container.demux(self.stream)
 
     def _since_start(self, stamp_sec):
+        """A stamp of the container -> seconds as a player shows them; NaN for None."""
         if stamp_sec is None:
             return math.nan
         if self.start_sec is None:
@@ -206,6 +208,7 @@ class _Video:
         return stamp_sec - self.start_sec
 
     def _pixels(self, frame, short_side):
+        """A frame of PyAV -> uint8 (H, W, 3) RGB, upright, in the size of the first one scaled to short_side."""
         width, height = picture_files.scaled_size(*self.size, short_side)
         if self.turns % 2:
             width, height = height, width
@@ -259,6 +262,7 @@ class _Stills:
                 yield time, functools.partial(self._scaled, loaded)
 
     def pixels(self, index, short_side):
+        """Picture number `index`, uint8 (H, W, 3)."""
         return self._scaled(self.load(self.pictures[index]), short_side)
 
     def _scaled(self, pixels, short_side):
@@ -270,6 +274,7 @@ class _Stills:
 
 
 def _open_npy(path):
+    """uint8 (T, H, W, 3), mapped from the file."""
     try:
         clip = np.load(path, mmap_mode="r")
     except pixel_cache.NPY_ERRORS as error:
@@ -359,6 +364,7 @@ def on_screen(info, times_sec):
 
 
 def has_no_clock(path):
+    """True for a folder of frames, a picture or a .npy clip: no file says when their frames are shown."""
     return path.is_dir() or path.suffix.lower() in (".npy", *file_names.IMAGE_SUFFIXES)
 
 
@@ -396,7 +402,7 @@ def sha_of(files, sizes=""):
 @dataclasses.dataclass
 class GridPlan:
     """Which frames stand on a row's grid."""
-    indices: list | tuple = ()  # G into the file
+    indices: list | tuple = ()  # G numbers of frames in the file
     first: int = 0  # grid index where the window starts; before it lie frames for jitter
     usable: int = 0  # grid frames of the window
     fault: str = ""  # why the row cannot be used though its file can
@@ -441,10 +447,12 @@ def window_fault(info, start, end):
 
 
 def _whole(number):
+    """Whole frames in a number of them, which rounding may have left just below one more."""
     return math.floor(number + 1e-6)
 
 
 def _even_indices(info, start, end, n_frames):
+    """Up to n_frames frames, evenly in time from the first to the last one of a window in seconds."""
     first = on_screen(info, start)
     last = max(first, np.searchsorted(info.times, end - STAMP_SLACK_SEC) - 1)
     if last - first < n_frames:
