@@ -48,18 +48,17 @@ def unwrapped(target):
 def correlation_time(errors):
     """How many neighbouring rows say as much as one: 1 + 2 x the autocorrelations before their first zero.
 
-    errors: (P, M, 6) of P predictors in the order of time, NaN = missing. The longest
+    errors: (M, P, 6) of P predictors in the order of time, NaN = missing. The longest
     time of any predictor counts.
     """
-    n_rows = errors.shape[1]
-    centred = errors - common.mean_without_nan(errors, 1)[:, None]
-    spread = np.sqrt(common.mean_without_nan(centred ** 2, 1))[:, None]
-    scaled = np.nan_to_num(centred / spread.clip(1e-9))
-    power = np.abs(np.fft.rfft(scaled, 2 * n_rows, axis=1)) ** 2
-    products = np.fft.irfft(power, axis=1)[:, :n_rows].sum(2)  # (P, M) of each lag
-    autocorrelation = products / products[:, :1].clip(1e-9)  # 1 at lag 0
-    before_zero = np.cumprod(autocorrelation > 0, axis=1)
-    times = 1 + 2 * (autocorrelation * before_zero)[:, 1:].sum(1)
+    n_rows = len(errors)
+    centred = errors - common.mean_without_nan(errors, 0)
+    scaled = np.nan_to_num(centred / common.sd_without_nan(errors).clip(1e-9))
+    power = np.abs(np.fft.rfft(scaled, 2 * n_rows, axis=0)) ** 2
+    products = np.fft.irfft(power, axis=0)[:n_rows].sum(2)  # (M, P) of each lag
+    autocorrelation = products / products[0].clip(1e-9)  # 1 at lag 0
+    before_zero = np.cumprod(autocorrelation > 0, axis=0)
+    times = 1 + 2 * (autocorrelation * before_zero)[1:].sum(0)  # (P,)
     return times.max()
 
 
@@ -71,8 +70,8 @@ def time_blocks(table, sequences, order):
     blocks or one, and so no interval.
     """
     in_time = np.lexsort((order, sequences))
-    predictors = np.stack([table.predicted, *table.baselines.values()])
-    length = 10 * correlation_time(np.abs(predictors - table.target)[:, in_time])
+    predictors = np.stack([table.predicted, *table.baselines.values()], axis=1)  # (M, P, 6)
+    length = 10 * correlation_time(np.abs(predictors - table.target[:, None])[in_time])
     n_blocks = max(1, int(len(in_time) / length))
     place = np.argsort(in_time)  # of each row
     return place * n_blocks // len(place)

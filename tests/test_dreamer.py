@@ -923,7 +923,7 @@ def test_the_correlation_time_is_that_of_sums_over_each_lag():
         products = np.array([(scaled[lag:] * scaled[:60 - lag]).sum() for lag in range(60)])
         first_zero = np.flatnonzero(products <= 0)[0]
         times.append(1 + 2 * (products / products[0])[1:first_zero].sum())
-    assert pose_scores.correlation_time(errors) == pytest.approx(max(times)) and min(times) > 3
+    assert pose_scores.correlation_time(errors.swapaxes(0, 1)) == pytest.approx(max(times)) and min(times) > 3
 
 
 # --- learning ------------------------------------------------------------------------------------
