@@ -109,9 +109,8 @@ def write_lines(axis, lines):
 def _history_panels(history):
     """{title: [columns]} of a table of epochs: train_loss and val_loss share a panel; the learning rate is the last."""
     panels = {}
-    for column in history.dropna(axis=1, how="all"):
-        if column.startswith(("train_", "val_")):
-            panels.setdefault(column.split("_", 1)[1], []).append(column)
+    for column in history.dropna(axis=1, how="all").filter(regex="^(train|val)_"):
+        panels.setdefault(column.split("_", 1)[1], []).append(column)
     if "learning_rate" in history and history["learning_rate"].max() > 0:
         panels["learning_rate"] = ["learning_rate"]
     return panels

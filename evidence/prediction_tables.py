@@ -415,8 +415,8 @@ def _repeated_names(keys, notes):
 
 def _seen_column(table):
     """(M,) of seen_rows.WORDS: the column `seen`; "not known" where there is none, or another word."""
-    words = np.array(table.get("seen", [""] * len(table)), str)
-    return np.where(np.isin(words, seen_rows.WORDS), words, "not known")
+    words = table.reindex(columns=["seen"])["seen"]
+    return words.where(words.isin(seen_rows.WORDS), "not known").to_numpy(str)
 
 
 def _block(table, columns, path):
