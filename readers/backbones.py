@@ -292,19 +292,19 @@ def outputs_at(network, paths, images):
     return outputs
 
 
+@torch.inference_mode()
 def stage_ends(backbone, example):
     """Paths of the modules that end each resolution, largest first; where there is but one, each quarter of the blocks.
 
-    Found by one pass over an example input.
+    Found by passing an example input on.
     """
-    by_depth = {}, {}  # of children and of grandchildren: width of maps -> path of the last that gives maps of it
-    paths = [path for path, _ in backbone.named_modules() if path and path.count(".") < 2]
-    with torch.inference_mode():
+    for depth in (0, 1):  # children, then grandchildren
+        paths = [path for path, _ in backbone.named_modules() if path and path.count(".") == depth]
+        ends = {}  # width of maps -> path of the last module that gives maps of it
         for path, output in outputs_at(backbone.eval(), paths, example):
             maps = feature_maps(output)
             if maps is not None and output.ndim == example.ndim and maps.shape[-1] > 1:
-                by_depth[path.count(".")][maps.shape[-1]] = path
-    for ends in by_depth:
+                ends[maps.shape[-1]] = path
         if len(ends) >= 3:
             return [ends[width] for width in sorted(ends, reverse=True)]
     chains = [[f"{path}.{name}" for name, _ in module.named_children()] for path, module in backbone.named_modules()
