@@ -22,7 +22,6 @@ P features of a frame on grids, D width of a token, S side of a frame in pixels.
 roll, pitch, yaw), mm and degrees, everywhere; frames are uint8 grey until they reach the model.
 at1, at2: the motion asked for at t1 and t2 (at1_6dof, at2_6dof); motion: the known one from t1 to t2.
 """
-import collections
 import dataclasses
 import itertools
 import math
@@ -386,8 +385,8 @@ class ProbeTransitions(common.Samples):
         self.poses = {name: torch.tensor(values[self.rows], dtype=torch.float32)
                       for name, values in self.study.poses.items()}
         shuffled = np.random.default_rng(self.args.seed).permutation(len(self.rows))
-        self.poses["other_motion"] = torch.empty_like(self.poses["motion"])
-        self.poses["other_motion"][shuffled] = self.poses["motion"][np.roll(shuffled, 1)]  # no row keeps its own
+        other = np.roll(shuffled, 1)[shuffled.argsort()]  # of each row, the one before it in this order: never itself
+        self.poses["other_motion"] = self.poses["motion"][other]
 
     def __getitem__(self, key):
         epoch, index = key
@@ -1017,15 +1016,14 @@ def limits(args, study):
 def make_split(args, study):
     """The split of the flags: {train, val, test: (n,) rows}."""
     if args.manual_splits:
+        import pandas as pd
         listed = {}
         for part in splitting.PARTS:
             names = (getattr(args, f"{part}_patients") or "").split(",")
             listed[part] = [name.strip() for name in names if name.strip()]
         folders = dict(zip(study.sequences, study.patients))
-        owners = collections.defaultdict(set)  # last name of a folder -> patients
-        for sequence, patient in folders.items():
-            owners[Path(sequence).name].add(patient)
-        last_names = {name: patient for name, (patient, *others) in owners.items() if not others}
+        by_last_name = pd.Series(study.patients).groupby([Path(sequence).name for sequence in study.sequences])
+        last_names = by_last_name.first()[by_last_name.nunique() == 1].to_dict()  # those of one patient's folders
         return splitting.split_by_names(listed, study.patients, last_names | folders)
     if args.split_by == "time" and not args.split_file:
         return splitting.split_by_time(study.sequences, study.order, splitting.ratios_of_flags(args), args.gap)
