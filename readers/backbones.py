@@ -462,12 +462,12 @@ def freeze_stages(backbone, n_stages, example):
     if n_stages > len(ends):
         raise common.UserError(f"--freeze_stages {n_stages}: this backbone has {len(ends)} "
                                f"resolutions: {', '.join(ends)}")
-    end = ends[n_stages - 1]
-    modules = list(backbone.named_modules())
-    last = max(i for i, (path, _) in enumerate(modules) if f"{path}.".startswith(f"{end}."))
-    for _, module in modules[:last + 1]:  # a stage may end in a layer without weights
+    *_, last = backbone.get_submodule(ends[n_stages - 1]).modules()  # it may be a layer without weights
+    for module in backbone.modules():
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
+        if module is last:
+            break
 
 
 def batch_norms(model):
