@@ -236,6 +236,14 @@ def test_a_rater_who_answers_twice_counts_once(tmp_path, head):
     assert note.startswith("2 single ratings are further ones of the same rater") and "--attribute_column" in note
 
 
+def test_numbers_of_raters_that_two_laboratories_share_are_noticed(tmp_path):
+    """Two people who are both rater 1 count as one; which column tells them apart is named."""
+    path = written(tmp_path, "image,lab,rater,calm\na,1,1,3\na,2,1,5\nb,1,2,4\nb,2,1,8\nb,2,2,6\n")
+    ratings = rating_tables.read_ratings(path, target_columns=["calm"])
+    assert ratings.n.tolist() == [[1], [2]]
+    assert "They differ in lab, calm." in ratings.notes[-1] and "several people have one number" in ratings.notes[-1]
+
+
 def test_the_ceiling_is_not_raised_by_raters_who_answer_twice(tmp_path):
     """Classical test theory: pictures, raters of pictures and answers of one rater vary by 1, 1 and .01."""
     rng = np.random.default_rng(0)
