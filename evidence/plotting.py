@@ -126,6 +126,7 @@ def _draw_history_panel(axis, history, title, columns, best_epoch):
     if len(columns) > 1:
         _add_legend(axis)
     axis.axvline(best_epoch, color=INK, linewidth=0.9, linestyle=":")
+    axis.set_xlim(left=0)  # around a single epoch there would be ticks at .98 and 1.02
     set_title(axis, title, f"best epoch {best_epoch:g}")
 
 

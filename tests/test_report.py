@@ -231,6 +231,16 @@ def test_facts_have_a_panel_of_their_own(tmp_path, monkeypatch):
     assert len(curves) == 4 and last.texts[0].get_text() == "val, 9 rows\nR2: 0.5"
 
 
+@pytest.mark.parametrize("n_epochs", [1, 2, 3, 30])
+def test_epochs_are_counted_in_whole_numbers(monkeypatch, n_epochs):
+    figures = []
+    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: figures.append(figure))
+    plotting.plot_history(history(n_epochs), None, 1)
+    for axis in figures[0].axes:
+        ticks = axis.get_xticks()
+        assert (ticks == ticks.round()).all() and len(ticks) > 1
+
+
 def target_rows(n):
     rng = np.random.default_rng(4)
     return [{"target": f"rating {i}", "pearson_r": rng.random(), "r2": rng.random() - 0.3, "r2_low": -3.0,
