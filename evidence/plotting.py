@@ -165,12 +165,13 @@ def plot_dataset(split, groups, facts, samples, path):
     places = np.arange(len(names))
     left = np.zeros(len(names))
     for part, rows in split.items():  # both axes take the same colours in turn
-        parts.bar(part, len(rows))
+        parts.barh(part, len(rows))
         counts = np.array([np.sum(groups[rows] == name) for name in names])
         by_group.barh(places, counts, left=left)
         left += counts
     labels = without_math([name[-14:] for name in names], 14)
     by_group.set_yticks(places, labels, fontsize=7 if len(names) <= 20 else 4)
+    parts.invert_yaxis()  # the first fold at the top
     set_title(parts, "transitions")
     set_title(by_group, "per patient or folder")
     write_lines(text, facts)

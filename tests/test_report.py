@@ -5,6 +5,7 @@
 import base64
 import html.parser
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -297,6 +298,19 @@ def test_names_of_a_dataset_are_no_formulas(tmp_path):
     groups = np.array([r"a$\x$", "b$c$"])
     plotting.plot_dataset({"train": [0, 1]}, groups, [r"scale $\x$"], [], tmp_path / "d.png")
     check_png(tmp_path / "d.png")
+
+
+def test_names_of_ten_folds_stand_apart(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: figures.append(figure))
+    split = {f"fold_{k}": np.arange(3 * k, 3 * k + 3) for k in range(10)}
+    plotting.plot_dataset(split, np.repeat("a", 30), [], [], None)
+    [figure] = figures
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for side in (figure.axes[0].xaxis, figure.axes[0].yaxis)
+             for label in side.get_ticklabels() if label.get_text().startswith("fold_")]
+    assert len(boxes) == 10
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_plots_are_repeatable(tmp_path):
