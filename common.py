@@ -1244,7 +1244,7 @@ def keep_freed_memory():
 
 
 def peak_memory(device):
-    """Most bytes this process has held: on the GPU, or in RAM."""
+    """Most bytes this process has held: on the GPU, or in RAM; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -2570,11 +2570,12 @@ class Training:
         """The epoch on a line: the number that chooses, and the first two others."""
         progress = self.progress
         seconds = time.perf_counter() - self.started
-        memory = peak_memory(self.run.compute.device) / 1e9
+        memory = peak_memory(self.run.compute.device)
+        peak = f"peak {memory / 1e9:.2f} GB, " if memory else ""
         left = seconds * (self.args.epochs * (1 + self.run.folds_after) - progress.epoch)
         # a model that is solved has seen none
         rate = f"{self.n_samples / seconds:.1f} samples/s, " if self.n_samples else ""
-        end = f"({seconds:.2f} s, {rate}peak {memory:.2f} GB, {left / 60:.0f} min left){' *' if is_best else ''}"
+        end = f"({seconds:.2f} s, {rate}{peak}{left / 60:.0f} min left){' *' if is_best else ''}"
         chosen_first = sorted(numbers, key=lambda name: name != self.select)
         shown = "".join(f"  {name} {numbers[name]:.4g}" for name in chosen_first[:3])
         self.run.say(f"epoch {progress.epoch}/{self.args.epochs}{shown}  {end}")

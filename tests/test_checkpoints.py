@@ -548,6 +548,16 @@ def test_the_time_left_is_that_of_the_epochs_to_come_in_this_and_later_folds(tmp
     assert re.search(r"\(120.00 s, 0.1 samples/s, peak [\d.]+ GB, 28 min left\)", capsys.readouterr().out)
 
 
+def test_where_the_system_does_not_tell_the_memory_no_epoch_claims_any(tmp_path, monkeypatch, capsys):
+    training, loader = make_training(tmp_path, False, epochs=5)
+    for batch in training.batches(loader):
+        training.step(training.model(batch["x"]).pow(2).mean())
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    monkeypatch.setattr(common.time, "perf_counter", lambda: training.started + 120)
+    training.end_epoch({"val_loss": 0.5})
+    assert "(120.00 s, 0.1 samples/s, 8 min left)" in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
     training, loader = make_training(tmp_path, False)
     before = training.model.weight.clone()
