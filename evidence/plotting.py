@@ -21,6 +21,7 @@ SKY = "#56B4E9"
 YELLOW = "#E69F00"
 CYCLE = (BLUE, GREEN, PURPLE, YELLOW, SKY, ORANGE)  # of curves, bars and classes, in turn
 MOST_TARGETS = 40  # of one plot
+MOST_NAMES = 20  # beside the bars of a small panel; of more bars each second, third ... is named
 
 
 def note_if_cut(n, what):
@@ -44,8 +45,10 @@ def new_figure(n_panels, columns, panel_inches, share_y=False):
         axis.remove()
     for axis in axes[:n_panels]:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(colors=SOFT, labelsize=8)
+        axis.tick_params(which="both", colors=SOFT, labelsize=8)
         axis.ticklabel_format(useOffset=False)
+        axis.xaxis.offsetText.set_size(8)  # of a power of ten
+        axis.yaxis.offsetText.set(size=8, horizontalalignment="right")  # beside the title
         axis.grid(color=GRID)
         axis.set_axisbelow(True)
         axis.set_prop_cycle(color=CYCLE)
@@ -95,9 +98,15 @@ def _draw_diagonal(axis, ends):
     axis.plot(ends, ends, color=SOFT, linewidth=1, linestyle="--")
 
 
+def shorten_name(name, length):
+    """A name of at most so many letters, cut in its middle: the items of a scale differ at their ends."""
+    end = length // 2
+    return name if len(name) <= length else f"{name[:length - 3 - end]}...{name[-end:]}"
+
+
 def without_math(names, length):
-    """Names cut to a length, a dollar sign shown as such."""
-    return [name[:length].replace("$", r"\$") for name in names]
+    """Names of at most so many letters, a dollar sign shown as such."""
+    return [shorten_name(name, length).replace("$", r"\$") for name in names]
 
 
 def write_lines(axis, lines):
@@ -121,13 +130,13 @@ def _draw_history_panel(axis, history, title, columns, best_epoch):
     for column in columns:
         style = {"linestyle": "--", "color": ORANGE} if column.startswith("train_") else {}
         axis.plot(history["epoch"], history[column], marker=".", label=column, **style)
-    axis.set_xlabel("epoch", fontsize=8, color=SOFT)
+    axis.set_xlabel(f"epoch, best {best_epoch:g}", fontsize=8, color=SOFT)
     axis.locator_params(axis="x", integer=True)
     if len(columns) > 1:
         _add_legend(axis)
     axis.axvline(best_epoch, color=INK, linewidth=0.9, linestyle=":")
     axis.set_xlim(left=0)  # around a single epoch there would be ticks at .98 and 1.02
-    set_title(axis, title, f"best epoch {best_epoch:g}")
+    set_title(axis, shorten_name(title, 40))
 
 
 def plot_history(history, path, best_epoch, facts=()):
@@ -162,16 +171,16 @@ def plot_dataset(split, groups, facts, samples, path):
     figure, axes = new_figure(n_panels, 4, (3.2, 2.6))
     parts, by_group, text = axes[:3]
     names = sorted(set(groups))
-    places = np.arange(len(names))
     left = np.zeros(len(names))
-    for part, rows in split.items():  # both axes take the same colours in turn
-        parts.barh(part, len(rows))
+    for place, rows in enumerate(split.values()):  # both axes take the same colours in turn
+        parts.barh(place, len(rows))
         counts = np.array([np.sum(groups[rows] == name) for name in names])
-        by_group.barh(places, counts, left=left)
+        by_group.barh(range(len(names)), counts, left=left)
         left += counts
-    labels = without_math([name[-14:] for name in names], 14)
-    by_group.set_yticks(places, labels, fontsize=7 if len(names) <= 20 else 4)
-    parts.invert_yaxis()  # the first fold at the top
+    for axis, bars in ((parts, list(split)), (by_group, names)):
+        places = range(0, len(bars), -(-len(bars) // MOST_NAMES))
+        axis.set_yticks(places, without_math([bars[place] for place in places], 16), fontsize=7)
+        axis.invert_yaxis()  # the first at the top
     set_title(parts, "transitions")
     set_title(by_group, "per patient or folder")
     write_lines(text, facts)
@@ -195,13 +204,14 @@ def _draw_target_bars(axis, rows, metric):
         axis.plot(ceiling, place, "D", color=INK, markersize=4.5, label="noise ceiling")
     shown = [0.0, *value, *low, *high, *baseline]
     left = max(-0.5, 1.1 * np.nanmin(shown))
-    right = 1.0 if np.nanmax(shown) <= 1 else None
+    share = metric_names.METRICS.get(metric)  # None: an error in mm or degrees, which ends nowhere
+    right = 1.0 if share and np.nanmax(shown) <= 1 else None
     axis.set_xlim(left, right)
     beside = axis.get_yaxis_transform()
     for y, number in zip(place, value):
-        axis.text(1.02, y, metric_names.number_text(number, ".2f"), transform=beside, va="center", fontsize=8)
-    known = metric_names.METRICS.get(metric)
-    set_title(axis, known.label if known else metric)
+        text = metric_names.number_text(number, ".2f" if share else ".3g")
+        axis.text(1.02, y, text, transform=beside, va="center", fontsize=8)
+    set_title(axis, share.label if share else metric)
     axis.axvline(0, color=SOFT, linewidth=0.9)
 
 
@@ -209,8 +219,8 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
     """Horizontal bars per target (the first 40) as PNG; one panel per metric.
 
     rows: dicts with target and, for each metric m, m, m_low and m_high (interval), baseline_m and
-    ceiling_m; all but target and m may be missing. The axis ends at -0.5, and at 1 where nothing is
-    larger.
+    ceiling_m; all but target and m may be missing. The axis ends at -0.5, and that of shares at 1
+    where nothing is larger.
     """
     import pandas as pd
 
@@ -270,7 +280,7 @@ def plot_scatter(table, path):
         both = [*x, *y] or [0, 1]
         _draw_diagonal(axis, [min(both), max(both)])
         axis.locator_params(nbins=4)
-        set_title(axis, table.names[j][:18])
+        set_title(axis, shorten_name(table.names[j], 20))
         facts = f"r {metric_names.number_text(pearson_r[j], '.2f')}\nn {len(x)}"
         axis.text(0.03, 0.97, facts, transform=axis.transAxes, va="top", fontsize=7)
     figure.supxlabel("true", fontsize=9, color=SOFT)
@@ -346,7 +356,7 @@ def plot_risk_coverage(confidence, correct, path):
     axis.axhline(risk[-1], color=ORANGE, linestyle="--", label="random order")
     _add_legend(axis)
     set_title(axis, "risk over coverage", f"all {risk[-1]:.2f}, surest half {half:.2f}")
-    axis.set(xlim=(0, 1.02), ylim=(0, max(0.1, 1.15 * risk.max())))
+    axis.set(xlim=(0, 1.02), ylim=(-0.002, max(0.1, 1.15 * risk.max())))
     _label_axes(axis, "coverage: share of rows, most confident first", "error rate")
     save_figure(figure, path)
 
@@ -357,8 +367,11 @@ def plot_precision_recall(probability, label, names, path, shown):
     probability: (N, C); label: (N,); a class without rows, or without others, has no curve. The
     dotted line is the precision of a random order.
     """
-    figure, axes = new_figure(2, 2, (3.9, 3.9))
-    for c, name in zip(shown, without_math([names[c] for c in shown], 18)):
+    figure, axes = new_figure(2, 2, (3.9, 3.9 + 0.08 * len(shown)))
+    for axis in axes:  # the style tells apart what has one colour
+        axis.set_prop_cycle(color=CYCLE * 4, linestyle=np.repeat(["-", "--", "-.", ":"], len(CYCLE)))
+    curves = []
+    for c, name in zip(shown, without_math([names[c] for c in shown], 28)):
         score = probability[:, c]
         is_own = label == c
         if is_own.all() or not is_own.any():
@@ -368,14 +381,16 @@ def plot_precision_recall(probability, label, names, path, shown):
         recall = found / found[-1]
         precision = found[1:] / n_called[1:]
         auc, average_precision = class_scores.ranking_metrics(score, is_own)
-        curve, = axes[0].step(recall, [precision[0], *precision], label=f"{name}: AP {average_precision[0]:.2f}")
+        named = f"{name}: AP {average_precision[0]:.2f}, AUC {auc[0]:.2f}"
+        curve, = axes[0].step(recall, [precision[0], *precision], label=named)
         axes[0].axhline(is_own.mean(), color=curve.get_color(), linewidth=1, linestyle=":")
-        axes[1].plot(false / false[-1], recall, label=f"{name}: AUC {auc[0]:.2f}")
+        axes[1].plot(false / false[-1], recall)
+        curves.append(curve)
     _draw_diagonal(axes[1], [0, 1])
     _label_axes(axes[0], "recall", "precision")
     _label_axes(axes[1], "false positive rate", "recall")
     for axis, title in zip(axes, ("precision-recall", "ROC")):
         set_title(axis, title, f"n {len(label)}")
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        _add_legend(axis)
+    figure.legend(handles=curves, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     save_figure(figure, path)

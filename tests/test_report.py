@@ -224,18 +224,14 @@ def test_plot_history(tmp_path, n_epochs, best):
     check_png(tmp_path / "h.png")
 
 
-def test_facts_have_a_panel_of_their_own(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: figures.append(figure))
+def test_facts_have_a_panel_of_their_own(figures):
     plotting.plot_history(history(3), None, 2, ["val, 9 rows", "R2: 0.5"])
     *curves, last = figures[0].axes
     assert len(curves) == 4 and last.texts[0].get_text() == "val, 9 rows\nR2: 0.5"
 
 
 @pytest.mark.parametrize("n_epochs", [1, 2, 3, 30])
-def test_epochs_are_counted_in_whole_numbers(monkeypatch, n_epochs):
-    figures = []
-    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: figures.append(figure))
+def test_epochs_are_counted_in_whole_numbers(figures, n_epochs):
     plotting.plot_history(history(n_epochs), None, 1)
     for axis in figures[0].axes:
         ticks = axis.get_xticks()
@@ -256,11 +252,9 @@ def test_plot_per_target(tmp_path, n):
     check_png(tmp_path / "p.png")
 
 
-def test_the_legend_names_what_a_later_panel_alone_shows(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: figures.append(figure))
+def test_the_legend_names_what_a_later_panel_alone_shows(figures):
     row = {"target": "x", "pearson_r": 0.5, "r2": 0.2, "r2_low": 0.1, "r2_high": 0.3}
-    plotting.plot_per_target([row], tmp_path / "p.png")
+    plotting.plot_per_target([row], None)
     [legend] = figures[0].legends
     assert {text.get_text() for text in legend.get_texts()} == {"model", "baseline", "interval"}
 
@@ -300,17 +294,95 @@ def test_names_of_a_dataset_are_no_formulas(tmp_path):
     check_png(tmp_path / "d.png")
 
 
-def test_names_of_ten_folds_stand_apart(monkeypatch):
-    figures = []
-    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: figures.append(figure))
-    split = {f"fold_{k}": np.arange(3 * k, 3 * k + 3) for k in range(10)}
-    plotting.plot_dataset(split, np.repeat("a", 30), [], [], None)
-    [figure] = figures
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that the plots would have written."""
+    kept = []
+    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: kept.append(figure))
+    return kept
+
+
+def check_texts(figure, texts):
+    """Every one of the texts lies inside the figure, and none on another one."""
     figure.draw_without_rendering()
-    boxes = [label.get_window_extent() for side in (figure.axes[0].xaxis, figure.axes[0].yaxis)
-             for label in side.get_ticklabels() if label.get_text().startswith("fold_")]
-    assert len(boxes) == 10
+    boxes = [text.get_window_extent().padded(-0.5) for text in texts if text.get_text()]
+    assert len(boxes) > 1
+    for box in boxes:
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0 and box.y1 <= figure.bbox.y1
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+ITEMS = [f"expressed_valence_of_the_stimulus_in_the_left_field_{k}" for k in range(25)]
+
+
+def test_the_items_of_a_scale_are_told_apart_in_every_plot(figures):
+    """Names that differ in their last letters alone."""
+    rng = np.random.default_rng(0)
+    plotting.plot_per_target([{"target": name, "r2": 0.5} for name in ITEMS], None, ["r2"])
+    values = rng.normal(size=(9, 25))
+    table = prediction_tables.ScoreTable(keys={}, names=ITEMS, baselines={}, target=values, predicted=values)
+    plotting.plot_scatter(table, None)
+    plotting.plot_confusion(np.eye(25, dtype=int), ITEMS, None)
+    bars, scatter, confusion = figures
+    shown = [
+        [label.get_text() for label in bars.axes[0].get_yticklabels()],
+        [axis.get_title(loc="left") for axis in scatter.axes],
+        [label.get_text() for label in confusion.axes[0].get_xticklabels()]]
+    for names in shown:
+        assert len(set(names)) == 25 and max(map(len, names)) <= 28
+        assert all(name.startswith("expres") and name.endswith(f"_{k}") for k, name in enumerate(names))
+    assert plotting.shorten_name("a" * 20, 20) == "a" * 20 and plotting.shorten_name("0123456789", 9) == "01...6789"
+
+
+@pytest.mark.parametrize("n_folds, n_patients, n_named", [(10, 10, 20), (30, 30, 30), (3, 200, 23)])
+def test_names_of_folds_and_patients_stand_apart(figures, n_folds, n_patients, n_named):
+    """Of more than 20 each second, third ... is named."""
+    split = {f"fold_{k}": rows for k, rows in enumerate(np.array_split(np.arange(600), n_folds))}
+    plotting.plot_dataset(split, np.repeat([f"{k:03d}" for k in range(n_patients)], 600 // n_patients), [], [], None)
+    [figure] = figures
+    labels = [label for axis in figure.axes[:2] for label in axis.get_yticklabels()]
+    check_texts(figure, labels)
+    assert min(label.get_size() for label in labels) == 7
+    assert labels[0].get_text() == "fold_0" and len(labels) == n_named
+
+
+def test_the_curves_of_25_classes_have_each_a_look_and_a_name(figures):
+    rng = np.random.default_rng(0)
+    label = np.arange(500) % 25
+    probability = rng.dirichlet(np.ones(25), 500)
+    plotting.plot_precision_recall(probability, label, ITEMS, None, range(25))
+    [figure] = figures
+    [legend] = figure.legends
+    assert len(legend.get_texts()) == 25
+    check_texts(figure, [*legend.get_texts(), *(axis.xaxis.label for axis in figure.axes)])
+    for axis in figure.axes:
+        curves = [line for line in axis.lines if len(line.get_xdata()) > 2]
+        assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == 24
+
+
+def test_titles_of_learning_curves_stand_alone(figures):
+    """Of a metric with a long name, and beside the power of ten of its axis."""
+    history = [{"epoch": e, "learning_rate": 1e-4 / e, "val_loss": 1e7 / e, f"val_{ITEMS[0]}": 1e-6 / e} for e in (1, 2)]
+    plotting.plot_history(history, None, 1)
+    [figure] = figures
+    titles = [axis._left_title for axis in figure.axes]
+    powers = [axis.yaxis.offsetText for axis in figure.axes]
+    check_texts(figure, titles + powers + [axis._right_title for axis in figure.axes])
+    assert [text.get_text() for text in powers] == ["1e7", "1e\N{MINUS SIGN}6", ""]
+    ticks = figure.axes[2].yaxis.get_minorticklabels()
+    assert {tick.get_size() for tick in ticks} == {8}, "as large as the others"
+
+
+def test_the_curve_of_a_model_without_errors_lies_above_the_axis(figures):
+    plotting.plot_risk_coverage(np.linspace(0.5, 1, 9), np.ones(9, bool), None)
+    assert figures[0].axes[0].get_ylim() == (-0.002, 0.1)
+
+
+def test_bars_of_small_errors_are_seen():
+    figure, [axis] = plotting.new_figure(1, 1, (4, 2))
+    rows = pd.DataFrame([{"target": "x", "mae_x_mm": 0.004123, "baseline_mae_x_mm": 0.005}])
+    plotting._draw_target_bars(axis, rows, "mae_x_mm")
+    assert axis.get_xlim()[1] < 0.006 and axis.texts[0].get_text() == "0.00412"
 
 
 def test_plots_are_repeatable(tmp_path):
