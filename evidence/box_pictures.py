@@ -20,6 +20,7 @@ STATE_COLOURS = (
 )
 LONG_SIDE = 640  # of a drawn picture, in pixels
 FRAME = 2  # width in pixels
+TEXT = 10  # height in pixels
 GAP = 12  # between the pictures of a sheet
 
 
@@ -37,23 +38,28 @@ def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
     size: (width, height) of the picture in the pixels that the boxes (K, 4) are given in.
     """
     import cv2
-    import matplotlib
-    import torch
-    from torchvision.utils import draw_bounding_boxes
+    from PIL import Image, ImageDraw
     scale = LONG_SIDE / max(size)
     picture = cv2.resize(pixels, [max(1, round(side * scale)) for side in size])
-    if not len(boxes):
-        return picture
     texts = [parts[label] for label in labels]
     for k in np.flatnonzero(states != part_boxes.UNKNOWN):
         texts[k] += f" {part_boxes.STATES[states[k]]}"
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores)]
-    drawn = draw_bounding_boxes(
-        torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(boxes * scale), texts,
-        colours_of(labels, states, len(parts)), width=FRAME, label_colors="white", fill_labels=True,
-        font=f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf")  # Pillow's own has no accents
-    return drawn.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
+    colours = colours_of(labels, states, len(parts))
+    corners = (boxes * scale).astype(int).tolist()
+    drawn = Image.fromarray(picture)
+    drawing = ImageDraw.Draw(drawn)
+    for box, colour in zip(corners, colours):
+        drawing.rectangle(box, outline=colour, width=FRAME)
+    font = plotting.picture_font(TEXT)
+    for (left, top, *_), text, colour in zip(corners, texts, colours):  # over all frames
+        *_, width, height = font.getbbox(text)
+        left = max(min(left, drawn.width - width - 2 * FRAME), 0)  # where the whole text is on the picture
+        top = max(min(top, drawn.height - height - 2 * FRAME), 0)
+        drawing.rectangle((left, top, left + width + 2 * FRAME, top + height + 2 * FRAME), fill=colour)
+        drawing.text((left + FRAME, top + FRAME), text, "white", font)
+    return np.array(drawn)
 
 
 def draw_detections(pixels, size, detected, parts, threshold):

@@ -157,7 +157,7 @@ def plot_ethogram(windows, bouts, names, path):
 def annotate(recording, windows, names, path):
     """Write a copy of a Recording, without sound, with the class and its probability drawn into every frame."""
     av = video_files.load_pyav()
-    cv2 = common.load_opencv()
+    from PIL import Image, ImageDraw
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(path, "w") as container:
         stream = None
@@ -170,13 +170,15 @@ def annotate(recording, windows, names, path):
                 stream = container.add_stream(
                     codec, options={"g": "50"}, width=width, height=height, pix_fmt="yuv420p")
                 stream.codec_context.time_base = fractions.Fraction(1, 1000)
+                longest = max(plotting.picture_font(100).getlength(f"{name} 0.00") for name in names)
+                font = plotting.picture_font(min(height / 14, 100 * (width - 16) / longest))
             k = windows.at(time)
             c = windows.chosen[k]
             text = f"{names[c]} {windows.probability[k, c]:.2f}"
-            size = max(height / 320, 0.5)
-            for grey, thickness in ((0, 4), (255, 1)):  # legible on any ground
-                cv2.putText(pixels, text, (8, round(30 * size)), cv2.FONT_HERSHEY_SIMPLEX, size, [grey] * 3, thickness,
-                            cv2.LINE_AA)
+            top = Image.fromarray(pixels[:round(2 * font.size)])  # a part, as a copy of the whole takes its time
+            ImageDraw.Draw(top).text(  # legible on any ground
+                (8, 0), text, "white", font, stroke_width=round(font.size / 10), stroke_fill="black")
+            pixels[:top.height] = top
             frame = av.VideoFrame.from_ndarray(pixels)
             frame.pts = round(1000 * time)
             container.mux(stream.encode(frame))

@@ -55,6 +55,14 @@ def new_figure(n_panels, columns, panel_inches, share_y=False):
     return figure, axes[:n_panels]
 
 
+def picture_font(size):
+    """DejaVu Sans, so many pixels high, to write on pictures: Pillow's own font, and OpenCV's, have no accents."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+
 def draw_figure(figure):
     """The figure as a Pillow picture; savefig would draw it twice."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -292,7 +300,7 @@ def plot_confusion(confusion, names, path):
     """Confusion matrix as PNG: (C, C) counts, rows true, columns predicted; shade: share of the row."""
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     labels = without_math(names, 22)
-    side = 2.2 + 0.62 * len(labels)
+    side = 2.6 + 0.42 * len(labels)
     figure, (axis,) = new_figure(1, 1, (side, side))
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (i, j), count in np.ndenumerate(confusion):

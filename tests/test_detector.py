@@ -666,6 +666,21 @@ def test_boxes_are_drawn_where_they_are():
     assert not any((one == other).all() for one, other in zip(named, named[1:])), "each letter is drawn as itself"
 
 
+def test_the_text_of_a_box_at_an_edge_is_whole():
+    """At the right edge the state and the score were cut off, at the lower edge all of it; a later frame crosses none."""
+    def draw(*boxes):
+        n = len(boxes)
+        return box_pictures.draw_boxes(np.zeros((480, 640, 3), np.uint8), (640, 480), np.array(boxes, float), np.zeros(n, int),
+                                       np.ones(n, int), ["rear wheel"], [0.92] * n)
+    whole = (draw([100, 100, 300, 300]) == 255).all(2).sum()
+    assert whole > 20
+    for box in ([600, 100, 639, 300], [100, 470, 300, 479], [630, 474, 639, 479]):
+        assert (draw(box) == 255).all(2).sum() == whole
+    assert (draw([100, 100, 300, 300], [120, 50, 140, 400]) == 255).all(2).sum() == 2 * whole
+    below_one_another = draw([100, 100, 300, 300], [100, 106, 300, 300])
+    assert (below_one_another == 255).all(2).sum() < 2 * whole, "texts, not frames, still lie on one another"
+
+
 def test_a_sheet_shows_in_each_line_the_annotated_boxes_left_and_the_detected_ones_right(monkeypatch):
     """Upright pictures, the second one first; neither an ignored box nor a detection under the threshold is drawn."""
     sheets = []

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import cv2
 import numpy as np
 import pandas as pd
@@ -295,6 +296,21 @@ def test_recordings_get_their_tables_pictures_and_copies(made, tmp_path):
     for row in read_csv(tmp_path / "b.csv"):
         if int(row["bouts"]):
             assert float(row["f1_at_0.5"]) == 1 and float(row["kappa"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("size", [(240, 320), (640, 360)])
+@pytest.mark.parametrize("name", ["dig", "Fl\xfcgel schlagen, nahe am anderen Tier, links"])
+def test_a_copy_names_the_class_in_whole_with_a_rim_around_the_letters(tmp_path, size, name):
+    pixels = np.full((*size, 3), 128, np.uint8)
+    recording = SimpleNamespace(frames=lambda: [(k / 10, lambda short_side: pixels) for k in range(3)])
+    windows = ethograms.Windows(np.array([[0.0, 0.3]]), np.array([[0.93, 0.07]]), np.array([0]))
+    ethograms.annotate(recording, windows, [name, "other"], tmp_path / "copy.mp4")
+    with av.open(tmp_path / "copy.mp4") as container:
+        frame = next(container.decode(video=0)).to_ndarray(format="gray").astype(int)
+    white, dark = (np.flatnonzero(is_ink.any(0)) for is_ink in (frame > 200, frame < 50))  # columns
+    assert white[0] > 4 and white[-1] < size[1] - 4, "all of it is on the picture"
+    assert 0 < dark[-1] - white[-1] < 8 and 0 < white[0] - dark[0] < 8
+    assert white[-1] > 60
 
 
 @pytest.mark.parametrize("name, kind, n_members", [
