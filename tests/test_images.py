@@ -603,6 +603,26 @@ def test_available_memory_is_plausible():
     assert 0 <= pixel_cache.available_memory() <= total
 
 
+@pytest.mark.parametrize("machine, step, job, processes, expected", [
+    (1000, "max\n", "900000\n", {}, 500_000), (1000, "700000\n", "900000\n", {}, 300_000),
+    (300, "max\n", "900000\n", {}, 307_200), (1000, "max\n", "100000\n", {}, 0),
+    (1000, "max\n", "900000\n", {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 250_000),
+    (None, "", "", {}, 4 << 30)])
+def test_memory_is_what_the_machine_and_every_group_above_leave(tmp_path, monkeypatch, machine, step, job, processes,
+                                                                expected):
+    """Limits of a job bind its steps too; processes on one machine share; no Linux says nothing."""
+    files = {"proc/meminfo": f"MemTotal: 9999 kB\nMemAvailable:   {machine} kB\n", "proc/self/cgroup": "0::/job/step\n",
+             "sys/fs/cgroup/job/step/memory.max": step, "sys/fs/cgroup/job/memory.max": job}
+    for name, text in files.items() if machine else ():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).with_name("memory.current").write_text("400000\n")
+    for name, value in processes.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(pixel_cache, "Path", lambda *parts: tmp_path / "/".join(parts).lstrip("/"))
+    assert pixel_cache.available_memory() == expected
+
+
 def test_store_of_nothing():
     assert len(picture_files.ImageStore([], 32, "disk")) == 0 and picture_files.ImageStore([], 32, "ram").audit == []
 

@@ -232,6 +232,13 @@ def test_unknown_model_and_exit_code(hub, capsys):
     assert "processor" not in printed, "only the weights are asked for"
 
 
+@pytest.mark.parametrize("names, expected", [([], ["r3d_18", "resnet18"]), (["resnet50"], ["resnet50"])])
+def test_weights_without_a_name_are_all_of_the_task(monkeypatch, names, expected):
+    asked = []
+    monkeypatch.setattr(verify_setup, "download_weights", lambda names: asked.extend(names) or [])
+    assert verify_setup.main(["--task", "video", "--download_weights", *names]) == 0 and asked == expected
+
+
 # --- the data --------------------------------------------------------------------
 
 @pytest.fixture

@@ -847,6 +847,9 @@ def test_weights_of_rows_and_scores():
     error = ((predicted - objective.target) / sd) ** 2
     expected = ((error[:, 0] + 3 * error[:, 2]) / 4 * torch.tensor([1, 2.5] * 4)).mean()
     assert torch.allclose(objective.loss(predicted, objective.target, objective.weight), expected)
+    for wrong in ("Mouth=-1", "Mouth=nan", "Mouth"):
+        with pytest.raises(common.UserError, match="expects NAME=WEIGHT of Ears, Mouth, Total, found"):
+            scores_of("--target_weights", wrong)
 
 
 def test_consistency_ties_the_total_to_its_parts_without_labels():

@@ -171,10 +171,10 @@ def test_levels_that_differ_stay_different():
 
 def test_the_same_event_under_another_camera_path_and_row(tmp_path):
     root = put(tmp_path / "v", "Cam 8/N884_ch8.mp4", "Cam 9/N884_ch9.mp4")
-    a = manifest(tmp_path / "a.csv", event(event_idx=1, date="7/6/2024 0:00", start_time="6:00:25", receiver_id="07",
+    a = manifest(tmp_path / "a.csv", event(event_idx=1, date="7/6/2024 0:00", start_time="6:50:25", receiver_id="07",
                                            video_path="E:\\s\\Cam 8\\N884_ch8.mp4", event_offset_sec=25),
                  event(event_idx=2, start_time="6:00:26", video_path="E:\\s\\Cam 8\\N884_ch8.mp4", event_offset_sec=60))
-    b = manifest(tmp_path / "b.csv", event(event_idx=77, group="Group 1", start_time="06:00:25", receiver_id="7",
+    b = manifest(tmp_path / "b.csv", event(event_idx=77, group="Group 1", start_time="06:50:25", receiver_id="7",
                                            video_path="F:/Cam 9/N884_ch9.mp4", event_offset_sec=29, camera_id=9))
     table = event_tables.read_events({"train": a, "test": b}, root)
     assert table.events[0] == table.events[2] != table.events[1]
@@ -519,6 +519,17 @@ def test_one_row_a_frame_becomes_events(tmp_path, header, background):
         found = {(table.names[c], *window) for c, window in zip(table.label, table.windows.tolist())}
         assert found == {("groom", 2, 6), ("rear", 5, 8), (background, 0, 2), (background, 8, 12)}
         assert set(table.unit) == {"frame"} and set(table.videos) == {"s0.mp4"}
+
+
+def test_rows_of_videos_with_a_column_of_0_and_1_are_no_rows_of_frames(tmp_path):
+    """A column of paths alone makes a list; with one that numbers the frames each video has its own events."""
+    put(tmp_path, "s0.mp4", "s1.mp4")
+    path = write(tmp_path / "m.csv", "path,female\ns0.mp4,1\ns1.mp4,0\n")
+    assert "column of labels: none" in fails(event_tables.read_events, {"": path})
+    write(path, "path,frame,groom\ns0.mp4,0,1\ns0.mp4,1,1\ns1.mp4,2,0\ns1.mp4,3,1\n")
+    table = event_tables.read_events({"": path})
+    found = [(video, table.names[c], *window) for video, c, window in zip(table.videos, table.label, table.windows.tolist())]
+    assert found == [("s0.mp4", "groom", 0, 2), ("s1.mp4", "groom", 3, 4), ("s1.mp4", "background", 2, 3)]
 
 
 @pytest.mark.parametrize("frames, expected", [
