@@ -630,6 +630,9 @@ def test_alarms_name_a_remedy():
     shifted = {"target": "Valence", "r2": -0.5, "pearson_r": 0.6, "pearson_r_low": 0.2, "bias": 2.0, "slope": 0.3}
     alarms += score_judging.slope_alarms([shifted])
     assert not score_judging.slope_alarms([{**shifted, "pearson_r_low": low} for low in (-0.1, math.nan)]), "by chance"
+    [several] = score_judging.slope_alarms([{**shifted, "target": name} for name in "abcdefg"])
+    assert several.startswith("the order holds, the values do not: a (r 0.60 but R2 -0.50, bias +2, slope 0.30), b (")
+    assert "), e (r 0.60 but R2 -0.50, bias +2, slope 0.30) and 2 more. Trust" in several, "not the same words for each score"
     alarms.append(seen_rows.sentences(["train"])["train"])
     alarms += confounding.flagged_doubts([{"name": "camera", "red_flag": True}])
     assert len(alarms) == 13 and all("--" in alarm for alarm in alarms), alarms

@@ -107,6 +107,17 @@ def test_report_contents_and_headings(report):
     assert "prefers-color-scheme:dark" in css and "@media print" in css and "overflow-x:auto" in css
 
 
+def test_long_names_and_headings_wrap_where_a_page_cannot_scroll(report):
+    """On a phone a name of 45 letters lay on the numbers beside it; on paper the last columns were cut off."""
+    screen, _, rest = report.read_text().partition("@media screen and (max-width:52rem)")
+    phone, _, paper = rest.partition("@media print")
+    assert "td.num{white-space:nowrap}" in screen and "th.num,.num{text-align:right}" in screen, "a heading may wrap"
+    assert "td,th{max-width:16rem;overflow-wrap:break-word} tbody th{max-width:9rem}" in phone
+    assert "td.num{white-space:normal}" in paper and "tbody th{max-width:11rem;overflow-wrap:break-word}" in paper
+    assert "img{max-height:230mm}" in paper, "small letters of a tall plot are read"
+    assert ".scroll{overflow:visible;background:none}" in paper, "no shade where nothing scrolls"
+
+
 @pytest.mark.parametrize("level, mark", [("good", "good"), ("caution", "caution"), ("poor", "alarm")])
 def test_verdict_is_told_by_word_and_shape(tmp_path, level, mark):
     reporting.write_report(tmp_path / "r.html", "t", Verdict(level, "a word", "a sentence"), [])
