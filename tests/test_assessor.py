@@ -584,6 +584,7 @@ def test_a_page_shows_where_the_model_looks(sample, folds, tmp_path):
     said = run_script("predict_assessor.py", *flags, "--explain_rating", "valence").text
     page = (tmp_path / "p.html").read_text()
     assert page.count("<figure>") == 9 and page.count("rank correlation") == 4 and "mean rank correlation" in said
+    assert "Places on which the prediction rests: valence" in page
     text = run_script("predict_assessor.py", *flags, "--explain_rating", "Valense", code=2).stderr
     assert text.startswith("error: --explain_rating: found no Valense") and "Valence" in text
     report = (folds / "report.html").read_text()
