@@ -247,7 +247,9 @@ def test_12_bits_in_16_keep_their_grey_levels(tmp_path, offset, expected):
 def test_the_range_is_chosen_by_all_pictures_or_by_the_flag_and_clips(tmp_path):
     paths = [save(tmp_path, f"{k}.png", np.full((8, 8), value, np.uint16)) for k, value in enumerate((100, 1000))]
     paths.append(save(tmp_path, "8bit.png", np.full((8, 8), 7, np.uint8)))
-    assert picture_files.choose_pixel_range(paths) == (0, 1023)
+    for highest, white in ((1024, 2047), (1023, 1023), (1000, 1023)):
+        save(tmp_path, "1.png", np.full((8, 8), highest, np.uint16))
+        assert picture_files.choose_pixel_range(paths) == (0, white)
     assert picture_files.choose_pixel_range(paths[2:]) is None
     assert "note" not in picture_files.ImageStore(paths[2:], 8).description
     store = picture_files.ImageStore(paths, 8, pixel_range=[200, 600])

@@ -497,6 +497,13 @@ def test_an_attribute_by_flag_needs_no_repeated_image(tmp_path):
     np.testing.assert_array_equal(ratings.n, [[1, 0], [0, 1], [1, 0], [0, 1]])
 
 
+def test_a_column_called_attribute_asks_nothing_where_none_is_called_rating(tmp_path):
+    path = written(tmp_path, "image,attribute,Valence,Arousal\na,indoor,1,7\nb,outdoor,2,5\nc,indoor,4,6\n")
+    ratings = rating_tables.read_ratings(path)
+    assert ratings.names == ["Valence", "Arousal"] and ratings.mean.tolist() == [[1, 7], [2, 5], [4, 6]]
+    assert list(ratings.extra["attribute"]) == ["indoor", "outdoor", "indoor"]
+
+
 # missing codes
 
 @pytest.mark.parametrize("code, scale", [(-9, 7), (-99, 100), (99, 9), (999, 100), (9999, 100), (88, 7), (-7, 5),

@@ -296,9 +296,9 @@ def test_files_of_other_programs(name, window, first, n_frames):
 # Files that lie, and broken ones.
 
 
-def damaged_film(path, first=40, last=55):
+def damaged_film(path, first=40, last=55, b_frames=0):
     """A film of 90 frames, one packet each, whose packets from `first` to `last` are overwritten."""
-    write_film(path, options={"x264-params": "bframes=0:keyint=10:scenecut=0"})
+    write_film(path, options={"x264-params": f"bframes={b_frames}:b-adapt=0:keyint=10:scenecut=0"})
     data = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
@@ -321,6 +321,12 @@ def test_damage_in_the_middle_is_stepped_over_counted_and_named(tmp_path, capsys
         video_files.check_clips(store.audit, 0.05, "skip")
     video_files.check_clips(store.audit, 0.4, "skip")
     assert "note: 20 of 90 frames are damaged; left out:" in capsys.readouterr().out
+
+
+def test_damaged_frames_that_are_stored_in_another_order_keep_their_times(tmp_path):
+    info = video_files.probe(damaged_film(tmp_path / "hole.mp4", 40, 45, b_frames=2))
+    assert sorted(np.rint(info.damaged * FPS)) == list(range(40, 50)), "to the next key frame"
+    assert np.rint(info.times * FPS).tolist() == [*range(40), *range(50, N)]
 
 
 def test_a_frame_that_cannot_be_converted_stops_the_reading_of_its_file(films, monkeypatch):

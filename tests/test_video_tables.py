@@ -649,10 +649,11 @@ def test_recordings_come_by_name(tmp_path, monkeypatch):
 
 
 def test_class_folders_and_apple_files(tmp_path):
-    put(tmp_path, "ear/1.mp4", "ear/._1.mp4", "tail/1.mp4", "tail/2/0.png", "tail/2/1.png", "notes.txt")
+    put(tmp_path, "ear/1.mp4", "ear/._1.mp4", "ear/3.mp4", "tail/1.mp4", "tail/2/0.png", "tail/2/1.png", "notes.txt")
     table = event_tables.read_events({"": tmp_path})
-    assert sorted(table.clip_ids) == ["ear/1.mp4", "tail/1.mp4", "tail/2"] and table.names == ["ear", "tail"]
-    assert len(set(table.events)) == 3, "equal base names in two class folders are two clips"
+    assert list(table.clip_ids) == ["ear/1.mp4", "tail/1.mp4", "tail/2", "ear/3.mp4"], "not sorted by class"
+    assert table.names == ["ear", "tail"]
+    assert len(set(table.events)) == 4, "equal base names in two class folders are two clips"
     assert "CLASS/clip.mp4" in fails(event_tables.read_events, {"": put(tmp_path / "flat", "1.mp4")})
     put(tmp_path, "NA/1.mp4")
     with pytest.raises(common.UserError, match="labels: no class can be called 'NA'"):
@@ -1053,7 +1054,8 @@ FOLDS = [{"fold": 0, "train_animals": [0, 1], "val_animals": [2]},
 
 @pytest.mark.parametrize("content", [
     {"cv_folds": FOLDS}, FOLDS, {"cv_folds": str(FOLDS)}, {"cv_folds": {f"fold_{k}": f for k, f in enumerate(FOLDS)}},
-    {"fold_1": FOLDS[1], "fold_0": FOLDS[0], "seed": 3}, {"cv_folds": str(FOLDS).replace("[2]", "[tensor(2)]")},
+    {"fold_1": FOLDS[1], "fold_0": FOLDS[0], "seed": 3},
+    {"fold_10": {"train": [2], "val": [0]}, "fold_9": {"train": [0, 1], "val": [2]}}, {"cv_folds": str(FOLDS).replace("[2]", "[tensor(2)]")},
     {"cv_folds": str(FOLDS).replace("[2]", "[tensor(2, device='cuda:0')]")},
     {"fold_0": {"train": ["0", "1.0"], "val": ["tensor(2)"]}, "fold_1": {"train": [2], "val": ["0"]}},
     [{"train_indices": [2], "val_indices": [0, 1], **fold} for fold in FOLDS]])
