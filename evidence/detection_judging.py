@@ -322,17 +322,15 @@ def case_blocks(run, judged, detections, picture, threshold):
     if picture is None:
         return []
     order = np.argsort(count_errors(judged), kind="stable")
-    worst = run.path("failures.jpg")
-    best = run.path("best_pictures.jpg")
-    box_pictures.write_sheet(worst, judged.truth, detections, picture, order[::-1][:4], threshold)
-    box_pictures.write_sheet(best, judged.truth, detections, picture, order[:2], threshold)
-    return [
-        reporting.html_image(
-            worst, f"The pictures with most errors: annotated (left), detected from score "
-                   f"{threshold:g} (right). Green intact, orange damaged, pink absent, blue "
-                   "occluded, grey no state; without any state a colour for each part"),
-        reporting.html_image(best, "The pictures with fewest errors"),
-    ]
+    colours = (f"Annotated (left), detected from score {threshold:g} (right). Green intact, orange damaged, pink absent, "
+               "blue occluded, grey no state; without any state a colour for each part")
+    blocks = [reporting.html_text(colours)]
+    for file, word, rows in (("failures.jpg", "most", order[::-1][:4]), ("best_pictures.jpg", "fewest", order[:2])):
+        sheet = run.path(file)
+        box_pictures.write_sheet(sheet, judged.truth, detections, picture, rows, threshold)
+        names = ", ".join(judged.truth.images[row] for row in rows)
+        blocks.append(reporting.html_image(sheet, f"The pictures with {word} errors, from the top: {names}"))
+    return blocks
 
 
 def count_errors(judged):

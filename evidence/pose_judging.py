@@ -104,7 +104,7 @@ def metric_blocks(run, setting, result, axes, baselines, predictors, patients):
     """HTML of the section Metrics: errors of the axes, baselines, predictors and patients."""
     columns = {"target": "axis", "n": "n", "mae": "MAE", "mae_low": "low", "mae_high": "high", "r2": "R2"}
     columns |= {f"mae_{row['baseline']}": row["baseline"] for row in baselines}
-    of_patient = {"patient": "patient", "transitions": "n", "geodesic_deg": "geodesic"}
+    of_patient = {"patient": "patient", "transitions": "n", "geodesic_deg": "geodesic deg"}
     of_patient |= {f"mae_{axis}": axis for axis in probe_poses.AXES}
     return [
         reporting.html_table(

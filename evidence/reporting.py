@@ -72,8 +72,10 @@ def _cell_text(value, digits):
     """Escaped text of a table cell; a missing value is a dash."""
     if value is None or value != value:
         return "&ndash;"
-    is_float = isinstance(value, (float, np.floating))
-    return html.escape(format(value, digits) if is_float else str(value))
+    if not isinstance(value, (float, np.floating)):
+        return html.escape(str(value))
+    text = format(value, digits)
+    return format(value, ".1g") if abs(value) > 1e-9 and not float(text) else text  # no error of .000
 
 
 def html_table(rows, columns=None, digits=".3f", caption=""):
@@ -202,9 +204,14 @@ def command_blocks(args=None):
         flags = []
         for name, value in common.flags_of(args).items():
             if value is not None:
-                flags += [f"--{name}", *(public_word(str(each)) for each in np.atleast_1d(value))]
+                flags += [f"--{name}", public_text(value)]
         blocks += [html_text("All settings, as in args.json:"), html_code(" ".join(flags))]
     return [*blocks, html_list(versions)]
+
+
+def public_text(value):
+    """The value of a flag, or its values, with public paths."""
+    return " ".join(public_word(str(each)) for each in np.atleast_1d(value))
 
 
 def public_word(word):

@@ -168,5 +168,6 @@ def flags_that_differ(folders):
     """A dict for each run folder, of the flags that are not the same in all."""
     import pandas as pd
     of_run = {folder.name: common.read_json(folder / "args.json")["flags"] for folder in folders}
-    flags = pd.DataFrame(of_run).astype(str)
-    return flags[flags.nunique(axis=1) > 1].T.reset_index(names="folder").to_dict("records")
+    flags = pd.DataFrame(of_run)
+    differing = flags.astype(str).nunique(axis=1) > 1
+    return flags[differing].map(reporting.public_text).T.reset_index(names="folder").to_dict("records")

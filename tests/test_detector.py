@@ -701,6 +701,17 @@ def test_a_sheet_shows_in_each_line_the_annotated_boxes_left_and_the_detected_on
         assert (line[:640, 320:332] == 255).all() and (line[:, 652:] == 255).all() and (line[640:] == 255).all()
 
 
+def test_the_sheets_of_errors_name_their_pictures(tmp_path):
+    """The second picture's box is missed: it is the worst, and its annotation may be wrong."""
+    found = [detections((0, 0.9, 0, BOX)), detections(), detections((0, 0.9, 0, BOX))]
+    judged = judge(annotated(*[[(0, 0, BOX)]] * 3), found)
+    run = SimpleNamespace(path=tmp_path.joinpath)
+    _, worst, best = detection_judging.case_blocks(
+        run, judged, found, lambda row: np.zeros((9, 9, 3), np.uint8), 0.5)
+    assert "with most errors, from the top: 1.jpg, 2.jpg, 0.jpg<" in worst
+    assert "with fewest errors, from the top: 0.jpg, 2.jpg<" in best
+
+
 def test_without_states_each_part_has_a_colour():
     unknown, parts = np.full(18, UNKNOWN), np.arange(18)
     colours = box_pictures.colours_of(parts, unknown, 18)

@@ -266,7 +266,8 @@ def test_all_runs_at_a_glance(tmp_path):
                    for name in ("Valence", "Arousal")]) for rows in tables]
     assert float(pair["difference"]) == pytest.approx(r2[0] - r2[1]) and pair["better"] == folders[0].name
     text = (page / "report.html").read_text(encoding="utf-8")
-    assert folders[1].name in text and "0.csv" in text, "the flag --predictions differs"
+    assert folders[1].name in text and f"<td>{tmp_path.name}/0.csv</td>" in text, "the flag --predictions differs"
+    assert str(tmp_path) not in text, "no private path"
     assert "no finished run" in run_here("judge_predictions.py", "--runs", tmp_path / "none", code=2).text
     assert "either --predictions or --runs" in run_here("judge_predictions.py", code=2).text
 

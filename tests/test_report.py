@@ -172,6 +172,13 @@ def test_table_formats_alignment_and_missing_cells():
     assert '<th scope="row">007</th>' in table and '<th scope="col">name</th>' in table
 
 
+def test_a_small_error_is_not_written_as_none():
+    """MAE of 8e-7 in its unit; what rounding alone makes of 0 stays 0."""
+    rows = [{"score": "a", "mae": value} for value in (8.1e-7, -0.0004, 1.3e-17, 0.0, 0.0312, float("inf"))]
+    cells = re.findall("<td class=\"num\">([^<]*)</td>", reporting.html_table(rows))
+    assert cells == ["8e-07", "-0.0004", "0.000", "0.000", "0.031", "inf"]
+
+
 def test_a_table_without_rows_is_empty():
     assert reporting.html_table([]) == ""
 
