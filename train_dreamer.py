@@ -908,6 +908,7 @@ def predict_baselines(study, train, rows, readout=None, centre=None):
     near = baseline_models.place_weights(study.place, study.sequences, train, rows)  # (M, N_train)
     motion_ridge = baseline_models.fit_readout(study.motion[train], deviation[train], study.inner_groups(train))
     found = {
+        "train_median": np.tile(np.nanmedian(deviation[train], axis=0), (len(rows), 1)),
         "frame_index": near @ known,
         "motion_ridge": motion_ridge.predict(study.motion[rows]),
         **baseline_models.time_baselines(deviation, study.order, study.sequences, train, rows),

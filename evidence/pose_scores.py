@@ -16,6 +16,7 @@ from readers import probe_poses
 BASELINES = {
     "zero": "no motion",
     "train_mean": "mean of the train rows",
+    "train_median": "median of the train rows, of all constants the one with the smallest error there",
     "copy": "the known motion taken for the answer",
     "motion_ridge": "ridge on the known motion alone",
     "frame_index": "mean of the train rows at the same place in a sequence",
