@@ -112,7 +112,7 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
         result=result,
         metric="map",
         doubts=verdicts.baseline_doubts(
-            others, "the same detector with only its heads trained (--baseline heads)"),
+            others, "the same detector with only its heads trained (--baseline heads)") + state_doubts(result),
         alarms=alarms,
         meanings=criteria_names(truth.parts, judged.has_states),
         figures=key_figures(result),
@@ -257,6 +257,17 @@ def state_alarms(confusion):
                       "their state accuracy says little. Look at the balanced accuracy, and "
                       "annotate more of the other states")
     return alarms
+
+
+def state_doubts(result):
+    """A sentence where the states may be told no better than by each part's usual one, which is not always right."""
+    usual = result.overall.baseline.get("balanced_accuracy")
+    if not usual or not usual.value < 1 or verdicts.outcome_of(result.gain("balanced_accuracy")) == "better":
+        return []
+    own = result.overall.model["balanced_accuracy"]
+    return [f"The verdict is of boxes and parts: their states are not told better for certain than by the usual one of "
+            f"each part (balanced accuracy {own.value:.3f} against {usual.value:.3f}). More boxes of the rarer states, "
+            "more --epochs, or --state_class_weights balanced"]
 
 
 # --- blocks of the page ---------------------------------------------------------------------

@@ -493,6 +493,33 @@ def test_states_are_held_against_those_that_their_parts_usually_have():
     assert model["boxes"] == 4 and model["nll"] > prior["nll"], "the model is sure and wrong"
 
 
+@pytest.mark.parametrize("called, level", [((0, 1), "good"), ((1, 0), "caution")])
+def test_a_page_is_not_green_where_states_are_told_no_better_than_by_the_usual_ones(tmp_path, called, level):
+    """Boxes are found far better than by the baseline; bells are damaged in every other picture, saddles never."""
+    boxes = np.array([BOX, OTHER]) + 2 * np.arange(12)[:, None, None]  # (12, 2, 4)
+    truth = annotated(*[[(0, k % 2, bell), (1, 0, saddle)] for k, (bell, saddle) in enumerate(boxes)])
+    found, shifted = ([detections((0, 0.9, called[k % 2], bell), (1, 0.8, 0, saddle))
+                       for k, (bell, saddle) in enumerate(places)] for places in (boxes, boxes + 3))
+    setting = judging.Setting(seen=np.repeat("new", 12))
+    args = train_detector.parse_args(
+        ["--mode", "audit", "--json", "x", "--images_dir", "y", "--output_dir", str(tmp_path)])
+    with common.start_run(args) as run:
+        priors = [detection_judging.mean_boxes(truth)] * 12
+        metrics = detection_judging.judge_detections(run, truth, found, setting, priors, {"heads": shifted})
+    assert metrics["headline"]["verdict"] == "better" and metrics["headline"]["level"] == level
+    said = ["are not told better for certain" in doubt and "0.333 against 0.500" in doubt for doubt in metrics["doubts"]]
+    assert said == [True] * (level == "caution") and metrics["alarms"] == []
+
+
+def test_states_that_are_told_or_that_parts_always_have_leave_no_doubt():
+    truth = annotated(*[[(0, 0, BOX), (1, 1, OTHER)]] * 6)
+    found = [detections((0, 0.9, 0, BOX), (1, 0.9, 1, OTHER))] * 6
+    usual = np.tile(np.eye(4)[:2], (6, 1, 1))
+    for rates in (usual, usual[:, [0, 0]]):
+        result = detection_scores.Judged(truth, found, 0.5, found, rates).result()
+        assert detection_judging.state_doubts(result) == []
+
+
 def test_hallucinations_by_hand():
     """Four absent parts, two with a box: one is claimed at its box, one detected there and rightly called absent;
     of those without a box one is claimed elsewhere, one only below the threshold."""
