@@ -103,7 +103,8 @@ def judge_several(run, args, tables):
     for name, path, table in zip(names, args.predictions, tables):
         with run.child(name) as child:
             table_judging.judge_table(child, table, path)
-    judging.write_comparison(run, rows)
+    alarms = min((table.alarms for table in tables), key=len)  # groups that one table names count for all
+    judging.write_comparison(run, rows, [("Alarms", judging.alarm_blocks(alarms))])
 
 
 def judge_runs(args):

@@ -27,6 +27,7 @@ class Rows:
     seen: np.ndarray | None = None  # (M,) of seen_rows.WORDS
     warning: np.ndarray | None = None  # (M,) text, of row_warnings.texts
     notes: list | tuple = ()  # sentences on how the table was read
+    alarms: list | tuple = ()  # sentences on rows that may not be independent
 
     @property
     def row_names(self):
@@ -339,11 +340,16 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     keys = _keys_of(table)
     notes = []
     groups = table[group_column].to_numpy(str) if group_column else _repeated_names(keys, notes)
+    units = np.arange(len(table)) if groups is None else groups
+    alarms = splitting.unused_groups(
+        table.drop(columns=list(keys), errors="ignore"), common.rows_by_key(units), groups if group_column else None,
+        "stand in several rows that count as independent")
     shared = {
         "keys": keys,
         "groups": groups,
         "seen": _seen_column(table),
         "notes": notes,
+        "alarms": alarms,
     }
     predicted = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
     names = [name for name in predicted if f"{name}_true" in table]

@@ -22,8 +22,8 @@ GROUP_WORDS = re.compile(
     r"flock|litter|nest|colony|scene|group|session|video|recording|site|street|clinic|hospital)"
     r"(s|id|nr|no|name|code)?(?![a-z])")
 MEASURE_WORDS = re.compile(
-    r"^n[^a-z]|(?<![a-z])(age|area|body|anatom|count|date|duration|length|mean|score|sd|sex|share|size|species|type|"
-    r"weight)")
+    r"^n[^a-z]|(?<![a-z])(age|area|body|anatom|count|date|duration|length|mean|predicted|prob_|score|sd|sex|share|size|"
+    r"species|true|type|weight)")
 FEWEST_FOR_SIMILAR = 20  # rows
 PARTS = ("train", "val", "test")
 STOPPING_LEAKS = ("groups", "events", "exact_duplicates")
@@ -446,11 +446,11 @@ def names_group(name):
     return bool(GROUP_WORDS.search(name.lower()) and not MEASURE_WORDS.search(name.lower()))
 
 
-def unused_groups(columns, split, groups):
+def unused_groups(columns, split, groups, fault="stand on two sides of the split"):
     """Sentences on columns that repeat as subjects do and of which a split parts the rows; else [].
 
-    columns: {name: (N,) text}; split: {part: rows}; groups: (N,) of --group_column, or None. A
-    column that each group has one value of, such as the site of a subject, is none.
+    columns: {name: (N,) text}; split: {part: rows}; groups: (N,) of --group_column, or None; fault: what is said of
+    values in several parts. A column that each group has one value of, such as the site of a subject, is none.
     """
     sentences = []
     for name, cells in columns.items():
@@ -459,12 +459,12 @@ def unused_groups(columns, split, groups):
         is_coarser = groups is not None and len(set(zip(groups, cells))) == len(set(groups))
         if is_coarser or not names_group(name) or not 5 <= len(levels) <= len(cells) / 2:
             continue
-        parts = [set(cells[rows]) for rows in split.values()]
-        parted = sum(sum(level in part for part in parts) > 1 for level in levels)
+        n_parts = collections.Counter(itertools.chain.from_iterable(set(cells[rows]) for rows in split.values()))
+        parted = sum(n_parts[level] > 1 for level in levels)
         if parted:
             sentences.append(
                 f"the column {name} repeats ({len(levels)} values in {len(cells)} rows), and {parted} of its values "
-                f"stand on two sides of the split. If it says who or what was recorded: --group_column {name}")
+                f"{fault}. If it says who or what was recorded: --group_column {name}")
     return sentences
 
 

@@ -24,6 +24,7 @@ def judge_table(run, table, path):
     setting = judging.Setting(
         title=f"Predictions of {path.name}",
         seen=table.seen,
+        alarms=table.alarms,
         data=[judging.rows_text(table)],
         limits=["Judged from the table alone: what train rows share with these is not known here.", *table.notes])
     if isinstance(table, prediction_tables.ScoreTable):

@@ -414,6 +414,35 @@ def test_a_table_and_its_captions_are_called_what_they_are(tmp_path):
     assert "Each score on the rows of the table, in its unit" in page.read_text()
 
 
+def test_a_column_that_repeats_as_subjects_do_is_an_alarm_unless_groups_keep_it_whole(tmp_path):
+    """Rows of one subject are alike: taken as independent they make noise green in one table of eight."""
+    rows = [row | {"family": f"f{i % 12 // 2}", "site": "ab"[i % 2]} for i, row in enumerate(scores())]
+    path = tmp_path / "p.csv"
+    common.write_table(path, rows)
+    subject, family = (
+        f"the column {name} repeats ({count} values in 60 rows), and {count} of its values stand in several rows that "
+        f"count as independent. If it says who or what was recorded: --group_column {name}"
+        for name, count in (("subject", 12), ("family", 6)))
+    metrics = json.loads((judge(tmp_path, "--predictions", path, "--held_out") / "metrics.json").read_text())
+    assert metrics["alarms"] == [subject, family]
+    both = judge(tmp_path / "two", "--predictions", path, path) / "report.html"
+    assert f"ALARM: {subject}" in html.unescape(both.read_text())
+    alarms = {group: prediction_tables.read_predictions(path, group).alarms for group in ("subject", "family", "site")}
+    assert alarms == {"subject": [], "family": [], "site": [family]}, "a family is in both sites, a subject in one"
+
+
+def test_columns_of_predictions_are_no_subjects(tmp_path):
+    """A score called person and a class called scene, in few different numbers."""
+    draw = np.random.default_rng(4)
+    votes = draw.integers(0, 9, 60) / 8
+    common.write_table(tmp_path / "c.csv", [
+        {"label": ("scene", "other")[k % 2], "prob_scene": p, "prob_other": 1 - p} for k, p in enumerate(votes)])
+    common.write_table(tmp_path / "s.csv", [
+        {"video": f"v{k % 10}", "person_true": k % 7, "person_predicted": p} for k, p in enumerate(votes)])
+    for name in ("c", "s"):
+        assert prediction_tables.read_predictions(tmp_path / f"{name}.csv").alarms == []
+
+
 def test_two_constants_are_exactly_as_good(tmp_path):
     common.write_table(tmp_path / "p.csv", [{"id": k, "label": int(k % 3 == 0), "score": 0.5} for k in range(60)])
     metrics = json.loads((judge(tmp_path, "--predictions", tmp_path / "p.csv") / "metrics.json").read_text())
