@@ -86,6 +86,7 @@ def run_main(main):
 
 
 LOST_PROCESS = re.compile("gloo|nccl|TCPStore|connection (closed|reset)|broken pipe", re.IGNORECASE)
+LOST_DRIVE = (errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.EHOSTDOWN)  # over a network, or pulled out
 LOST_WORKER = re.compile(r"DataLoader (worker \(|timed out)|</torch_")  # </torch_...> is a file of a full /dev/shm
 # of Apple GPUs, CPUs, OpenCV; of cuBLAS and cuDNN, which take memory beside torch
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|Insufficient memory|STATUS_ALLOC_FAILED")
@@ -123,6 +124,8 @@ def _explain(error):
                 f"reached ({cause or reason})")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return EXIT_CRASH, f"error: {reason}: a full drive, or a full /dev/shm (then try --num_workers 0)"
+    if isinstance(error, OSError) and error.errno in LOST_DRIVE:
+        return EXIT_CRASH, f"error: {reason}: a drive does not answer. Once it does, --resume auto continues"
     if LOST_WORKER.search(text):
         return EXIT_CRASH, (f"error: a loader worker died or hangs, or lacks shared memory ({reason}). The last "
                             "checkpoint is whole: --resume auto continues. Try --num_workers 0, or a larger /dev/shm")
@@ -650,8 +653,9 @@ class Run:
         if not error and self.path("metrics.json").exists():
             self._drop_checkpoints()
         was_stopped = isinstance(error, (UserError, SystemExit, KeyboardInterrupt))
-        if was_stopped and not self.resumed and not self.path("args.json").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)  # the disk it is on may be what was lost
+        with contextlib.suppress(OSError):  # the drive that it is on may be what was lost
+            if was_stopped and not self.resumed and "args.json" not in os.listdir(self.folder):
+                shutil.rmtree(self.folder)
 
     def _drop_checkpoints(self):
         """Of a finished run and its baseline/, keep last.pth alone, and only where it may go on."""

@@ -100,7 +100,7 @@ def _unread_format(path):
 def check_file(path):
     """BadImage unless the path is a file with something in it; a pipe or device would block for ever."""
     if not os.path.isfile(path):
-        raise pixel_cache.BadImage("not a regular file" if os.path.exists(path) else "no such file")
+        raise pixel_cache.BadImage("not a regular file" if os.path.exists(path) else "no such file, or out of reach")
     if not os.path.getsize(path):
         raise pixel_cache.BadImage("empty file, 0 bytes")
 

@@ -660,6 +660,24 @@ def test_what_stops_before_there_is_anything_to_continue_leaves_no_folder(tmp_pa
         assert last_line == f"{type(error).__name__}: {error}"
 
 
+def test_a_drive_that_goes_away_keeps_the_run_and_its_error(tmp_path, monkeypatch):
+    def gone(*args, **options):
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+    with pytest.raises(common.CannotSave, match="last.pth"), common.start_run(run_arguments(tmp_path)) as run:
+        run.write_args(fingerprint="f")
+        monkeypatch.setattr(os, "stat", gone)
+        monkeypatch.setattr(os, "listdir", gone)
+        raise common.CannotSave("cannot write last.pth")
+    monkeypatch.undo()
+    assert run.path("args.json").exists()
+
+
+def test_a_drive_that_does_not_answer_is_told_in_a_line():
+    code, message = common._explain(OSError(errno.ESTALE, "Stale file handle"))
+    assert code == 1 and "Stale file handle" in message and "--resume auto" in message and "\n" not in message
+    assert common._explain(FileNotFoundError(errno.ENOENT, "No such file or directory")) == (None, None)
+
+
 def test_the_log_is_ascii_and_the_terminal_shows_a_path_that_can_be_pasted(tmp_path, capsys):
     with common.start_run(run_arguments(tmp_path)) as run:
         run.say("Gesicht gr\u00fcn")
