@@ -4,6 +4,7 @@ Letters: N rows, R scores, C classes. Sizes in inches.
 """
 
 import io
+import textwrap
 
 import numpy as np
 
@@ -118,9 +119,10 @@ def without_math(names, length):
 
 
 def write_lines(axis, lines):
-    """Lines of text in place of a plot."""
+    """Lines of text in place of a plot, a long one in several."""
     axis.axis("off")
-    axis.text(0, 0.95, "\n".join(lines), fontsize=9, va="top", linespacing=1.7, parse_math=False)
+    text = "\n".join(textwrap.fill(line, 42) for line in lines)
+    axis.text(0, 0.95, text, fontsize=9, va="top", linespacing=1.7, parse_math=False)
 
 
 def _history_panels(history):
@@ -189,6 +191,7 @@ def plot_dataset(split, groups, facts, samples, path):
         places = range(0, len(bars), -(-len(bars) // MOST_NAMES))
         axis.set_yticks(places, without_math([bars[place] for place in places], 16), fontsize=7)
         axis.invert_yaxis()  # the first at the top
+        axis.locator_params(axis="x", integer=True)
     set_title(parts, "transitions")
     set_title(by_group, "per patient or folder")
     write_lines(text, facts)
@@ -287,7 +290,8 @@ def plot_scatter(table, path):
         axis.plot(x, y, "o", color=BLUE, markersize=3, alpha=0.4, markeredgewidth=0)
         both = [*x, *y] or [0, 1]
         _draw_diagonal(axis, [min(both), max(both)])
-        axis.locator_params(nbins=4)
+        axis.locator_params(axis="x", nbins=3)  # -200000 beside 0
+        axis.locator_params(axis="y", nbins=4)
         set_title(axis, shorten_name(table.names[j], 20))
         facts = f"r {metric_names.number_text(pearson_r[j], '.2f')}\nn {len(x)}"
         axis.text(0.03, 0.97, facts, transform=axis.transAxes, va="top", fontsize=7)

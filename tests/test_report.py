@@ -364,6 +364,30 @@ def test_names_of_folds_and_patients_stand_apart(figures, n_folds, n_patients, n
     assert labels[0].get_text() == "fold_0" and len(labels) == n_named
 
 
+def test_long_facts_leave_the_other_panels_their_place(figures):
+    names = [f"patient_of_the_university_hospital_of_the_city_{k}" for k in range(2)]
+    facts = [f"in two parts: {', '.join(names)} and 3 more", "rows skipped: 0"]
+    plotting.plot_dataset({"train": np.arange(2)}, np.array(names), facts, [(names[0], np.zeros((9, 9)))] * 4, None)
+    [figure] = figures
+    parts, by_group, text, *samples = figure.axes
+    check_texts(figure, [*by_group.get_yticklabels(), *text.texts, *(axis._left_title for axis in samples)])
+    assert "".join(text.texts[0].get_text().split()) == "".join("".join(facts).split()), "all is there"
+    assert parts.get_position().width > 0.15
+    assert (parts.get_xticks() % 1 == 0).all(), "transitions are whole"
+
+
+@pytest.mark.parametrize("scale", [1e5, 1e-6])
+def test_long_numbers_below_a_small_panel_stand_apart(figures, scale):
+    target = np.random.default_rng(0).normal(size=(50, 6)) * scale
+    table = prediction_tables.ScoreTable(keys={}, names=list("abcdef"), baselines={}, target=target, predicted=target)
+    plotting.plot_scatter(table, None)
+    [figure] = figures
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        low, high = axis.get_xlim()
+        check_texts(figure, [tick.label1 for tick in axis.xaxis.get_major_ticks() if low <= tick.get_loc() <= high])
+
+
 def test_the_curves_of_25_classes_have_each_a_look_and_a_name(figures):
     rng = np.random.default_rng(0)
     label = np.arange(500) % 25
