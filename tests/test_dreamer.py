@@ -1109,6 +1109,25 @@ def test_weights_of_another_model_or_encoder_are_refused_as_a_start(as_script, s
         assert not isinstance(error.value, common.CheckpointError)
 
 
+def test_training_begins_at_the_solved_readout_and_the_scale_of_the_train_frames(slices, monkeypatch):
+    study, rows = loaded(slices)
+    grids = np.random.default_rng(0).normal(3, 2, (len(study.store), 17_920)).astype(np.float32)
+    study = dataclasses.replace(study, grids=grids)
+    readout = baseline_models.Readout(np.full((17_920, 6), 2.0), np.arange(6.0), ["all"])
+    begun = []
+
+    def stop(run, model, *_, **__):
+        begun.append(model)
+        raise common.UserError("begun")
+    monkeypatch.setattr(common, "Training", stop)
+    with pytest.raises(common.UserError, match="begun"):
+        train_dreamer.fit(types.SimpleNamespace(compute=common.choose_compute("cpu", "off")), readout_args(), study,
+                          {"train": rows[:20], "val": rows[20:]}, readout)
+    [model] = begun
+    assert (model.solved.weight == 2).all() and model.solved.bias.tolist() == [0, 1, 2, 3, 4, 5]
+    assert np.allclose(model.grid_mean, grids[study.frames[rows[:20], 0]].mean(0), atol=1e-4)
+
+
 def test_a_readout_solved_on_train_and_validation_rows_is_undone_by_a_resume():
     """Killed between best_model.pth and metrics.json: with --select last, too, validation rows are predicted anew."""
     model = types.SimpleNamespace(imagines=False, solved=nn.Linear(3, 6))

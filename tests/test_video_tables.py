@@ -1055,7 +1055,8 @@ FOLDS = [{"fold": 0, "train_animals": [0, 1], "val_animals": [2]},
 @pytest.mark.parametrize("content", [
     {"cv_folds": FOLDS}, FOLDS, {"cv_folds": str(FOLDS)}, {"cv_folds": {f"fold_{k}": f for k, f in enumerate(FOLDS)}},
     {"fold_1": FOLDS[1], "fold_0": FOLDS[0], "seed": 3},
-    {"fold_10": {"train": [2], "val": [0]}, "fold_9": {"train": [0, 1], "val": [2]}}, {"cv_folds": str(FOLDS).replace("[2]", "[tensor(2)]")},
+    {"fold_10": {"train": [2], "val": [0]}, "fold_9": {"train": [0, 1], "val": [2]}},
+    {"cv_folds": str(FOLDS).replace("[2]", "[tensor(2)]")},
     {"cv_folds": str(FOLDS).replace("[2]", "[tensor(2, device='cuda:0')]")},
     {"fold_0": {"train": ["0", "1.0"], "val": ["tensor(2)"]}, "fold_1": {"train": [2], "val": ["0"]}},
     [{"train_indices": [2], "val_indices": [0, 1], **fold} for fold in FOLDS]])
@@ -1229,8 +1230,9 @@ def test_a_table_is_audited_without_its_videos(tmp_path):
 
 def test_an_audit_opens_nothing_outside_the_root(tmp_path):
     put(tmp_path, "secret.mp4", "v/a.mp4")
-    path = write(tmp_path / "m.csv", "path,label\n../secret.mp4,x\na.mp4,y\n")
+    path = write(tmp_path / "m.csv", "path,label\n../secret.mp4,x\nE:/cam 8/a.mp4,y\n")
     table = event_tables.read_events({"": path}, tmp_path / "v", need_files=False)
+    assert table.sources[1] == tmp_path / "v" / "a.mp4", "one that is there is found as ever"
     assert all((tmp_path / "v").resolve() in Path(source).resolve().parents for source in table.sources)
 
 
