@@ -503,13 +503,15 @@ def test_frames_without_a_label_are_no_events(tmp_path):
 
 
 @pytest.mark.parametrize("header, background", [(",background,groom,rear", "background"), ("frame,groom,rear", "background"),
-                                                (",Nose_x,Nose_p,groom,rear", "background")])
+                                                (",Nose_x,Nose_p,groom,rear", "background"),
+                                                ("frame,speed,groom,rear", "background")])
 def test_one_row_a_frame_becomes_events(tmp_path, header, background):
     """Frames 0 to 11: groom 2 to 5, rear 5 to 7, nothing 0, 1 and 8 to 11."""
     names, lines = header.split(","), []
     for frame in range(12):
         groom, rear = 2 <= frame <= 5, 5 <= frame <= 7
         cells = {"": frame, "frame": frame, "groom": int(groom), "rear": int(rear), "Nose_x": 3.5 + frame, "Nose_p": 1,
+                 "speed": frame % 3,
                  "background": int(not (groom or rear))}
         lines.append(",".join(str(cells[name]) for name in names))
     root = put(tmp_path, "labels/s0_labels.csv", "v/s0.mp4")
