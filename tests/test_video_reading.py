@@ -500,6 +500,8 @@ def test_films_of_which_nothing_can_be_shown_say_why(tmp_path, monkeypatch):
     assert "no picture track" in video_files.probe(tmp_path / "sound.mkv").error
     path = damaged_film(tmp_path / "lost.mp4", first=0, last=90)
     assert "none of its frames can be decoded" in video_files.probe(path).error
+    with pytest.raises(video_files.BadVideo, match="no frame can be decoded"):
+        list(video_files.Recording(path, FPS, 48).grid())
     monkeypatch.setattr(pixel_cache, "MAX_PIXELS", WIDTH * HEIGHT - 1)
     assert f"its header claims {WIDTH} x {HEIGHT} pixels" in video_files.probe(path).error
 
