@@ -57,11 +57,11 @@ class QuietRun:
         return self.folder / name
 
 
-def load(data, *flags, needs_labels=True):
+def load(data, *flags, needs_labels=True, usual=None):
     own = ["--data_dir", str(data), "--image_size", "32", "--cache", "none"]
     args = train_dreamer.parse_args([*own, *map(str, flags)])
     run = QuietRun(data.parent)
-    study = train_dreamer.load_study(args, run, needs_labels)
+    study = train_dreamer.load_study(args, run, needs_labels, usual=usual)
     return study, "\n".join(run.lines), args
 
 
@@ -228,6 +228,18 @@ def test_small_angles_are_read_in_the_unit_in_which_the_poses_compose(tmp_path, 
     study, text, _ = load(tmp_path / "data")
     assert study.angle_unit == named and study.compose == "se3_left" and "guessed" not in text
     np.testing.assert_allclose(study.at1, poses[:-1], atol=1e-9)
+
+
+def test_frames_without_labels_are_read_in_the_unit_of_the_training_data(tmp_path):
+    def edit(rows):
+        write_poses(rows, sweep(21) * [1, 1, 1, 0.3, 0.3, 0.3])
+        for row in rows:
+            del row["at1_6dof"], row["at2_6dof"]
+    write_sequence(tmp_path / "data" / "a_01", count=20, edit=edit)
+    usual = {"angle_unit": "deg", "euler_order": "zyx", "compose": "se3_left"}
+    study, text, _ = load(tmp_path / "data", "--compose", "se3_left", needs_labels=False, usual=usual)
+    assert study.angle_unit == "deg" and "as in the training data" in text
+    assert load(tmp_path / "data", "--compose", "se3_left", needs_labels=False)[0].angle_unit == "rad"
 
 
 def test_a_unit_that_only_the_size_tells_is_a_warning(tmp_path):
@@ -576,6 +588,8 @@ def test_patients_by_regex_by_json_and_by_csv(clinic, tmp_path):
 @pytest.mark.parametrize("regex, patient", [(r"(p\d)_(s\d)", "p1"), (r"p\d_s", "p1_s"), (r"_(s\d)", "s2")])
 def test_the_first_group_of_a_regex_is_the_patient_and_without_one_all_that_it_matches(regex, patient):
     assert probe_poses.patients_of(["site/p1_s2"], None, regex) == {"site/p1_s2": patient}
+    with pytest.raises(common.UserError, match="names no patient for q7; every folder needs one"):
+        probe_poses.patients_of(["site/p1_s2", "q7"], None, regex)
 
 
 def test_without_a_map_folders_are_suspected(clinic):
@@ -727,6 +741,17 @@ def test_augmentation_turns_both_frames_alike_and_repeats(clinic):
     first, second = data[3, 0]["frames"]
     assert np.array_equal(first, second) and np.array_equal(first, data[3, 0]["frames"][0])
     assert not np.array_equal(first, data[4, 0]["frames"][0])
+
+
+def test_only_frames_that_are_trained_on_are_augmented(clinic):
+    study, _, args = load(clinic, "--augment", "full", "--batch_size", 4, "--num_workers", 0)
+    plain = [train_dreamer.to_grey(np.stack([study.picture(i) for i in study.frames[row]])) for row in range(4)]
+    own = dict(zip(study.names, plain))
+    for train in (False, True):
+        loader = train_dreamer.make_loader(study, np.arange(4), args, common.choose_compute("cpu", "off"), train)
+        [batch] = loader
+        same = [np.array_equal(frames, own[name]) for name, frames in zip(batch["name"], batch["frames"])]
+        assert same == [not train] * 4
 
 
 @pytest.mark.parametrize("preset, turn", [("light", 0), ("full", 5)])

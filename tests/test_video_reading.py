@@ -591,6 +591,8 @@ def test_folders_of_deep_frames_share_one_range(tmp_path, pixel_range, expected,
     scaled = np.rint(((values - low) * (255 / (high - low))).clip(0, 255))
     for row in range(2):
         np.testing.assert_array_equal(store[row][..., 0], scaled[row])
+    recording = video_files.Recording(sources[0], FPS, 16, store.pixel_range)
+    np.testing.assert_array_equal([frame.pixels[..., 0] for frame in recording.grid()], scaled[0])
     assert f"{low} to {high} became 0 to 255" in store.description
     assert open_store(sources[2:], [WHOLE], grid="even").pixel_range is None
 
