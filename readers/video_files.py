@@ -552,7 +552,7 @@ class ClipStore(pixel_cache.PixelStore):
         self.fps = fps
         self.short_side = short_side
         self.pixel_range = pixel_range or choose_pixel_range(self.sources)
-        self.load_all(list(common.rows_by_key(self.sources).values()), cache)
+        self.load_all(common.rows_by_key(self.sources).values(), cache)
 
     def part(self, row, start, stop):
         """Grid frames start to stop of a row without an error (T, H, W, 3); without a cache no others are read."""

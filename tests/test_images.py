@@ -252,8 +252,9 @@ def test_the_range_is_chosen_by_all_pictures_or_by_the_flag_and_clips(tmp_path):
         assert picture_files.choose_pixel_range(paths) == (0, white)
     assert picture_files.choose_pixel_range(paths[2:]) is None
     assert "note" not in picture_files.ImageStore(paths[2:], 8).description
-    store = picture_files.ImageStore(paths, 8, pixel_range=[200, 600])
-    assert [store[k][0, 0, 0] for k in range(3)] == [0, 255, 7]
+    for cache in ("ram", "none"):
+        store = picture_files.ImageStore(paths, 8, cache, pixel_range=[200, 600])
+        assert [store[k][0, 0, 0] for k in range(3)] == [0, 255, 7]
 
 
 def test_the_disk_cache_knows_the_range(tmp_path, monkeypatch):

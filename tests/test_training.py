@@ -5,6 +5,7 @@
 import concurrent.futures
 import contextlib
 import errno
+import importlib
 import json
 import math
 import os
@@ -180,6 +181,16 @@ def test_a_batch_made_by_threads_is_the_batch(monkeypatch, cores):
     for n in (14, 20):  # in the last thread's part, and in another's
         with pytest.raises(pixel_cache.BadImage, match="13"):
             samples.__getitems__([(2, i) for i in range(n)])
+
+
+@pytest.mark.parametrize("script, more", [
+    ("train_assessor", {}), ("train_video", {"objective": None}), ("train_detector", {"state_weight": 1.0}),
+    ("train_dreamer", {"loss_function": None})])
+def test_an_epoch_trains_in_training_mode_whatever_the_evaluation_before_it_left(script, more):
+    training = SimpleNamespace(args=None, batches=lambda loader: [], epoch_means=dict)
+    model = torch.nn.Linear(1, 1).eval()
+    importlib.import_module(script).train_one_epoch(model, [], training=training, compute=None, **more)
+    assert model.training
 
 
 # --- the run folder -------------------------------------------------------------------

@@ -293,6 +293,14 @@ def test_files_of_other_programs(name, window, first, n_frames):
     assert seen[0] == first and (np.diff(seen) >= 0).all() and len(set(seen)) > 0.9 * len(seen)
 
 
+@pytest.mark.parametrize("apart, expected", [(0.0, {2}), (0.05, {1, 2}), (0.099, {1, 2}), (0.2, {0}), (0.27, {0})])
+def test_windows_of_nearly_one_middle_share_a_place_and_those_a_fifth_of_a_second_apart_none(apart, expected):
+    middles = np.arange(0, 2, 0.003)
+    windows = [(middle - length, middle + length) for length in (1, 3) for middle in (middles + apart * (length == 3))]
+    places = np.transpose(video_files.places_of(windows)[1:]).reshape(2, len(middles), 2)
+    assert set((places[0] == places[1]).sum(1)) == expected
+
+
 # Files that lie, and broken ones.
 
 
