@@ -214,9 +214,10 @@ def _draw_target_bars(axis, rows, metric):
     if np.isfinite(ceiling).any():
         axis.plot(ceiling, place, "D", color=INK, markersize=4.5, label="noise ceiling")
     shown = [0.0, *value, *low, *high, *baseline]
-    left = max(-0.5, 1.1 * np.nanmin(shown))
+    highest = np.nanmax(shown)
     share = metric_names.METRICS.get(metric)  # None: an error in mm or degrees, which ends nowhere
-    right = 1.0 if share and np.nanmax(shown) <= 1 else None
+    right = 1.0 if share and highest <= 1 else None
+    left = max(-0.5, 1.1 * np.nanmin(shown) - 0.02 * (right or highest))  # a baseline of 0 is seen beside the axis
     axis.set_xlim(left, right)
     beside = axis.get_yaxis_transform()
     for y, number in zip(place, value):

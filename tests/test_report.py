@@ -290,6 +290,16 @@ def test_the_baseline_stays_on_the_axis():
     assert axis.get_xlim()[1] > 1.8
 
 
+@pytest.mark.parametrize("metric", ["r2", "mae_x_mm"])
+def test_a_baseline_of_0_stands_beside_the_axis(metric):
+    """As the mean's R2; on the axis it was hidden."""
+    figure, [axis] = plotting.new_figure(1, 1, (4, 2))
+    plotting._draw_target_bars(axis, pd.DataFrame([{"target": "x", metric: 0.5, f"baseline_{metric}": 0.0}]), metric)
+    figure.draw_without_rendering()
+    [mark] = [line for line in axis.lines if line.get_label() == "baseline"]
+    assert axis.transData.transform((0, 0))[0] - axis.bbox.x0 > mark.get_markeredgewidth() / 2
+
+
 @pytest.mark.parametrize("n_targets", [1, 60])
 def test_plot_scatter(tmp_path, n_targets):
     rng = np.random.default_rng(5)
