@@ -119,7 +119,7 @@ def flagged_doubts(rows):
     names = [row["name"] for row in rows if row["red_flag"] and row["name"] != "row order"]
     if not names:
         return []
-    return [f"Known without looking at the input, and as good as the model's interval allows: "
+    return [f"Without a look at the input these columns predict as well as the model's interval allows: "
             f"{common.shorten_list(names, 3)}. Judge the model within the levels (the section "
             "Without a pixel), and across them: --group_column"]
 

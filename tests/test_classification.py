@@ -549,6 +549,9 @@ def test_level_priors_find_the_planted_column_and_only_it():
     flags = {row["name"]: row["red_flag"] for row in confounding.flag_confounds(rows, estimate(0.7))}
     assert flags == {"pair": True, "room": False, "row order": False}
     assert not any(row["red_flag"] for row in confounding.flag_confounds(rows, estimate(math.nan)))
+    [doubt] = confounding.flagged_doubts([{"name": "room", "red_flag": True}, {"name": "row order", "red_flag": True}])
+    start = "Without a look at the input these columns predict as well as the model's interval allows: room. Judge"
+    assert doubt.startswith(start), "beside a model at chance they may know no more than it does"
 
 
 def test_level_rates_are_smoothed_and_new_levels_get_the_overall_rate():
