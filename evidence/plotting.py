@@ -57,11 +57,15 @@ def new_figure(n_panels, columns, panel_inches, share_y=False):
 
 
 def picture_font(size):
-    """DejaVu Sans, so many pixels high, to write on pictures: Pillow's own font, and OpenCV's, have no accents."""
-    import matplotlib
+    """The font of the plots, so many pixels high, to write on pictures: Pillow's and OpenCV's own have no accents.
+
+    Of several families in matplotlibrc the last: it is there for what the others lack.
+    """
+    from matplotlib import font_manager, rcParams
     from PIL import ImageFont
 
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+    last = font_manager.FontProperties(family=rcParams["font.family"][-1:])
+    return ImageFont.truetype(font_manager.findfont(last), size)
 
 
 def draw_figure(figure):

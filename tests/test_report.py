@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -456,6 +457,15 @@ def test_a_rare_colour_is_kept(tmp_path):
     for source in (tmp_path / "bars.png", io.BytesIO(base64.b64decode(packed))):
         pixels = np.asarray(Image.open(source).convert("RGB")).astype(int)
         assert (np.abs(pixels - (0, 158, 115)).max(2) < 20).sum() > 100
+
+
+@pytest.mark.parametrize("families, expected", [
+    (["sans-serif"], "DejaVu Sans"), (["DejaVu Sans", "STIXGeneral"], "STIXGeneral")])
+def test_text_on_pictures_has_the_font_that_matplotlibrc_names_last(families, expected):
+    with matplotlib.rc_context({"font.family": families}):
+        font = plotting.picture_font(20)
+    assert font.getname()[0] == expected and font.size == 20
+    assert font.getmask("\xfc").getbbox() != font.getmask("u").getbbox(), "it has accents"
 
 
 def test_plots_leave_pyplot_alone(tmp_path):
