@@ -262,11 +262,12 @@ def test_another_euler_order_is_found_named_and_turned_into_ours(tmp_path, order
     assert load(tmp_path / "data", "--euler_order", "zyx")[0].euler_order == "zyx"
 
 
-def test_poses_in_the_frame_of_a_tracker_are_refused_by_axis_and_not_masked_away(tmp_path):
+@pytest.mark.parametrize("shift", [400, -400])
+def test_poses_in_the_frame_of_a_tracker_are_refused_by_axis_and_not_masked_away(tmp_path, shift):
     def edit(rows):
         for row in rows:
             for key in ("at1_6dof", "at2_6dof"):
-                row[key][2] += 400
+                row[key][2] += shift
     write_sequence(tmp_path / "data" / "a_01", edit=edit)
     with pytest.raises(common.UserError, match=r"z_mm \(12 of 12\) of at1 and at2 are beyond 200.*tracker"):
         load(tmp_path / "data")
