@@ -426,6 +426,18 @@ def test_frozen_stages_are_the_first_ones():
         backbones.freeze_stages(backbone, 9, torch.zeros(1, 3, 64, 64))
 
 
+@pytest.mark.parametrize("freeze_norm", [False, True])
+def test_a_frozen_backbone_drops_nothing_and_keeps_its_statistics(freeze_norm):
+    """Also where it is frozen for the first epochs alone; trained again, it drops again."""
+    backbone = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5))
+    model = backbones.BackboneModel(backbone, freeze_norm).train()
+    for frozen, expected in ((False, [True, not freeze_norm, True]), (True, [False] * 3),
+                             (False, [True, not freeze_norm, True])):
+        model.freeze_backbone(frozen)
+        assert model.training and [layer.training for layer in backbone] == expected
+        assert {weight.requires_grad for weight in backbone.parameters()} == {not frozen}
+
+
 def test_features_of_another_backbone_are_refused(tmp_path, monkeypatch):
     """--freeze_backbone computes features before --init_from gives the model its weights."""
     monkeypatch.setattr(common, "script_name", lambda: "train_assessor.py")

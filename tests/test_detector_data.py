@@ -607,6 +607,14 @@ def test_images_without_objects_stay_or_go(tmp_path, flags):
     assert len(study.truth.boxes) == len(study.truth.sizes) == len(study.stored) == 2
 
 
+def test_boxes_are_cut_to_the_four_edges_of_their_picture():
+    assert part_boxes.cut_box([-5, -3, 10, 9], (8, 6)).tolist() == [0, 0, 8, 6]
+    assert part_boxes.cut_box([-5, -3, 10, 9], None).tolist() == [-5, -3, 10, 9], "of unknown size"
+    assert part_boxes.cut_box([7.5, 0, 20, 3], (8, 6)).tolist() == [7.5, 0, 8, 3]
+    for outside in ([7.6, 0, 20, 3], [0, -9, 5, 0.4], [5, 2, 3, 4]):
+        assert part_boxes.cut_box(outside, (8, 6)) is None
+
+
 def test_dropping_every_picture_is_refused(tmp_path, flags):
     content = {"0.jpg": {"parts": {"bell": part([5, 5, 10, 10], trust=0.1)}}}
     with pytest.raises(common.UserError, match="--drop_empty"):
