@@ -41,7 +41,7 @@ def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
     from PIL import Image, ImageDraw
     scale = LONG_SIDE / max(size)
     picture = cv2.resize(pixels, [max(1, round(side * scale)) for side in size])
-    texts = [plotting.shorten_name(parts[label], 24) for label in labels]
+    texts = [f" {plotting.shorten_name(parts[label], 24)}" for label in labels]
     for k in np.flatnonzero(states != part_boxes.UNKNOWN):
         texts[k] += f" {part_boxes.STATES[states[k]]}"
     if scores is not None:
@@ -54,11 +54,11 @@ def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
         drawing.rectangle(box, outline=colour, width=FRAME)
     font = plotting.picture_font(TEXT)
     for (left, top, *_), text, colour in zip(corners, texts, colours):  # over all frames
-        *_, width, height = font.getbbox(text)
-        left = max(min(left, drawn.width - width - 2 * FRAME), 0)  # where the whole text is on the picture
-        top = max(min(top, drawn.height - height - 2 * FRAME), 0)
-        drawing.rectangle((left, top, left + width + 2 * FRAME, top + height + 2 * FRAME), fill=colour)
-        drawing.text((left + FRAME, top + FRAME), text, "white", font)
+        *_, right, bottom = font.getbbox(text)
+        left = max(min(left, drawn.width - right), 0)  # where the whole text is on the picture
+        top = max(min(top, drawn.height - bottom), 0)
+        drawing.rectangle((left, top, left + right, top + bottom), fill=colour)
+        drawing.text((left, top), text, "white", font)
     return np.array(drawn)
 
 

@@ -95,8 +95,8 @@ def key_figures(result, predictors):
     }
     return [
         *reporting.key_figures(errors, result),
-        ("MAE, translations", f"{model['mae_mm']:.2f} mm", f"{shown}: {baseline['mae_mm']:.2f} mm"),
-        ("MAE, angles", f"{model['mae_deg']:.2f} deg", f"{shown}: {baseline['mae_deg']:.2f} deg"),
+        ("MAE, translations", f"{model['mae_mm']:.3g} mm", f"{shown}: {baseline['mae_mm']:.3g} mm"),
+        ("MAE, angles", f"{model['mae_deg']:.3g} deg", f"{shown}: {baseline['mae_deg']:.3g} deg"),
     ]
 
 

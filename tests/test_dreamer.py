@@ -20,7 +20,8 @@ import train_dreamer
 import verify_setup
 from conftest import DRAW, ROOT, only_run, run_here, run_fresh, run_script
 from evidence import (
-    baseline_models, plotting, pose_judging, pose_scores, prediction_tables, seen_rows, splitting, verdicts)
+    baseline_models, plotting, pose_judging, pose_scores, prediction_tables, seen_rows, splitting, subject_intervals,
+    verdicts)
 from readers.probe_poses import AXES
 from readers import backbones, probe_poses
 
@@ -793,6 +794,17 @@ def test_an_axis_along_which_the_probe_never_moves_is_no_fault_of_the_model():
     alarm, = pose_judging.axis_alarms(table)
     assert alarm.startswith("constant prediction") and "x_mm" in alarm
     assert pose_judging.axis_alarms(table.take(np.arange(1))), "one row"
+
+
+def test_the_top_of_the_page_says_small_errors_in_mm():
+    """Of a probe that hardly moves: no 0.00 mm beside 0.00 mm."""
+    nothing = subject_intervals.Estimate(0.5, np.nan, np.nan)
+    overall = types.SimpleNamespace(model={"mae": nothing}, baseline={"mae": nothing})
+    result = types.SimpleNamespace(overall=overall, baseline_name="zero", baseline_label="no motion", has_intervals=False, method="m")
+    rows = [{"predictor": "model", "mae_mm": 0.00412, "mae_deg": 4.137}, {"predictor": "zero", "mae_mm": 0.0068, "mae_deg": 12.25}]
+    *_, shift, turn = pose_judging.key_figures(result, rows)
+    assert shift == ("MAE, translations", "0.00412 mm", "no motion: 0.0068 mm")
+    assert turn == ("MAE, angles", "4.14 deg", "no motion: 12.2 deg")
 
 
 def test_angles_of_a_patient_leave_out_rows_with_a_missing_label():
