@@ -1401,8 +1401,8 @@ def predict_recordings(args):
             for loss in recording.losses():
                 run.say(f"note: {loss}")
             folder = run.path("_".join(name.rsplit(".", 1)))  # pen 1/a.mp4 -> pen 1/a_mp4, beside that of a.avi
-            read.append(ethograms.describe(recording, windows, own.names, args, folder))
-            ethograms.write_all(run.folder, read)
+            read.append(ethograms.write_recording(recording, windows, own.names, args, folder))
+            ethograms.write_tables(run.folder, read)
         if not read:
             raise common.UserError(f"no recording in {args.video} could be read, for the reasons above")
         common.write_json(run.path("metrics.json"), {"part": "predict", "recordings": len(read)})

@@ -17,8 +17,8 @@ from readers import event_tables, video_files
 
 IOUS = (0.25, 0.5)
 SLACK_SEC = 1e-6  # times of a grid are rounded: 0.1 + 0.2 is as long as 0.3
-STRIP_SEC = 600  # of an ethogram, as the next one
-MOST_STRIPS = 12
+STRIP_SEC = 600  # of the recording in one strip of its ethogram
+MOST_STRIPS = 12  # of an ethogram, which are longer where the recording is
 
 
 def add_arguments(add):
@@ -44,7 +44,7 @@ class Windows:
 
     @functools.cached_property
     def edges(self):
-        """(W + 1,) times: window k decides from edge k to edge k + 1, the time nearest to its middle."""
+        """(W + 1,) times: from edge k to edge k + 1 window k decides, whose middle is the nearest there."""
         middles = self.spans.mean(1)
         between = (middles[1:] + middles[:-1]) / 2
         return np.array([self.spans[0, 0], *between, self.spans[-1, 1]])
@@ -63,10 +63,9 @@ class Bout(typing.NamedTuple):
 
 
 def join_close(windows, merge_gap_sec):
-    """(W,) classes in which what parts two bouts of one class by at most merge_gap_sec belongs to them.
+    """(W,) class indices after each gap of at most merge_gap_sec between two bouts of one class became theirs.
 
-    The closest bouts come first, of equally close ones the earlier; what they have
-    taken is no longer a bout.
+    The smallest gaps are filled first, of equal ones the earlier; bouts that lay in them are gone.
     """
     edges = windows.edges
     joined = windows.chosen.copy()
@@ -100,8 +99,8 @@ def bouts_of(windows, names, min_bout_sec=0.0, merge_gap_sec=0.0):
     return bouts
 
 
-def describe(recording, windows, names, args, folder):
-    """Tables and ethogram of a recording, and with --annotate its copy; returns {table: DataFrame}."""
+def write_recording(recording, windows, names, args, folder):
+    """Write tables and ethogram of a recording, and with --annotate its copy; returns {name of a table: DataFrame}."""
     import pandas as pd
     folder.mkdir(parents=True, exist_ok=True)
     bouts = bouts_of(windows, names, args.min_bout_sec, args.merge_gap_sec)
@@ -117,12 +116,12 @@ def describe(recording, windows, names, args, folder):
         **{f"prob_{name}": p for name, p in zip(names, windows.probability.T)}}
     tables = {"windows": pd.DataFrame(columns), "bouts": pd.DataFrame(bouts, columns=Bout._fields)}
     tables["bouts"].insert(0, "video", columns["video"])
-    write_all(folder, [tables])
+    write_tables(folder, [tables])
     return tables
 
 
-def write_all(folder, recordings):
-    """windows.csv and bouts.csv of these recordings; each a dict of describe."""
+def write_tables(folder, recordings):
+    """windows.csv and bouts.csv of these recordings; each is what write_recording returns."""
     import pandas as pd
     for kind in recordings[0]:
         table = pd.concat([tables[kind] for tables in recordings])
@@ -136,7 +135,11 @@ def plot_ethogram(windows, bouts, names, path):
     """
     begin, end = windows.edges[[0, -1]]
     n_strips = min(max(round((end - begin) / STRIP_SEC), 1), MOST_STRIPS)
-    unit, unit_name = (60, "minutes") if end - begin > 300 else (1, "seconds")
+    unit = 1
+    unit_name = "seconds"
+    if end - begin > 300:
+        unit = 60
+        unit_name = "minutes"
     edges = np.linspace(begin, end, n_strips + 1) / unit
     figure, axes = plotting.new_figure(n_strips, 1, (9, 0.7 + 0.45 * len(names)))
     middles = windows.spans.mean(1) / unit
@@ -157,7 +160,6 @@ def plot_ethogram(windows, bouts, names, path):
 def annotate(recording, windows, names, path):
     """Write a copy of a Recording, without sound, with the class and its probability drawn into every frame."""
     av = video_files.load_pyav()
-    from PIL import Image, ImageDraw
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(path, "w") as container:
         stream = None
@@ -174,15 +176,19 @@ def annotate(recording, windows, names, path):
                 font = plotting.picture_font(min(height / 14, 100 * (width - 16) / longest))
             k = windows.at(time)
             c = windows.chosen[k]
-            text = f"{names[c]} {windows.probability[k, c]:.2f}"
-            top = Image.fromarray(pixels[:round(2 * font.size)])  # a part, as a copy of the whole takes its time
-            ImageDraw.Draw(top).text(  # legible on any ground
-                (8, 0), text, "white", font, stroke_width=round(font.size / 10), stroke_fill="black")
-            pixels[:top.height] = top
+            draw_text(pixels, f"{names[c]} {windows.probability[k, c]:.2f}", font)
             frame = av.VideoFrame.from_ndarray(pixels)
             frame.pts = round(1000 * time)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def draw_text(pixels, text, font):
+    """Write a line at the top left of a frame, uint8 (H, W, 3): white within black, so legible on any ground."""
+    from PIL import Image, ImageDraw
+    top = Image.fromarray(pixels[:round(2 * font.size)])  # a part, as a copy of the whole takes its time
+    ImageDraw.Draw(top).text((8, 0), text, "white", font, stroke_width=round(font.size / 10), stroke_fill="black")
+    pixels[:top.height] = top
 
 
 # --- against a table of events ---------------------------------------------------------------------
@@ -220,11 +226,10 @@ def read_spans(path):
 
 
 def events_in(watched, table, videos):
-    """DataFrame of the events of an EventTable, cut to what was watched.
+    """DataFrame of the events of an EventTable in the recordings, cut to what was watched of them.
 
-    UserError: none is of a recording.
-
-    watched: DataFrame of the video (its index), start_sec and end_sec of each recording; videos: of the N events.
+    watched: DataFrame of start_sec and end_sec of each recording, whose index is its video; videos: that of each of
+    the N events. What is left out is printed. Raises UserError where no event is of a recording.
     """
     import pandas as pd
     first_sec, last_sec = watched.reindex(videos).to_numpy().T  # NaN: of no recording
@@ -251,8 +256,11 @@ def events_in(watched, table, videos):
     if empty:
         print(f"note: {len(empty)} recordings have no event in the table, and every bout in them "
               f"counts as false: {common.shorten_list(sorted(empty), 3)}")
-    overlapping = {video for (video, label), own in events.groupby(["video", "label"])
-                   if (own["end_sec"] - own["start_sec"]).sum() > covered(spans_of(own, video, label)) + SLACK_SEC}
+    overlapping = set()
+    for (video, _), own in events.groupby(["video", "label"]):
+        spans = own[["start_sec", "end_sec"]].to_numpy()
+        if np.diff(spans).sum() > covered(spans) + SLACK_SEC:
+            overlapping.add(video)
     if overlapping:
         print(f"note: events of one class overlap in {len(overlapping)} recordings. A bout is paired with one of them, "
               "and the others count as missed: of several observers keep one (--filter \"observer==A\")")
@@ -262,8 +270,8 @@ def events_in(watched, table, videos):
 def judge_folder(folder, read_table, output):
     """Judge the bouts in a run folder of predict --video by the EventTable that read_table(names of classes) gives.
 
-    Says it and writes it: output, else bout_scores.csv in the folder. Intervals over
-    the table's groups, if any.
+    Prints what it finds and writes it to the path `output`, for None to bout_scores.csv in the folder. Intervals are
+    over the table's groups, without any over videos. Raises UserError for a folder without windows and bouts.
     """
     windows = read_spans(folder / "windows.csv")
     table = read_table([name.removeprefix("prob_") for name in windows if name.startswith("prob_")])
@@ -299,7 +307,10 @@ def spans_of(table, video, label):
 
 
 def compare_spans(found, true, watched_sec):
-    """Numbers and seconds of the spans (n, 2) and (m, 2) of one class in so many seconds."""
+    """{what: number} of the bouts (n, 2) and events (m, 2) of one class in one recording: counts, and seconds covered.
+
+    found, true: start and end of each; watched_sec: how long the recording is.
+    """
     return {
         **{f"pairs_at_{iou}": count_pairs(found, true, iou) for iou in IOUS},
         "bouts": len(found),
@@ -312,7 +323,7 @@ def compare_spans(found, true, watched_sec):
 
 
 def bout_metrics(sums):
-    """{metric: array} of sums of what compare_spans gives, each an array."""
+    """{metric: array} of what compare_spans gives, summed over recordings: {what: array}; NaN where undefined."""
     metrics = {}
     found, true, either = [sums[f"{name}_sec"] / sums["watched_sec"] for name in ("found", "true", "either")]
     with common.undefined_is_nan():
