@@ -25,8 +25,7 @@ def judge_classes(run, table, setting, confounds=(), levels=()):
     name = table.names[table.positive]
     verdict = verdicts.verdict_sentence(
         result, "roc_auc", setting.worst_seen, auc_label(result.names, name))
-    alarms = verdicts.classification_alarms(
-        table.probability, table.label, table.names, table.threshold, table.positive, table.score) + fold_alarms(table)
+    alarms = verdicts.classification_alarms(table) + fold_alarms(table)
     stages = calibration_rows(table)
     return judging.close_run(
         run, setting,

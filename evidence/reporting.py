@@ -15,10 +15,10 @@ import common
 from evidence import metric_names, splitting
 
 STYLE = Path(__file__).with_name("report.css")
-# keep a page under 5 MB
-CASE_SIDE = 256
+CASE_SIDE = 256  # pixels of a thumbnail; this and the next keep a page under 5 MB
 MOST_CURVES = 12  # plots of learning curves
-SCREEN_WIDTH = 800  # of a plot of more than two panels
+SCREEN_WIDTH = 800  # pixels; plots of more than two panels are wider
+NUMBER = re.compile(r"[-+]?(\.?\d|inf)|&ndash;|$")  # how the text of a number begins, or is missing
 EXPLANATIONS = {  # of a section's words, under its head
     "Leakage": "What stands on both sides of the split: a model that knows it already looks better than it is.",
     "Noise ceiling": "The R2 that a perfect model would reach, given how far the raters disagree; a row of one rater "
@@ -46,6 +46,7 @@ _LEVELS = {  # word and outline: shape and word tell the levels apart without co
 
 
 def _note(body, level, kind="note"):
+    """A box with the mark of the level beside its HTML; kind: its classes in report.css."""
     word, outline = _LEVELS[level]
     mark = f'<svg viewBox="0 0 24 24" role="img" aria-label="{word}">{outline}</svg>'
     return f'<div class="{kind} {level}">{mark}<div>{body}</div></div>'
@@ -89,10 +90,8 @@ def html_table(rows, columns=None, digits=".3f", caption=""):
     known = {key: key.replace("_", " ") for row in rows for key in row}
     columns = {key: heading for key, heading in (columns or known).items() if key in known}
     cells = [[_cell_text(row.get(key), digits) for key in columns] for row in rows]
-    align = [""] * len(columns)
-    for j, column in enumerate(zip(*cells)):
-        if j and all(re.match(r"[-+]?(\.?\d|inf)|&ndash;|$", cell) for cell in column):  # numbers
-            align[j] = ' class="num"'
+    align = [' class="num"' if all(map(NUMBER.match, column)) else "" for column in zip(*cells)]
+    align[0] = ""  # what a row is called
     head = "".join(
         f'<th scope="col"{mark}>{html.escape(name)}</th>'
         for mark, name in zip(align, columns.values())
@@ -216,15 +215,17 @@ def public_text(value):
 
 def public_word(word):
     """A path, also behind --flag= or NAME=, cut to what follows the current folder or to its last two parts."""
-    flag, equals, value = ("", "", word) if Path(word).is_absolute() else word.partition("=")
-    path = Path(value)
+    start = ""
+    if not Path(word).is_absolute():
+        start = word[:word.find("=") + 1]  # "" without an =
+    path = Path(word.removeprefix(start))
     if not path.is_absolute():
         return word
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
     else:
         path = Path(*path.parts[1:][-2:])
-    return flag + equals + path.as_posix()
+    return start + path.as_posix()
 
 
 def write_report(path, title, verdict, sections, foot="", figures=()):

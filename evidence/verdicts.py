@@ -96,33 +96,31 @@ def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
     return []
 
 
-def classification_alarms(probability, label, names, threshold=None, positive=1, score=None):
-    """Sentences on signs of a broken classifier or of labels that cannot judge it; else [].
-
-    probability: (N, C); label: (N,) indices; names: C classes; score: (N, C), where `probability`
-    holds ranks of these; the rest as classification_metrics.
-    """
+def classification_alarms(table):
+    """Sentences on signs of a broken classifier or of labels that cannot judge it, for a ClassTable; else []."""
+    names = table.names
+    probability = table.probability  # (N, C)
     rows = len(probability)
     alarms = []
     if not np.isfinite(probability).all():
         alarms.append(f"not a finite number in the probabilities. {NOT_FINITE_REMEDY}")
-    given = np.unique(class_scores.predicted_class(probability, threshold, positive))
+    given = np.unique(table.chosen)
     if len(given) == 1 and not alarms:
         alarms.append(f"one class only: {names[given[0]]} is given to all {rows} rows. Add rows of the others; "
                       "where a network is trained, balance them (--balance sampler) or train longer (--epochs)")
-    of_class = label[:, None] == np.arange(len(names))  # (N, C)
+    of_class = table.label[:, None] == np.arange(len(names))  # (N, C)
     counts = of_class.sum(0)
     flat = probability.std(0) < 0.05 * of_class.std(0)
     if flat.any():
         alarms.append("constant output (sd of the probability under 5 % of the labels'): "
                       f"{', '.join(itertools.compress(names, flat))}. {CONSTANT_REMEDY}")
     is_unsure = probability.max(1) < 0.99  # rows that are told apart with ease have nearly 0 and 1
-    compared = np.round(probability, 7) if score is None else score
+    compared = np.round(probability, 7) if table.score is None else table.score
     values, repeats = find_repeats(compared, is_unsure, counts.max())
     if len(repeats):
         most = repeats.argmax()
         alarms.append(f"the same probability 3 times or more, in {repeats.sum()} of {rows} rows; that of "
-                      f"{names[positive]} is {values[most, positive]:g} in {repeats[most]} of them. "
+                      f"{names[table.positive]} is {values[most, table.positive]:g} in {repeats[most]} of them. "
                       f"{REPEATS_REMEDY}. Isotonic calibration repeats them too: judge those before it")
     if counts.max() >= 0.95 * counts.sum() > 0:
         alarms.append(f"labels almost all equal: {names[counts.argmax()]} in {counts.max()} of "

@@ -288,6 +288,13 @@ def tiny_flags(sample, made_data, tmp_path_factory):
         "train_dreamer.py": [*DREAMER, "--data_dir", slices, "--patient_map", slices / "patient_map.json"]}
 
 
+def class_alarms(probability, label, names):
+    """The alarms on (N, C) probabilities of these labels; the second class is the positive one."""
+    from evidence import prediction_tables, verdicts
+    return verdicts.classification_alarms(prediction_tables.ClassTable(
+        keys={}, names=names, baselines={}, positive=1, label=label, probability=probability))
+
+
 @pytest.fixture
 def quick_folder(tmp_path):
     """An empty folder, in memory where there is room: thousands of checkpoints are forced to disk."""

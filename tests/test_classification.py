@@ -23,6 +23,7 @@ import common
 from evidence import (
     baseline_models, calibrating, class_judging, class_scores, confounding, plotting, prediction_tables,
     reporting, subject_intervals, verdicts)
+from conftest import class_alarms
 
 NAMES = ["ear", "none", "tail", "wall"]
 
@@ -742,16 +743,16 @@ def test_threshold_edge_cases():
 
 def test_a_healthy_classifier_raises_no_alarm():
     _, probability, label = scored_rows()
-    assert verdicts.classification_alarms(probability, label, NAMES) == []
+    assert class_alarms(probability, label, NAMES) == []
     for least in (0.0, 2e-6):  # told apart with ease
         sure = np.where(np.eye(len(NAMES))[label] == 1, 1 - least * (len(NAMES) - 1), least)
-        assert verdicts.classification_alarms(sure, label, NAMES) == []
+        assert class_alarms(sure, label, NAMES) == []
 
 
 def test_alarms_name_what_is_wrong():
     label = np.array([0] * 97 + [1] * 3)
     constant = np.tile([0.9, 0.1], (100, 1))
-    alarms = verdicts.classification_alarms(constant, label, ["none", "tail"])
+    alarms = class_alarms(constant, label, ["none", "tail"])
     assert [alarm.split(". ")[0] for alarm in alarms] == [
         "one class only: none is given to all 100 rows",
         "constant output (sd of the probability under 5 % of the labels'): none, tail",
@@ -761,10 +762,10 @@ def test_alarms_name_what_is_wrong():
         assert "--" not in for_all, "a solved readout is told no flag that it refuses"
     probability, label = two_classes()
     probability[:6] = np.array([0.75, 0.25]) + 3e-8 * np.outer(np.arange(6) % 3 - 1, [1, -1])  # the same to seven digits
-    found = verdicts.classification_alarms(probability, label, ["none", "tail"])
+    found = class_alarms(probability, label, ["none", "tail"])
     assert len(found) == 1 and "3 times or more, in 6 of 300 rows; that of tail is 0.25 in 6 of them" in found[0]
     probability[9] = np.nan
-    alarms = verdicts.classification_alarms(probability, label, ["a", "b"])
+    alarms = class_alarms(probability, label, ["a", "b"])
     assert alarms[0].startswith("not a finite number in the probabilities. ")
 
 

@@ -24,6 +24,7 @@ import common
 from evidence import (
     baseline_models, class_judging, confounding, judging, prediction_tables, rater_agreement, score_judging, seen_rows,
     subject_intervals, verdicts)
+from conftest import class_alarms
 
 
 def noisy_pair(rows=200, targets=3, seed=0, offset=0.0, missing=0.0):
@@ -423,14 +424,14 @@ def test_rounding_is_no_repeated_probability(digits):
         draw = np.random.default_rng(seed)
         label = draw.integers(0, 2, 890)
         score = np.round(1 / (1 + np.exp(-6 * (2 * label - 1) - draw.normal(size=890))), digits)
-        assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
+        assert class_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
     score = 1 / (1 + np.exp(1 - 2 * label - draw.normal(size=890)))
     score[:300] = 0.893456
-    [alarm] = verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"])
+    [alarm] = class_alarms(np.stack([1 - score, score], 1), label, ["a", "b"])
     assert "in 300 of 890 rows; that of b is 0.893456 in 300 of them" in alarm
     few = np.where(label == 1, 1 / 2 ** 0.5, 0.4)[:200]
     few[::3] = 0.55
-    [alarm] = verdicts.classification_alarms(np.stack([1 - few, few], 1), label[:200], ["a", "b"])
+    [alarm] = class_alarms(np.stack([1 - few, few], 1), label[:200], ["a", "b"])
     assert alarm.startswith("the same probability 3 times or more, in 200 of 200 rows; that of b is ")
 
 
@@ -445,7 +446,7 @@ def test_answers_as_coarse_as_the_labels_are_no_fault():
     assert faults(verdicts.regression_alarms(mostly, points, ["pain"])) == ["the same prediction for 192 rows, and for 3 or more in 192 of 200 rows"]
     label = draw.integers(0, 2, 200)
     score = np.clip(2 * label + draw.integers(0, 4, 200), 0, 5) / 5
-    assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
+    assert class_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
 
 
 def test_pairs_beside_them_do_not_hide_repeated_predictions():
@@ -476,10 +477,10 @@ def test_repeats_are_found_in_few_and_many_rows(kind, rows, tmp_path):
     assert "the same prediction" in str(verdicts.regression_alarms(predicted[:, None], target, ["v"]))
     logit = REPEATED[kind](2 * label - 1 + draw.normal(size=rows), draw)
     score = 1 / (1 + np.exp(-logit))
-    assert "the same probability" in str(verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]))
+    assert "the same probability" in str(class_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]))
     common.write_table(tmp_path / "t.csv", {"id": np.arange(rows), "label": label, "score": logit})
     table = prediction_tables.read_predictions(tmp_path / "t.csv")
-    found = verdicts.classification_alarms(table.probability, label, table.names, score=table.score)
+    found = verdicts.classification_alarms(table)
     assert "the same probability" in str(found)
 
 
@@ -491,7 +492,7 @@ def test_honest_predictions_that_meet_are_no_repeats(rows):
     sure = [1 / (1 + np.exp(-6.2 * (2 * label - 1) - sd * draw.normal(size=rows))) for sd in (0.2, 1)]
     votes = [draw.binomial(k, 0.3 + 0.4 * label) / k for k in (3, 15, 300)]
     for score in (*sure, *votes, *np.round(sure, 5), *np.round(votes, 6)):
-        alarms = verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"])
+        alarms = class_alarms(np.stack([1 - score, score], 1), label, ["a", "b"])
         assert "the same probability" not in str(alarms)
     ratings = draw.normal(50, 40, (rows, 1)).clip(0, 100)
     latent = ratings + draw.normal(0, 15, (rows, 1))
@@ -509,13 +510,13 @@ def test_of_very_many_rows_some_meet_by_chance():
     draw = np.random.default_rng(0)
     label = draw.integers(0, 2, 100_000)
     score = 1 / (1 + np.exp(4 - 2 * label - draw.normal(size=100_000)))
-    assert verdicts.classification_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
+    assert class_alarms(np.stack([1 - score, score], 1), label, ["a", "b"]) == []
 
 
 def test_the_remedy_for_equal_labels_is_one_of_the_script():
     probability = np.linspace(0.1, 0.9, 40)
     label = np.where(np.arange(40) < 39, 0, 1)
-    [alarm] = verdicts.classification_alarms(np.stack([1 - probability, probability], 1), label, ["a", "b"])
+    [alarm] = class_alarms(np.stack([1 - probability, probability], 1), label, ["a", "b"])
     assert "labels almost all equal" in alarm and "--target_columns" not in alarm
 
 
@@ -624,7 +625,7 @@ def test_alarms_name_a_remedy():
     alarms += verdicts.regression_alarms(np.full((40, 1), np.nan), rows, ["Valence"])
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.9}, {"pearson_r": 0.1}, remedy="--head ridge")
     alarms += verdicts.split_gap_alarms({"pearson_r": 0.1}, {"pearson_r": 0.9}, "more rows")
-    alarms += verdicts.classification_alarms(np.tile([0.9, 0.1], (40, 1)), np.arange(40) % 2, ["ear", "tail"])
+    alarms += class_alarms(np.tile([0.9, 0.1], (40, 1)), np.arange(40) % 2, ["ear", "tail"])
     alarms += verdicts.regression_alarms(3 + (rows % 7) ** 0.5 / 5, np.where(rows < 39, 3.0, 4.0), ["Valence"])
     alarms += judging.identical_fold_alarms([{"fold": 0, "r2": 0.1}, {"fold": 1, "r2": 0.1}])
     shifted = {"target": "Valence", "r2": -0.5, "pearson_r": 0.6, "pearson_r_low": 0.2, "bias": 2.0, "slope": 0.3}
