@@ -35,6 +35,7 @@ import collections
 import dataclasses
 import functools
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,14 +55,14 @@ OVERFITTING_REMEDY = "Fewer trained layers (--freeze_stages 3 --freeze_norm, --f
 CNN_LSTM = "cnn_lstm"
 MOTION_READOUT = "motion_readout"
 FRAME_MODELS = (CNN_LSTM, MOTION_READOUT)  # these read frames one by one, with an image network
-# the motion readout is solved in one step, without epochs: what its flags of training are,
+# The motion readout is solved in one step, without epochs. What these flags are for it:
 SOLVED = {
     "epochs": 1, "freeze_backbone": True, "select": "last", "augment": "none",
     "balance": "none", "consistency_weight": 0.1}
-# those that must be off,
+# flags that must be off for it,
 OFF_IN_SOLVED = ("augment_for boost_to bounded focal_alpha init_from jitter_sec label_smoothing "
                  "mixup sample_weight target_weights").split()
-# and those that must not be typed, whatever their value
+# and flags that must not be typed, whatever their value
 UNUSED_BY_SOLVED = set("loss focal_gamma lr hidden dropout freeze_stages weight_decay optimizer".split())
 BALANCING = ("balance", "boost_to", "focal_alpha")
 # flags that a task does not read: refused unless they ask for nothing
@@ -98,7 +99,8 @@ def parse_args(argv=None):
     common.add_shared_arguments(parser, lr=5e-5, plateau_patience=7, on_bad_file="skip")
     job = parser.group("job")
     job("--task", choices=TASK_DEFAULTS, default="classify",
-        help="a class for each event, or scores for each sequence; sets the defaults of training")
+        help="a class for each event, or scores for each sequence; the defaults shown here are those of "
+             "%(default)s, others are shown by --task TASK --help")
     job("--mode", choices=MODES, default="train",
         help="train a network, predict with trained ones, evaluate a table of predictions, audit "
              "manifests and videos, or judge the bouts of recordings by a table of events")
@@ -115,8 +117,10 @@ def parse_args(argv=None):
     add_model_arguments(parser.group("model"))
     add_learning_arguments(parser.group("learning"))
     parser.set_defaults(**TASK_DEFAULTS["classify"])
-    asked = common.parse_arguments(parser, argv)  # the configuration may name task and model
-    parser.set_defaults(**TASK_DEFAULTS[asked.task])
+    words = sys.argv[1:] if argv is None else argv
+    # the configuration may name task and model, and so may words beside --help
+    asked = common.parse_arguments(parser, [word for word in words if word not in ("-h", "--help")])
+    parser.set_defaults(task=asked.task, **TASK_DEFAULTS[asked.task])
     if asked.model == MOTION_READOUT:
         parser.set_defaults(**SOLVED)
     if asked.mode == "judge_bouts":
@@ -133,14 +137,14 @@ def add_clip_arguments(data):
               "after surgery; each moment is also judged alone")
     data("--fps", type=common.bounded(float, 0.1, 240), default=12.0,
          help="classify: frames per second of a clip; both tasks: of folders of frames and .npy "
-              "clips, which have no clock (judge_bouts: default as in predict)")
+              "clips, which have no clock (default: %(default)s, for judge_bouts that of its predict run)")
     data("--n_frames", type=common.POSITIVE,
          help="classify: frames in a clip (default 16); regress: at most so many frames of a "
               "sequence are read (default 32)")
     data("--image_size", "--img_size", type=common.SIDE, default=112,
          help="side of the input in pixels: the centre square of a frame, random crops in training")
     data("--jitter_sec", type=common.AMOUNT, default=0.0,
-         help="training clips may reach this far outside their event")
+         help="classify: training clips may reach this far outside their event")
     data("--clips_per_event", type=common.POSITIVE, default=5,
          help="classify: clips of each event that are predicted")
     data("--aggregation", choices=("mean", "max"), default="mean",
@@ -173,16 +177,17 @@ def add_learning_arguments(learn):
           help="classify: ce or focal; regress: mse or smooth_l1")
     learn("--focal_gamma", type=common.AMOUNT, default=2.0, help="focal: weight (1 - p)^gamma")
     learn("--focal_alpha", type=common.SHARE,
-          help="weight of the positive class; the other classes get 1 minus this")
+          help="classify: weight of the positive class in the loss; the others get 1 minus this")
     learn("--label_smoothing", type=common.bounded(float, 0, 0.9), default=0.0,
-          help="share of each label that is spread over all classes")
+          help="classify: share of each label that is spread over all classes")
     learn("--balance", choices=("none", "sampler", "weights"), default="none",
-          help="sampler: draw all classes equally often; weights: give each class the same total weight in the loss")
+          help="classify; sampler: draw all classes equally often; weights: give each class the same "
+               "total weight in the loss")
     learn("--boost_to", type=common.bounded(float, 0, 0.9), default=0.0,
-          help="repeat train rows of the positive class up to this share; 0 = off")
+          help="classify: repeat train rows of the positive class up to this share; 0 = off")
     learn("--force", action="store_true", help="allow several corrections of the class balance")
-    learn("--mixup", type=common.AMOUNT, default=0.0, help="alpha of mixup; 0 = off")
-    learn("--positive_class", help="the class that matters (default: the rarest)")
+    learn("--mixup", type=common.AMOUNT, default=0.0, help="classify: alpha of mixup; 0 = off")
+    learn("--positive_class", help="classify: the class that matters (default: the rarest)")
     learn("--sample_weight", action="append", metavar="COLUMN:LEVEL=W", default=[],
           help="weight in the loss of the rows with this level, e.g. moment:M2=2.5")
     learn("--augment_for", action="append", metavar="COLUMN:LEVEL=PRESET", default=[],
@@ -734,8 +739,8 @@ class Scores(Objective):
         super().__init__(args, table, train)
         self.values = table.target
         known = self.values[train]
-        mean = np.nanmean(known, axis=0)
-        self.sd = np.nanstd(known, axis=0)
+        mean = common.mean_without_nan(known, axis=0)
+        self.sd = common.sd_without_nan(known)
         varies = self.sd >= 1e-9  # False for NaN: no train row has the score
         if not varies.all():
             raise common.UserError(

@@ -144,7 +144,7 @@ class ScoreTable(Rows):
         The error is the root mean square over the scores that vary, each in units of the sd of its
         truth; rows without truth are left out.
         """
-        sd = np.nanstd(self.target, axis=0)
+        sd = common.sd_without_nan(self.target)
         scaled = (self.predicted - self.target) / np.where(sd > 0, sd, np.nan)  # (M, R)
         error = np.sqrt(common.mean_without_nan(scaled ** 2))
         worst = np.nan_to_num(np.abs(scaled)).argmax(1)  # (M,) scores

@@ -61,8 +61,9 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
 
 def is_baseline(table, name):
     """True where the predictions are those of a baseline, as of a ridge head on a frozen backbone."""
-    tolerance = 1e-3 * np.nanstd(table.target, axis=0)  # (R,)
-    return np.isclose(table.predicted, table.baselines[name], 0, tolerance).all()
+    difference = np.abs(table.predicted - table.baselines[name])
+    tolerance = 1e-3 * common.sd_without_nan(table.target)  # (R,), NaN for a score that no row has
+    return ((difference <= tolerance) | np.isnan(tolerance)).all()
 
 
 def score_rows(result, table, ceiling):
@@ -126,7 +127,7 @@ def key_figures(result, target, best_r2):
         f"R2 of {result.baseline_label}": result.overall.baseline["r2"],
     }
     figures = reporting.key_figures(estimates, result)
-    sd = np.nanstd(target, axis=0)
+    sd = common.sd_without_nan(target)
     error = common.mean_without_nan(result.each.model["mae"].value / np.where(sd > 0, sd, np.nan))
     figures.append(("Mean absolute error", f"{metric_names.number_text(error)} sd",
                     "in sds of the labels, as scores differ in scale"))

@@ -75,7 +75,7 @@ def same_rows(tables, paths):
                 f"{len(others)} and {len(names)} rows, "
                 f"targets {common.shorten_list(table.names, 5)} and {common.shorten_list(first.names, 5)}")
         other = table.take(first.rows_of(others))
-        rounding = 1e-3 * np.nanstd(first.truth, axis=0)  # one may write fewer digits
+        rounding = 1e-3 * common.sd_without_nan(first.truth)  # one may write fewer digits
         if not np.allclose(other.truth, first.truth, rtol=0, atol=rounding, equal_nan=True):
             raise common.UserError(f"{path} and {paths[0]} have other true values in the same rows; compare one truth")
         aligned.append(other)

@@ -25,13 +25,14 @@ LABELS_REMEDY = "Add rows with other labels, or leave it out (--target_columns, 
 
 def regression_alarms(predicted, target, names):
     """Sentences on signs of a broken model or of data that cannot judge it, for (N, R), (N, R) and R names; else []."""
+    import pandas as pd
     is_finite = np.isfinite(predicted)
     labelled = ~np.isnan(target)
     finite = np.where(is_finite, predicted, np.nan)
     spread_p = common.sd_without_nan(np.where(labelled, finite, np.nan))  # (R,)
     spread_t = common.sd_without_nan(target)
-    modal = [np.unique(column[known], return_counts=True)[1].max(initial=0)
-             for column, known in zip(target.T, labelled.T)]  # how many rows share the most frequent label
+    # (R,) how many rows share the most frequent label; NaN without a label
+    modal = pd.DataFrame(target).apply(lambda column: column.value_counts().max())
     is_constant = spread_p <= 1e-9 * spread_t
     faults = [
         ("not a finite number in the predictions", ~is_finite.all(0), NOT_FINITE_REMEDY),
@@ -46,7 +47,7 @@ def regression_alarms(predicted, target, names):
     high = np.fmax.reduce(finite)
     margin = 0.01 * (high - low)
     is_inside = ((predicted > low + margin) & (predicted < high - margin)).any(1)  # others may be cut to a scale
-    _, repeats = find_repeats(predicted, is_inside, min(modal))
+    _, repeats = find_repeats(predicted, is_inside, modal.min())
     if len(repeats) and not is_constant.all():
         alarms.append(f"the same prediction for {repeats.max()} rows, and for 3 or more in "
                       f"{repeats.sum()} of {len(predicted)} rows. {REPEATS_REMEDY}")

@@ -734,5 +734,5 @@ def strata_of(table):
     """(N,) label, or mean score in sd, which splits are stratified on."""
     if table.target is None:
         return table.label.astype(str)
-    spread = np.nanstd(table.target, axis=0).clip(1e-9)
-    return np.nanmean(table.target / spread, axis=1)
+    spread = common.sd_without_nan(table.target).clip(1e-9)
+    return common.mean_without_nan(table.target / spread)

@@ -523,6 +523,22 @@ def test_the_remedy_for_equal_labels_is_one_of_the_script():
 def test_alarms_on_a_split_without_labels(recwarn):
     alarms = verdicts.regression_alarms(np.ones((2, 1)), np.full((2, 1), np.nan), ["a"])
     assert any("labels do not vary: a" in alarm for alarm in alarms) and not recwarn.list
+    assert not any("labels almost all equal" in alarm for alarm in alarms), "there are none"
+
+
+def test_a_score_without_a_label_in_the_rows_is_judged_without_warnings(recwarn):
+    """The others say how large an error is, and whether the model is its baseline."""
+    target = np.stack([np.arange(6.0), np.full(6, np.nan)], 1)
+    predicted = target[:, [0, 0]] + [[0.0], [0.0], [0.0], [0.0], [0.0], [3.0]]
+    table = prediction_tables.ScoreTable(
+        keys={"id": np.arange(6)}, names=["pain", "fear"], target=target, predicted=predicted,
+        baselines={"ridge": predicted + [1e-6, 5.0], "other": predicted + [0.1, 0.0]})
+    order, _ = table.rank_rows()
+    assert order.tolist() == [0, 1, 2, 3, 4, 5]
+    assert score_judging.is_baseline(table, "ridge") and not score_judging.is_baseline(table, "other")
+    figures = score_judging.key_figures(table.compare(), target, None)
+    assert figures[-1][1] == f"{0.5 / np.std(np.arange(6)):.3f} sd"
+    assert not recwarn.list
 
 
 # --- criteria and verdict ------------------------------------------------------------------------

@@ -913,6 +913,24 @@ def test_constant_scores_are_refused_by_name():
         scores_of(target=np.column_stack([np.arange(8), np.ones(8), np.arange(8)]))
 
 
+def test_a_score_that_no_train_row_has_is_named_without_warnings(recwarn):
+    table = scored_table([[1.0, np.nan], [3.0, np.nan]], ["pain", "fear"])
+    assert event_tables.strata_of(table).tolist() == [1.0, 3.0]
+    with pytest.raises(common.UserError, match="nothing to learn: fear; leave it out"):
+        scores(arguments(task="regress"), table)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("task, epochs, batch", [("classify", 30, 4), ("regress", 50, 64)])
+def test_help_shows_the_defaults_of_the_task(task, epochs, batch, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train_video.parse_args(["--task", task, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"passes over the training rows (default: {epochs})" in text
+    assert f"over all processes (default: {batch})" in text
+    assert f"are those of {task}, others" in text and "clock (default: 12.0, for judge_bouts" in text
+
+
 def test_bounds_are_the_range_of_the_train_rows():
     objective = scores_of("--bounded")
     centre, low, span = objective.scale
