@@ -328,7 +328,9 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     Columns: NAME_true, NAME_predicted (scores); true_label or label with prob_CLASS, or with score
     (two classes). group_column: None = `group` where there is one, else names that repeat;
     baseline: column, or part of a column's name, of the baseline to hold against; None = all that
-    the table has. Raises UserError for what cannot be judged.
+    the table has, and without shares of train rows the class shares of these rows.
+    positive_class: in any case; None = what the table says, else the rarest. Raises UserError for
+    what cannot be judged.
     """
     table = csv_tables.read_table(path)
     spelled = {name.lower(): name for name in table if name.lower() not in table}
@@ -351,25 +353,22 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
         "notes": notes,
         "alarms": alarms,
     }
-    predicted = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
-    names = [name for name in predicted if f"{name}_true" in table]
+    names = _score_names(table, baseline, path)
     if names:
-        starts = tuple(f"{name}_" for name in names)  # of which A_human_predicted is a baseline
-        lacking = [
-            f"{name}_true beside {name}_predicted" for name in predicted
-            if name not in names and not name.startswith(starts) and f"{name}_predicted" != baseline]
-        if lacking:
-            raise common.UserError(
-                f"{path}: no column {common.shorten_list(lacking, 5)}; name its truth so, or leave it out")
         return _read_scores(table, path, names, baseline, shared)
     label_column = csv_tables.find_column(table, LABEL_COLUMNS)
     if label_column and any(column.startswith("prob_") for column in table):
-        return _read_probabilities(table, path, label_column, baseline, positive_class, shared)
-    if label_column and "score" in table:
-        return _read_binary(table, path, label_column, baseline, positive_class, shared)
-    raise common.UserError(
-        f"{path} is no table of predictions: expected NAME_true and NAME_predicted (scores), or "
-        f"true_label with prob_CLASS or score (classes); found {common.shorten_list(table, 40)}")
+        found = _read_probabilities(table, path, label_column, baseline, positive_class, shared)
+    elif label_column and "score" in table:
+        found = _read_binary(table, path, label_column, baseline, positive_class, shared)
+    else:
+        raise common.UserError(
+            f"{path} is no table of predictions: expected NAME_true and NAME_predicted (scores), or "
+            f"true_label with prob_CLASS or score (classes); found {common.shorten_list(table, 40)}")
+    if not baseline and "train_prior" not in found.baselines:
+        found.baselines["shares_of_these_rows"] = baseline_models.prior_baseline(
+            found.label, len(found.label), len(found.names))
+    return found
 
 
 def read_folds(run, chosen, part):
@@ -423,6 +422,23 @@ def _seen_column(table):
     """(M,) of seen_rows.WORDS: the column `seen`; "not known" where there is none, or another word."""
     words = table.reindex(columns=["seen"])["seen"]
     return words.where(words.isin(seen_rows.WORDS), "not known").to_numpy(str)
+
+
+def _score_names(table, baseline, path):
+    """Names of the scores that have NAME_true and NAME_predicted. UserError for a further one without a truth.
+
+    A_human_predicted beside A_predicted is a baseline of A, and so is the column that --baseline names.
+    """
+    predicted = [column.removesuffix("_predicted") for column in table if column.endswith("_predicted")]
+    names = [name for name in predicted if f"{name}_true" in table]
+    with_score = tuple(f"{name}_" for name in names)
+    lacking = [
+        f"{name}_true beside {name}_predicted" for name in predicted
+        if name not in names and not name.startswith(with_score) and f"{name}_predicted" != baseline]
+    if names and lacking:
+        raise common.UserError(
+            f"{path}: no column {common.shorten_list(lacking, 5)}; name its truth so, or leave it out")
+    return names
 
 
 def _block(table, columns, path):
@@ -503,13 +519,15 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
     if "fold" in table:
         blocks = _with_one_prior(blocks)
     stated = _stated_class(table, names, path)
-    found = _class_table(
-        names, table[label_column], _probabilities(table, "prob_", names, path), blocks, baseline,
-        positive_class or stated, shared,
+    found = ClassTable(
+        **_class_fields(names, table[label_column], positive_class or stated),
+        probability=_probabilities(table, "prob_", names, path),
+        baselines=blocks,
         threshold=_threshold(table, "threshold", label_column, path),
         baseline_thresholds=_known(
             {kind: _threshold(table, f"{kind}_threshold", label_column, path) for kind in kinds}),
-        logits=_block(table, [f"logit_{name}" for name in names], path))
+        logits=_block(table, [f"logit_{name}" for name in names], path),
+        **shared)
     if stated not in (None, names[found.positive]):  # the thresholds are of another class
         found.threshold = None
         found.baseline_thresholds = {}
@@ -553,11 +571,16 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
     if positive_class == names[0]:
         names.reverse()
     probability, score = _from_score(table, "score", path, shared["notes"])
-    others = {}
+    baselines = {}
     if baseline:
         name = known_name(baseline, table, path)
-        others[name], _ = _from_score(table, name, path, shared["notes"])
-    return _class_table(names, table[label_column], probability, others, baseline, positive_class, shared, score=score)
+        baselines[name], _ = _from_score(table, name, path, shared["notes"])
+    return ClassTable(
+        **_class_fields(names, table[label_column], positive_class),
+        probability=probability,
+        score=score,
+        baselines=baselines,
+        **shared)
 
 
 def _from_score(table, column, path, notes):
@@ -573,20 +596,11 @@ def _from_score(table, column, path, notes):
     return np.concatenate([1 - rank, rank], axis=1), np.concatenate([-score, score], axis=1)
 
 
-def _class_table(names, labels, probability, others, baseline, positive_class, shared, **further):
-    """ClassTable; the positive class is the one named, else the rarest.
-
-    Without a baseline that is named, and without shares of train rows, the class
-    shares of these rows are one too.
-    """
+def _class_fields(names, labels, positive_class):
+    """{names, label, positive: fields of a ClassTable} of C names, (M,) labels as written, "" = unknown, and a name."""
     import pandas as pd
-
     label = pd.Index(names).get_indexer(labels)
-    positive = choose_positive(positive_class, names, label)
-    if not baseline and "train_prior" not in others:
-        others["shares_of_these_rows"] = baseline_models.prior_baseline(label, len(label), len(names))
-    return ClassTable(names=names, label=label, probability=probability, baselines=others, positive=positive,
-                      **further, **shared)
+    return {"names": names, "label": label, "positive": choose_positive(positive_class, names, label)}
 
 
 def choose_positive(wanted, names, label):
