@@ -626,8 +626,8 @@ class Objective:
     """What a task asks of the network: target (N, K), loss and metrics, fitted to the train rows.
 
     scale: (centre, offset, span), (K,) each, with which Head.start_at makes it predict what is
-    usual in the train rows; columns: of the history, {column: MetricOf}; meanings: {name that
-    --select may use: MetricOf}; default_select.
+    usual in the train rows; meanings: {name that --select may use: MetricOf}, of which the first
+    name of each is its column of the history; default_select.
     """
     sampler_weights = None  # a chance of being drawn for each of the epoch_rows; None: all alike
     prior_shift = 0.0  # what is to be added to the outputs of a network that was trained on the epoch_rows
@@ -648,7 +648,7 @@ class Objective:
 
         Raises UserError.
         """
-        return verdicts.select_column(self.args.select or self.default_select, self.columns, self.meanings)
+        return verdicts.select_column(self.args.select or self.default_select, self.meanings)
 
 
 class Behaviours(Objective):
@@ -663,6 +663,7 @@ class Behaviours(Objective):
         super().__init__(args, table, train)
         self.label = table.label
         self.positive = prediction_tables.choose_positive(args.positive_class, self.names, self.label)
+        self.positive_name = self.names[self.positive]
         lacking = self.classes_without(train)
         if lacking:
             raise common.UserError(f"no train row of class {lacking}; change the split or the label map")
@@ -670,9 +671,8 @@ class Behaviours(Objective):
         self.class_weight = calibrating.class_weights(args, self.prior, self.positive)
         self.scale = np.log(self.prior), 0, 1
         self.target = nn.functional.one_hot(torch.tensor(self.label)).float()  # (N, C)
-        self.columns = verdicts.class_columns(self.names)
         self.meanings = verdicts.spell_class_metrics(self.names)
-        self.default_select = f"average_precision_{self.names[self.positive]}"
+        self.default_select = f"average_precision_{self.positive_name}"
         self.epoch_rows = self.boosted(self.epoch_rows)
         label = self.label[self.epoch_rows]
         counts = np.bincount(label)
@@ -723,16 +723,19 @@ class Behaviours(Objective):
         """{column: value} of the history for logits (M, C) of these rows."""
         found = class_scores.classification_metrics(
             class_scores.softmax(logits), self.label[rows], positive=self.positive)
-        return {
-            column: found.overall[metric] if name is None else found.per_class[metric][self.names.index(name)]
-            for column, (metric, name) in self.columns.items()}
+        row = {}
+        for (metric, name), column in verdicts.history_columns(self.meanings).items():
+            if name is None:
+                row[column] = found.overall[metric]
+            else:
+                row[column] = found.per_class[metric][self.names.index(name)]
+        return row
 
 
 class Scores(Objective):
     """--task regress: R scores, on the scale of the train rows."""
-    positive = None
-    columns = verdicts.spell_metrics("loss mse mae r2 pearson_r".split())
-    meanings = columns
+    positive_name = None
+    meanings = verdicts.spell_metrics("loss mse mae r2 pearson_r".split())
     default_select = "loss"
 
     def __init__(self, args, table, train):
@@ -781,7 +784,7 @@ class Scores(Objective):
         found = common.mean_metrics(predicted, self.values[rows])
         predicted = torch.tensor(predicted, dtype=torch.float32)
         found["loss"] = self.loss(predicted, self.target[rows], self.weight[rows]).item()
-        return {column: found[column] for column in self.columns}
+        return {name: found[name] for name in self.meanings}
 
 
 TASKS = {"classify": Behaviours, "regress": Scores}
@@ -971,7 +974,7 @@ def model_metadata(args, study, objective, model):
     architecture["pixel_range"] = study.store.pixel_range
     content = {"architecture": architecture, "names": objective.names}
     if args.task == "classify":
-        content["positive"] = objective.names[objective.positive]
+        content["positive"] = objective.positive_name
         content["prior_shift"] = model.head.prior_shift.tolist()
     return content
 
@@ -1163,8 +1166,7 @@ def run_split(run, args, study, split, features=None):
             table.write(run.path(f"predictions_{part}.csv"))
             tables[part] = table
     best_epoch = training.progress.best_epoch
-    history = verdicts.history_to_plot(
-        training.progress.history, objective.columns, objective.names, objective.positive)
+    history = verdicts.history_to_plot(training.progress.history, objective.meanings, objective.positive_name)
     plotting.plot_history(history, run.path("training_history.png"), best_epoch)
     if args.model != MOTION_READOUT:  # a solved readout always fits its own rows better
         train, val = (objective.history(outputs[part], split[part]) for part in ("train", "val"))

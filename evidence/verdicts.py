@@ -144,37 +144,31 @@ def spell_metrics(overall, each=(), names=()):
 
 
 def spell_class_metrics(names):
-    """{name: MetricOf} for C classes: beside spell_metrics CLASS_METRIC, auc, nll and ap.
+    """{name: MetricOf} for C classes: METRIC of all; CLASS_METRIC and METRIC_CLASS of each; auc, nll and ap for short.
 
     METRIC_CLASS always means the class; of a class called `macro`, macro_f1 is the
     metric of all, f1_macro its own.
     """
     short = {metric: metric for metric in class_scores.CLASS_METRICS} | {"ap": "average_precision", "auc": "roc_auc"}
-    meanings = {}
-    for (spelled, metric), name in itertools.product(short.items(), names):
-        meanings[f"{spelled}_{name}"] = MetricOf(metric, name)
+    meanings = spell_metrics(class_scores.CLASSIFICATION_METRICS)
+    for name, (spelled, metric) in itertools.product(names, short.items()):
         meanings.setdefault(f"{name}_{spelled}", MetricOf(metric, name))
-    meanings |= spell_metrics(class_scores.CLASSIFICATION_METRICS)
+        meanings[f"{spelled}_{name}"] = MetricOf(metric, name)
     return meanings | {"auc": MetricOf("roc_auc"), "nll": MetricOf("loss")}
 
 
-def class_columns(names):
-    """{column of the history: MetricOf}: METRIC and CLASS_METRIC; METRIC_CLASS where that means something else."""
-    meanings = spell_class_metrics(names)
-    columns = spell_metrics(class_scores.CLASSIFICATION_METRICS)
-    for name, metric in itertools.product(names, class_scores.CLASS_METRICS):
-        own = MetricOf(metric, name)
-        usual = f"{name}_{metric}"
-        columns[usual if meanings[usual] == own else f"{metric}_{name}"] = own
+def history_columns(meanings):
+    """{MetricOf: its column of the history}, the first of its names."""
+    columns = {}
+    for name, meaning in meanings.items():
+        columns.setdefault(meaning, name)
     return columns
 
 
-def select_column(name, columns, meanings):
+def select_column(name, meanings):
     """What --select names -> (val_ column of the history or 'last', higher is better).
 
-    Raises UserError.
-
-    columns, meanings: {column, or name that may be used: MetricOf}.
+    meanings: {name that may be used: MetricOf}. Raises UserError for another name.
     """
     name = name.removeprefix("val_")
     if name == "last":
@@ -183,20 +177,17 @@ def select_column(name, columns, meanings):
         names = [*meanings, "last"]
         raise common.UserError(f"--select {name} is no metric of this run{common.did_you_mean(name, names)}; "
                                f"metrics: {common.shorten_list(names, 40)}")
-    column_of = {own: column for column, own in columns.items()}
     meaning = meanings[name]
-    return f"val_{column_of[meaning]}", not metric_names.METRICS[meaning.metric].lower_is_better
+    return f"val_{history_columns(meanings)[meaning]}", not metric_names.METRICS[meaning.metric].lower_is_better
 
 
-def history_to_plot(history, columns, names, positive):
+def history_to_plot(history, meanings, positive):
     """The history without the columns of other classes than the positive one, and without metrics that resemble others.
 
-    columns: {column: MetricOf}; names: C classes or scores; positive: index of the
-    class, or None for scores.
+    meanings: {name: MetricOf}; positive: name of the class, or None for scores.
     """
-    others = [name for c, name in enumerate(names) if c != positive]
-    left_out = {f"val_{column}" for column, (metric, name) in columns.items()
-                if name in others or metric in ("ece_adaptive", "brier", "mcc", "mse")}
+    left_out = {f"val_{name}" for name, (metric, of) in meanings.items()
+                if of not in (None, positive) or metric in ("ece_adaptive", "brier", "mcc", "mse")}
     return [{name: value for name, value in row.items() if name not in left_out} for row in history]
 
 

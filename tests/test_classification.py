@@ -788,10 +788,13 @@ def test_criteria_give_pass_fail_and_not_resolvable():
 def test_a_name_of_all_classes_means_all_and_the_other_spelling_means_the_class():
     known = verdicts.spell_class_metrics(["macro", "tail"])
     assert known["macro_f1"] == verdicts.MetricOf("macro_f1") and known["f1_macro"] == verdicts.MetricOf("f1", "macro")
-    columns = verdicts.class_columns(["macro", "tail"])
-    assert columns["macro_f1"] == verdicts.MetricOf("macro_f1")
-    assert columns["f1_macro"] == verdicts.MetricOf("f1", "macro") and columns["tail_f1"] == ("f1", "tail")
-    assert len(columns) == len(class_scores.CLASSIFICATION_METRICS) + 2 * len(class_scores.CLASS_METRICS)
+    columns = verdicts.history_columns(known)
+    assert columns["macro_f1", None] == "macro_f1" and columns["f1", "macro"] == "f1_macro"
+    of_tail = [f"tail_{metric}" for metric in class_scores.CLASS_METRICS]
+    assert list(columns.values())[:-5] == [
+        *class_scores.CLASSIFICATION_METRICS, "macro_precision", "macro_recall", "f1_macro", "macro_average_precision",
+        "macro_roc_auc"]
+    assert list(columns.values())[-5:] == of_tail
 
 
 def test_verdict_of_a_classifier_names_the_metric_and_the_direction():

@@ -792,7 +792,7 @@ def test_a_class_without_train_rows_and_wrong_class_names():
     assert objective.positive == 0
     for name, column in ((objective.default_select, ("val_a_average_precision", True)), ("f1_b", ("val_b_f1", True)),
                          ("loss", ("val_loss", False)), ("val_last", ("last", True))):
-        assert verdicts.select_column(name, objective.columns, objective.meanings) == column
+        assert verdicts.select_column(name, objective.meanings) == column
 
 
 @pytest.mark.parametrize("select, fails", [
