@@ -116,7 +116,6 @@ def parse_args(argv=None):
     add_clip_arguments(parser.group("clips and labels"))
     add_model_arguments(parser.group("model"))
     add_learning_arguments(parser.group("learning"))
-    parser.set_defaults(**TASK_DEFAULTS["classify"])
     words = sys.argv[1:] if argv is None else argv
     # the configuration may name task and model, and so may words beside --help
     asked = common.parse_arguments(parser, [word for word in words if word not in ("-h", "--help")])
@@ -274,6 +273,11 @@ class Features:
     of_rows: dict  # name of the linear model on them -> (N, F); the first one is logistic or ridge
     of_clips: dict | None
 
+    @property
+    def last_resolution(self):
+        """(N, F) of the network's last layer before its head, by which similar rows are found."""
+        return next(iter(self.of_rows.values()))
+
 
 @dataclasses.dataclass
 class Study:
@@ -403,7 +407,7 @@ class Clips(common.Samples):
     With presets (N,), the augmentation of each row, a sample is a random clip of a row. Without
     them the samples are the clips of each row that are predicted, in the order of the rows.
     Each sample: input uint8 (T, S, S, 3), or (T, F) or (F,) where features of a frozen backbone are
-    given; mask (T,), True = a real frame; name; with an objective also target (K,) and weight.
+    given; mask (T,) of Study.mask; name; with an objective also target (K,) and weight.
     """
 
     def __init__(self, study, rows, presets=None, objective=None, features=None):
@@ -1100,7 +1104,7 @@ def judge(run, args, study, split, table, part, trained_on, similar=(), **known)
     """Judge a predictions table of held-out rows.
 
     split: {name: rows}; part: val, test or folds; trained_on: a pair (train rows, scored rows) for
-    each network; similar: of find_similar; known: further fields of the Setting.
+    each network; similar: of splitting.add_similar; known: further fields of the Setting.
     """
     manifest = study.table
     rows = table.rows_of(manifest.clip_ids)
@@ -1150,7 +1154,7 @@ def run_split(run, args, study, split, features=None):
     run.write_record(study, split)
     if features is None:
         features = untuned_features(args, study, run, np.sort(np.concatenate(list(split.values()))))
-    similar = find_similar(run, study, split, features)
+    similar = splitting.add_similar(run, features.last_resolution, split, study.table.clip_ids)
     training, objective, outputs = fit(run, args, study, split, features)
     # of window and pixels alone: the middle of a row may be that of another event of the same second
     own_hashes = study.hashes[:, [0, -1]]
@@ -1177,12 +1181,6 @@ def run_split(run, args, study, split, features=None):
           alarms=alarms, similar=similar, best_epoch=best_epoch)
 
 
-def find_similar(run, study, split, features):
-    """Pairs of splitting.similar_pairs: rows of two parts that look alike to the untuned network."""
-    of_first, *_ = features.of_rows.values()  # as Features has them
-    return splitting.add_similar(run, of_first, split, study.table.clip_ids)
-
-
 def run_folds(run, args, study):
     """One run per fold in fold_K/, all judged as one; their mean on the test groups."""
     manifest = study.table
@@ -1194,7 +1192,7 @@ def run_folds(run, args, study):
     alarms = event_audit.record_split(run, manifest, study.audits, parts)
     run.write_record(study, parts)
     features = untuned_features(args, study, run, np.arange(len(manifest)))
-    similar = find_similar(run, study, parts, features)
+    similar = splitting.add_similar(run, features.last_resolution, parts, manifest.clip_ids)
     chosen = run.each_fold(
         folds, lambda child, split: run_split(child, args, study, split, features))
     tables = prediction_tables.read_folds(run, chosen, "val")
@@ -1291,30 +1289,34 @@ class Member:
         return self.finish(outputs.double()).numpy()
 
 
-def load_members(args):
-    """--checkpoint -> list of Member, on the CPU. Raises UserError where they differ."""
-    members = []
-    files = common.checkpoint_files(args.checkpoint)
+def load_member(path, args):
+    """Member of a checkpoint, on the CPU; what it says of clips and network wins over flags that were not typed."""
+    content = common.load_model_file(path)
     typed = {name: getattr(args, name) for name in OWN_OF_PREDICT if name in args.given}
-    for path in files:
-        content = common.load_model_file(path)
-        with common.checkpoint_fields(path):
-            own = common.with_flags(
-                args, **content["architecture"] | typed,
-                pretrained=False, names=content["names"], positive_class=content.get("positive"))
-            model = build_model(own, len(content["names"]))
-        common.load_state(model, content["model"], path)
-        model.head.prior_shift.copy_(torch.tensor(content.get("prior_shift", 0.0)))
-        members.append(Member(model.eval(), content, own))
-        first = members[0]
+    with common.checkpoint_fields(path):
+        own = common.with_flags(
+            args, **content["architecture"] | typed,
+            pretrained=False, names=content["names"], positive_class=content.get("positive"))
+        model = build_model(own, len(content["names"]))
+    common.load_state(model, content["model"], path)
+    model.head.prior_shift.copy_(torch.tensor(content.get("prior_shift", 0.0)))
+    return Member(model.eval(), content, own)
+
+
+def load_members(args):
+    """--checkpoint -> list of Member. Raises UserError where they differ in what a mean needs."""
+    files = common.checkpoint_files(args.checkpoint)
+    members = [load_member(path, args) for path in files]
+    first = members[0]
+    for path, member in zip(files, members):
         for name in ("task", "names", "positive_class", "min_event_sec", *READING):
-            found = getattr(own, name)
+            found = getattr(member.args, name)
             wanted = getattr(first.args, name)
             if found != wanted:
                 raise common.UserError(
                     f"members of one mean must agree: {path} has {name} {found}, {files[0]} {wanted}")
-        if backbones.is_same(model.backbone, first.model.backbone):
-            model.backbone = first.model.backbone  # of frozen folds: its features count for all
+        if backbones.is_same(member.model.backbone, first.model.backbone):
+            member.model.backbone = first.model.backbone  # of frozen folds: its features count for all
     return members
 
 
@@ -1331,9 +1333,9 @@ def predict(args):
     args = members[0].args
     compute = common.announce_compute(args, fp32_on_cpu=all_in_fp32(members))
     study = load_study(args, read_table(args, args.names, need_labels=False), print)
-    tables, answers = zip(*(predict_rows(member, study, compute) for member in members))
-    table = prediction_tables.mean(tables)
-    table.warning = row_warnings.texts(answers, table.seen, "clips", print)
+    found = [predict_rows(member, study, compute) for member in members]
+    table = prediction_tables.mean([of_member for of_member, _ in found])
+    table.warning = row_warnings.texts([answer for _, answer in found], table.seen, "clips", print)
     output = args.output or Path("predictions.csv")
     table.write(output)
     print(f"{len(study.table)} rows predicted by {len(members)} checkpoint(s), "
@@ -1396,6 +1398,9 @@ def predict_recordings(args):
                                "scores has no window of its own")
     with common.start_run(args, fp32_on_cpu=all_in_fp32(members)) as run:
         run.write_args(fps=own.fps)
+        step_sec = window_step(own) / own.fps
+        if not math.isclose(step_sec, own.every):
+            run.say(f"note: --every {own.every:g} is {step_sec:g} s, on the grid of {own.fps:g} frames a second")
         read = []
         for name, path in videos.items():
             try:
@@ -1417,9 +1422,14 @@ def predict_recordings(args):
         run.say(f"{len(read)} of {len(videos)} recordings read, {n_bouts} bouts; open next: {run.folder}")
 
 
+def window_step(args):
+    """How many frames of the grid a window starts after the one before: --every seconds, at least one."""
+    return max(round(args.every * args.fps), 1)
+
+
 @torch.no_grad()
 def read_windows(recording, members, run, label):
-    """ethograms.Windows of a recording: one every --every seconds, on its grid, the last at its end."""
+    """ethograms.Windows of a recording: one every window_step frames, the last at its end; label: of the progress."""
     compute = run.compute
     own = members[0].args
     for member in members:
@@ -1434,15 +1444,12 @@ def read_windows(recording, members, run, label):
             with compute.autocast():
                 features[backbone] = member.model.frame_features(clips)[0, 1:]
         return features
-    step = max(round(own.every * own.fps), 1)
-    if not math.isclose(step / own.fps, own.every):
-        run.say(f"note: --every {own.every:g} is {step / own.fps:g} s, on the grid of {own.fps:g} frames a second")
     grid = common.with_progress(
         label, recording.grid(own.n_frames), math.ceil(recording.expected_sec * own.fps))
     starts = []
     found = []
     for places, frames in sliding_windows.slide(
-            grid, own.n_frames, step, own.val_batch_size, own.image_size, frame_features):
+            grid, own.n_frames, window_step(own), own.val_batch_size, own.image_size, frame_features):
         starts += places
         found.append(np.mean([predict_windows(member, frames, compute) for member in members], axis=0))
     probability = np.concatenate(found)  # (W, C)

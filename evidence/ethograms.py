@@ -1,6 +1,6 @@
 """Bouts of behaviour in whole recordings: from windows to bouts, their picture, and how they fit a table of events.
 
-Letters: W windows, C classes, V videos, D resamples. Units: seconds from the start of a recording.
+Letters: W windows, C classes, U videos or groups, D resamples. Units: seconds from the start of a recording.
 """
 import dataclasses
 import fractions
@@ -221,8 +221,7 @@ def read_spans(path):
     import pandas as pd
     if not path.is_file():
         raise common.UserError(f"no such file: {path} (expected the run folder of --mode predict --video)")
-    words = dict.fromkeys(["video", "label", "pred_label"], str)
-    return pd.read_csv(path, dtype=words, keep_default_na=False)
+    return pd.read_csv(path, dtype={"video": str, "label": str}, keep_default_na=False)
 
 
 def events_in(watched, table, videos):
@@ -356,16 +355,16 @@ def judge_bouts(watched, bouts, events, names, group_of):
             own = compare_spans(found, true, end_sec - start_sec)
             counts.append({"group": group_of.get(video, video), "label": name, **own})
     summed = pd.DataFrame(counts).groupby(["group", "label"], sort=False).sum()
-    numbers = {key: column.to_numpy().reshape(-1, len(names)) for key, column in summed.items()}  # (V, C) each
-    n_videos = len(numbers["bouts"])
+    numbers = {key: column.to_numpy().reshape(-1, len(names)) for key, column in summed.items()}  # (U, C) each
+    n_units = len(numbers["bouts"])
 
     def statistic(weights):
         return {}, bout_metrics({key: weights @ values for key, values in numbers.items()})  # (D, C) each
     n_events = numbers["events"].sum(0)  # (C,)
-    support = subject_intervals.support_alone(statistic, n_videos)
+    support = subject_intervals.support_alone(statistic, n_units)
     unit = "groups" if group_of else "videos"
     result = subject_intervals.estimate(
-        statistic, None, n_videos, unit, names=names, n=n_events, rows=n_videos, support=support)
+        statistic, None, n_units, unit, names=names, n=n_events, rows=n_units, support=support)
     columns = {"label": names, "bouts": numbers["bouts"].sum(0), "events": n_events}
     for metric, found in result.each.model.items():
         columns |= found.columns(metric)

@@ -378,14 +378,16 @@ def read_folds(run, chosen, part):
 
 def refuse_useless(table, path):
     """UserError for a table of read_predictions that lacks predictions or groups, or with labels that do not vary."""
+    import pandas as pd
     judged = table.labelled()
     if isinstance(table, ScoreTable):
         predicted = table.predicted
-        flat = [f"{name}_true" for name, column in zip(table.names, table.target.T)
-                if len(set(column[~np.isnan(column)])) < 2]
+        truths = [f"{name}_true" for name in table.names]
     else:
         predicted = table.probability
-        flat = ["the true label"] if len(set(judged.label)) < 2 else []
+        truths = ["the true label"]
+    n_values = pd.DataFrame(judged.truth).nunique()  # without NaN
+    flat = [truth for truth, count in zip(truths, n_values) if count < 2]
     for name, block in {"the model": predicted, **table.baselines}.items():
         rows = np.flatnonzero((table.is_known & np.isnan(block)).any(1)) + 1
         if len(rows):
@@ -476,7 +478,6 @@ def _read_scores(table, path, names, baseline, shared):
         names=names,
         target=blocks.pop("true"),
         predicted=blocks.pop("predicted"),
-        spread=blocks.get("sd"),
         baselines=blocks,
         **shared)
     found.baselines = _score_baselines(found, table, baseline, path)
