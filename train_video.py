@@ -301,8 +301,9 @@ class Study:
         return [f"{table.clip_ids[row]}\n{known[row]}" for row in rows]
 
     def strip(self, row):
-        """Five frames of a row side by side: uint8 (H, 5 W, 3)."""
-        return plotting.strip_of(self.frames(row))
+        """Five frames of a row's window, without those for jitter, side by side: uint8 (H, 5 W, 3)."""
+        window = self.audits[row]
+        return plotting.strip_of(self.frames(row, window.first, window.first + window.usable))
 
     @functools.cached_property
     def audits(self):

@@ -115,6 +115,16 @@ def test_training_starts_are_random_and_scored_starts_even():
     assert first == again, "a start depends on seed, epoch and sample alone"
 
 
+def test_a_row_is_shown_by_frames_of_its_window():
+    """Not by those around it, which training alone reads, for jitter."""
+    study, _ = study_of(arguments("--jitter_sec", 1), n_frames=40, size=8)
+    for found in study.store.audit:
+        found.first, found.usable = 10, 20
+    numbered = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None, None, None], (40, 8, 8, 3))
+    study.store.part = lambda row, start, stop: numbered[start:stop]
+    assert study.strip(0)[0, ::8, 0].tolist() == [10, 14, 19, 24, 29]
+
+
 def test_baselines_see_the_clips_that_are_predicted():
     """Mean over the clips of a row of their features, each pooled over its frames, one clip at a time."""
     args = arguments("--image_size", 32, "--n_frames", 8, "--clips_per_event", 3, "--fps", 4, "--model", "cnn_lstm",
