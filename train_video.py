@@ -930,10 +930,10 @@ def fit(run, args, study, split, features):
 
 
 def finish_best_model(training, study, split, loaders, objective):
-    """Predict each part with the best epoch, and complete best_model.pth by what is known only then.
+    """Predict each part with the best epoch, and add to best_model.pth what is known only then.
 
-    That is what its training data are like, and for classes the calibration on val. Returns {part:
-    outputs (M, K)}, which are scores, or logits at the natural class shares.
+    It is what its training data are like, for row_warnings, and of classes the calibration on val.
+    Returns {part: outputs (M, K)}, which are scores, or logits at the natural class shares.
     """
     run = training.run
     best = training.load_best()

@@ -59,8 +59,8 @@ def find_repeats(predicted, is_judged, modal):
 
     predicted: (N, K); is_judged: (N,) bool; modal: how many rows share the most frequent label.
     Three equal ones or more count where all such hold 2 % of the rows, as in many rows some meet by
-    chance. Coarse ones meet so often that only one counts that stands in more than half of the
-    rows, and in a tenth more than share a label.
+    chance. Coarse ones (is_coarse) meet often: of them only one counts that more than half of the
+    rows have, and that a tenth of the rows more have than the most frequent label.
     """
     rows = len(predicted)
     values, repeats = np.unique(predicted[is_judged], axis=0, return_counts=True)
@@ -73,9 +73,9 @@ def find_repeats(predicted, is_judged, modal):
 
 
 def is_coarse(predicted):
-    """Whether all have up to five digits behind the point, or are shares of 1000 votes or fewer."""
+    """True where all predictions (N, K) have up to five decimals, or are shares of 1000 votes or fewer."""
     values = np.unique(predicted[np.isfinite(predicted)])
-    some = values[::len(values) // 1000 + 1]  # so many tell
+    some = values[::len(values) // 1000 + 1]  # a thousand tell
     rest = some[np.abs(some - np.round(some, 5)) > 1e-9]
     return all(abs(Fraction(value).limit_denominator(1000) - value) < 5e-7 for value in rest.tolist())
 
@@ -192,7 +192,7 @@ def history_to_plot(history, meanings, positive):
 
 
 def named_estimates(result, meanings):
-    """{name: Estimate of the model} for every name of a Result's metrics."""
+    """{name: Estimate of the model} for each name that means a metric of the Result, its targets or its classes."""
     found = {}
     for name, (metric, of) in meanings.items():
         if of is None:
