@@ -262,11 +262,16 @@ ENDINGS = {
 }
 PASSES = {"train": "PASS on train rows", "chose": "PASS on validation"}
 
-# how the sentence begins; level and word of the page, where not all is well
-OUTCOMES = {
-    "better": ("The model beats", "caution", "Better, with doubts"),
-    "worse": ("The model does worse than", "poor", "Worse than the baseline"),
-    "not resolvable": ("Not resolvable whether the model beats", "caution", "Not resolvable"),
+# by outcome_of: how the sentence begins, and the word of the page where not all is well
+STARTS = {
+    "better": "The model beats",
+    "worse": "The model does worse than",
+    "not resolvable": "Not resolvable whether the model beats",
+}
+WORDS = {
+    "better": "Better, with doubts",
+    "worse": "Worse than the baseline",
+    "not resolvable": "Not resolvable",
 }
 # baselines that look at no input; beside one of these columns the others of a table may be anything
 TRIVIAL_COLUMNS = {"mean_of_these_rows", "shares_of_these_rows", "train_mean", "train_prior", "moment_mean", "zero"}
@@ -295,8 +300,7 @@ def reach_verdict(gain, doubts, sentence):
     outcome = outcome_of(gain)
     if outcome == "better" and not doubts:
         return Verdict("good", "Holds", sentence)
-    _, level, word = OUTCOMES[outcome]
-    return Verdict(level, word, sentence)
+    return Verdict("poor" if outcome == "worse" else "caution", WORDS[outcome], sentence)
 
 
 def baseline_doubts(names, model="ridge or logistic regression on published features, whose predictions stand in "
@@ -334,7 +338,7 @@ def verdict_sentence(result, metric, seen="new", label=None, ceiling=None, is_sa
     baseline predict the same.
     """
     difference = result.overall.difference[metric]
-    start = OUTCOMES[outcome_of(result.gain(metric))][0]
+    start = STARTS[outcome_of(result.gain(metric))]
     if difference.low == difference.high == 0:
         start = "The model does exactly as well as"
     if is_same:
