@@ -462,8 +462,9 @@ def _even_indices(info, start, end, n_frames):
 
 @dataclasses.dataclass
 class ClipAudit(GridPlan, pixel_cache.Audit):
-    """Of a row and its grid; file_sha: of all frames' files in a folder; pixel_sha: of the grid; phash: of its middle.
+    """Of a row and its grid; file_sha: of all frames' files in a folder.
 
+    pixel_sha: of the frames of the window, without those for jitter; phash: of its middle one.
     n_frames, n_damaged, damage: of the whole file.
     """
     n_frames: int = 0
@@ -483,31 +484,33 @@ class ClipAudit(GridPlan, pixel_cache.Audit):
 class GridFrames:
     """The grid of one row while its file is decoded: each frame is hashed as it comes, then kept or let go.
 
-    cache: "ram" keeps them in one array, "disk" in a temporary file in `folder`,
-    "none" only counts them.
+    Frames for jitter are not hashed: with those around it a clip is still the same. cache: "ram"
+    keeps frames in one array, "disk" in a temporary file in `folder`, "none" only counts them.
     """
 
-    def __init__(self, n_grid, cache, folder):
-        self.n_grid = n_grid
+    def __init__(self, plan, cache, folder):
+        self.plan = plan
         self.cache = cache
         self.folder = folder
         self.n_added = 0
         self.digest = hashlib.sha256()
-        self.middle = None  # the frame that the perceptual hash is taken of
+        self.middle = None  # frame of the window, that the perceptual hash is taken of
         self.kept = None  # (G, H, W, 3)
 
     def add(self, pixels):
         """Take the next frame, uint8 (H, W, 3)."""
         if self.kept is None:
-            shape = (self.n_grid, *pixels.shape)
+            shape = (len(self.plan.indices), *pixels.shape)
             if self.cache == "ram":
                 self.kept = np.empty(shape, np.uint8)
             elif self.cache == "disk":
                 self.kept = pixel_cache.frames_on_disk(self.folder, shape)
             else:
                 self.kept = np.broadcast_to(pixels, shape)  # their number and size, without memory
-        self.digest.update(pixels)
-        if self.n_added == self.n_grid // 2:
+        place = self.n_added - self.plan.first
+        if 0 <= place < self.plan.usable:
+            self.digest.update(pixels)
+        if place == self.plan.usable // 2:
             self.middle = pixels
         if self.cache != "none":
             self.kept[self.n_added] = pixels
@@ -621,7 +624,7 @@ class ClipStore(pixel_cache.PixelStore):
 
     def _fill(self, path, plans):
         """(VideoInfo, GridFrames of each plan) of one pass over a file."""
-        grids = [GridFrames(len(plan.indices), self.cache, self.folder) for plan in plans]
+        grids = [GridFrames(plan, self.cache, self.folder) for plan in plans]
         takers = collections.defaultdict(list)  # frame index -> the grids in which it stands, as often as it does
         for grid, plan in zip(grids, plans):
             for index in plan.indices:

@@ -756,10 +756,19 @@ def test_audit_of_a_clip(films):
     found = store.audit[0]
     assert (found.n_frames, found.first, found.usable, found.fault) == (N, 6, 24, "")
     assert store[0].shape == (36, 48, 64, 3) and store[0].dtype == np.uint8
-    assert found.pixel_sha == hashlib.sha256(store[0].tobytes()).hexdigest()
+    assert found.pixel_sha == hashlib.sha256(store[0][6:30].tobytes()).hexdigest()
     assert found.phash == picture_files.perceptual_hash(store[0][18]).tolist()
     times = 1 + np.arange(-6, 30) / 12
     assert np.array_equal(store[0], frames_at(films["bframes.mp4"], times, 48))
+
+
+@pytest.mark.parametrize("window", [(1, 3), (0, 2)])
+def test_a_clip_has_the_same_hashes_whatever_jitter_reads_around_it(films, window):
+    """So that prediction, which has none, knows the rows of a training with jitter."""
+    found, same = (
+        open_store([films["bframes.mp4"]], [window], jitter_sec=jitter_sec).audit[0] for jitter_sec in (0, 0.5))
+    assert len(same.indices) > len(found.indices)
+    assert (found.pixel_sha, found.phash) == (same.pixel_sha, same.phash)
 
 
 def test_grid_frames_of_a_slow_source_are_marked_as_shown_before(films):
