@@ -238,8 +238,8 @@ def refuse(parser, who, names):
 
 def changed(args, names):
     """Those of these flags that are neither off (0, empty) nor as in SOLVED, where they ask for nothing."""
-    values = {name: getattr(args, name) for name in names}
-    return {name for name, value in values.items() if value and value != SOLVED.get(name)}
+    flags = vars(args)
+    return {name for name in names if flags[name] and flags[name] != SOLVED.get(name)}
 
 
 def check_learning_flags(parser, args):

@@ -447,7 +447,7 @@ def _block(table, columns, path):
     """(M, len(columns)) numbers; None where the table lacks one."""
     if not set(columns) <= set(table):
         return None
-    return np.stack([csv_tables.to_numbers(table[column], f"{path}, column {column}") for column in columns], axis=1)
+    return np.column_stack([csv_tables.to_numbers(table[column], f"{path}, column {column}") for column in columns])
 
 
 def _probabilities(table, prefix, names, path):
@@ -589,12 +589,12 @@ def _from_score(table, column, path, notes):
     import pandas as pd
     score = _block(table, [column], path)  # (M, 1)
     if not ((score < 0) | (score > 1)).any():  # blank cells are for refuse_useless
-        return np.concatenate([1 - score, score], axis=1), None
+        return np.hstack([1 - score, score]), None
     rank = pd.DataFrame(score).rank(method="dense", pct=True).to_numpy()
     notes.append(f"{column} is no probability, so its rank stands for it: AUC and average precision are those of the "
                  "score; calibration, loss and what a threshold decides (accuracy, precision, "
                  "recall, F1) mean nothing. Of log odds write the logistic, 1 / (1 + exp(-x))")
-    return np.concatenate([1 - rank, rank], axis=1), np.concatenate([-score, score], axis=1)
+    return np.hstack([1 - rank, rank]), np.hstack([-score, score])
 
 
 def _class_fields(names, labels, positive_class):
