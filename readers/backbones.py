@@ -23,11 +23,12 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
     """Classifier without its last layer -> (module: (B, 3, H, W) -> (B, F), feature width F).
 
     name: of a torchvision classifier, or timm:NAME. weights: state dict file, or the name of a set
-    of published weights; family: "models", or "video" for networks (B, 3, T, H, W) -> (B, F).
+    of published weights; family: "models", or "video" for networks (B, 3, T, H, W) -> (B, F), of
+    which timm has none.
     Raises UserError for an unknown name, weights that cannot be had (both ways out named), or a
     file whose layers are others.
     """
-    if name.startswith(TIMM):
+    if name.startswith(TIMM) and family == "models":
         return _timm_backbone(name, pretrained, weights, image_size)
     from torchvision import models
     classifiers = models.list_models(module=models.video if family == "video" else models)

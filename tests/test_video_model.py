@@ -361,6 +361,8 @@ def test_colours_are_those_that_the_published_weights_expect(name):
 def test_unknown_networks_are_named():
     with pytest.raises(common.UserError, match="r3d_18"):
         train_video.build_model(arguments("--model", "r3d_81"), 2)
+    with pytest.raises(common.UserError, match="timm:resnet18 is no torchvision classifier of video"):  # it takes pictures
+        train_video.build_model(arguments("--model", "timm:resnet18"), 2)
 
 
 @pytest.mark.parametrize("name, frozen", [("r3d_18", {"stem", "layer1"}), ("cnn_lstm", {"conv1", "bn1"})])
