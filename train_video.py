@@ -728,11 +728,9 @@ class Behaviours(Objective):
         """{column: value} of the history for logits (M, C) of these rows."""
         found = class_scores.classification_metrics(
             class_scores.softmax(logits), self.label[rows], positive=self.positive)
-        row = {}
+        row = dict(found.overall)
         for (metric, name), column in verdicts.history_columns(self.meanings).items():
-            if name is None:
-                row[column] = found.overall[metric]
-            else:
+            if name is not None:  # else it is in `overall`
                 row[column] = found.per_class[metric][self.names.index(name)]
         return row
 
@@ -1399,15 +1397,15 @@ def predict_recordings(args):
                                "scores has no window of its own")
     with common.start_run(args, fp32_on_cpu=all_in_fp32(members)) as run:
         run.write_args(fps=own.fps)
-        step_sec = window_step(own) / own.fps
-        if not math.isclose(step_sec, own.every):
-            run.say(f"note: --every {own.every:g} is {step_sec:g} s, on the grid of {own.fps:g} frames a second")
+        step = max(round(own.every * own.fps), 1)  # frames from one window to the next
+        if not math.isclose(step / own.fps, own.every):
+            run.say(f"note: --every {own.every:g} is {step / own.fps:g} s, on the grid of {own.fps:g} frames a second")
         read = []
         for name, path in videos.items():
             try:
                 recording = video_files.Recording(
                     path, own.fps, common.resize_side(own.image_size), own.pixel_range)
-                windows = read_windows(recording, members, run, name)
+                windows = read_windows(recording, members, step, run.compute, name)
             except common.UserError as error:
                 run.say(f"skipped: {name}: {common.one_line(error)}")
                 continue
@@ -1423,15 +1421,12 @@ def predict_recordings(args):
         run.say(f"{len(read)} of {len(videos)} recordings read, {n_bouts} bouts; open next: {run.folder}")
 
 
-def window_step(args):
-    """How many frames of the grid a window starts after the one before: --every seconds, at least one."""
-    return max(round(args.every * args.fps), 1)
-
-
 @torch.no_grad()
-def read_windows(recording, members, run, label):
-    """ethograms.Windows of a recording: one every window_step frames, the last at its end; label: of the progress."""
-    compute = run.compute
+def read_windows(recording, members, step, compute, label):
+    """ethograms.Windows of a recording: one every `step` frames of its grid, the last at its end.
+
+    label: of the progress bar.
+    """
     own = members[0].args
     for member in members:
         compute.place(member.model)
@@ -1450,7 +1445,7 @@ def read_windows(recording, members, run, label):
     starts = []
     found = []
     for places, frames in sliding_windows.slide(
-            grid, own.n_frames, window_step(own), own.val_batch_size, own.image_size, frame_features):
+            grid, own.n_frames, step, own.val_batch_size, own.image_size, frame_features):
         starts += places
         found.append(np.mean([predict_windows(member, frames, compute) for member in members], axis=0))
     probability = np.concatenate(found)  # (W, C)

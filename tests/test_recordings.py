@@ -327,8 +327,7 @@ def test_every_frame_goes_once_through_the_backbone(made, monkeypatch, name, kin
     look = kind.frame_features
     monkeypatch.setattr(kind, "frame_features", lambda self, clips: n_seen.append(clips.shape[1]) or look(self, clips))
     recording = video_files.Recording(made / "two" / "cam 0.mp4", 4, 37)
-    run = SimpleNamespace(compute=compute, is_writer=False)
-    windows = train_video.read_windows(recording, members, run, "cam 0")
+    windows = train_video.read_windows(recording, members, 2, compute, "cam 0")
     assert len(windows.chosen) > 10
     assert sum(n_seen) == len(list(recording.grid())) + len(n_seen), "with the frame before each batch"
 
