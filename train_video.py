@@ -287,7 +287,7 @@ class Study:
     stored: np.ndarray  # (N,) index of each row in the store
     args: argparse.Namespace
 
-    def frames(self, row, start=0, stop=None):
+    def frames(self, row, start, stop):
         """Grid frames start to stop of a row, uint8 (T, H, W, 3)."""
         return self.store.part(self.stored[row], start, stop)
 
