@@ -263,19 +263,19 @@ def strip_of(clip):
 
 @common.first_process_only
 def plot_batch(run, dataset, labels):
-    """training_batch.jpg: twelve samples spread over a train set, augmented as in the first epoch, with their labels.
+    """training_batch.jpg: up to twelve samples of a train set, augmented as in the first epoch, with their labels.
 
     dataset: of samples with the key "input", uint8 (S, S, 3), or (T, S, S, 3), of which five frames
     are shown; of features nothing is. labels: a text for each sample.
     """
-    chosen = np.linspace(0, len(dataset) - 1, 12).astype(int)
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, 12).astype(int))
     inputs = [dataset[0, int(index)]["input"].numpy() for index in chosen]
     if inputs[0].dtype != np.uint8:
         return
     if inputs[0].ndim == 4:
         inputs = list(map(strip_of, inputs))
     aspect = inputs[0].shape[1] // inputs[0].shape[0]
-    figure, axes = new_figure(12, 6 // aspect, (1.8 * aspect, 2.4))
+    figure, axes = new_figure(len(chosen), 6 // aspect, (1.8 * aspect, 2.4))
     for axis, picture, index in zip(axes, inputs, chosen):
         axis.imshow(picture)
         axis.axis("off")

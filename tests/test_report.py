@@ -498,22 +498,29 @@ def test_a_page_shows_the_curves_of_twelve_folds(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(40, 40, 3), (6, 30, 30, 3), (7,)])
-def test_a_training_batch_is_drawn_with_its_labels(tmp_path, shape):
-    """Pictures, strips of five frames of clips, nothing of features; the report shows the first fold's."""
+def test_a_training_batch_is_drawn_with_its_labels(tmp_path, shape, monkeypatch):
+    """Pictures, strips of five frames of clips, nothing of features; the report shows the first fold's.
+
+    Of five samples each is drawn once.
+    """
     rng = np.random.default_rng(0)
     kind = np.float32 if len(shape) == 1 else np.uint8
     samples = {(0, i): {"input": torch.from_numpy(rng.integers(0, 256, shape).astype(kind))} for i in range(20)}
 
     class Dataset:
         def __len__(self):
-            return 20
+            return n_samples
 
         def __getitem__(self, key):
             return samples[key]
+    panels, new_figure = [], plotting.new_figure
+    monkeypatch.setattr(plotting, "new_figure", lambda n, *others: panels.append(n) or new_figure(n, *others))
     processes = SimpleNamespace(on_first=lambda function: function())
     run = SimpleNamespace(compute=SimpleNamespace(processes=processes), folder=tmp_path / "run", path=(tmp_path / "fold_0").joinpath)
     (tmp_path / "fold_0").mkdir()
-    plotting.plot_batch(run, Dataset(), [f"{i}.png\nwarm {i}" for i in range(20)])
+    for n_samples in (5, 20):
+        plotting.plot_batch(run, Dataset(), [f"{i}.png\nwarm {i}" for i in range(20)])
+    assert panels == ([5, 12] if kind == np.uint8 else [])
     drawn = tmp_path / "fold_0" / "training_batch.jpg"
     assert drawn.exists() == (kind == np.uint8)
     blocks = reporting.history_blocks(SimpleNamespace(folder=tmp_path))
