@@ -333,8 +333,8 @@ def case_blocks(run, judged, detections, picture, threshold):
     if picture is None:
         return []
     order = np.argsort(count_errors(judged), kind="stable")
-    colours = (f"Annotated (left), detected from score {threshold:g} (right). Green intact, orange damaged, pink absent, "
-               "blue occluded, grey no state; without any state a colour for each part")
+    colours = (f"Annotated (left), detected from score {threshold:g} (right). Green intact, orange damaged, pink "
+               "absent, blue occluded, grey no state; without any state a colour for each part")
     blocks = [reporting.html_text(colours)]
     for file, word, rows in (("failures.jpg", "most", order[::-1][:4]), ("best_pictures.jpg", "fewest", order[:2])):
         sheet = run.path(file)

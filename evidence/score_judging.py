@@ -83,8 +83,10 @@ def slope_alarms(rows):
     """A sentence on scores whose order is right and whose values are not: R2 below 0, the whole interval of r above."""
     found = [f"{row['target']} (r {row['pearson_r']:.2f} but R2 {row['r2']:.2f}, bias {row['bias']:+.3g}, "
              f"slope {row['slope']:.2f})" for row in rows if row["r2"] < 0 < row["pearson_r_low"]]
-    return [f"the order holds, the values do not: {common.shorten_list(found, 5)}. Trust the order alone; more rows, and "
-            "--select r2 where the script has it"] if found else []
+    if not found:
+        return []
+    return [f"the order holds, the values do not: {common.shorten_list(found, 5)}. Trust the order alone; "
+            "more rows, and --select r2 where the script has it"]
 
 
 def rows_of_scores(table, moments):
