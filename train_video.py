@@ -219,7 +219,8 @@ def check_flags(parser, args):
     if args.export and not (args.mode == "predict" and args.manifest):
         parser.error("--export belongs to --mode predict with --manifest, whose clips it is checked on")
     if args.mode == "predict":
-        refuse(parser, "--mode predict, which reads clips as its checkpoint does,", args.given.intersection(READING))
+        of_checkpoint = args.given.intersection([*READING, "positive_class"])
+        refuse(parser, "--mode predict, whose checkpoint says it,", of_checkpoint)
         if args.video:
             refuse(parser, "predict --video, which writes a run folder,", args.given & {"output"})
         else:

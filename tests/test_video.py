@@ -943,6 +943,8 @@ FLAG_MISTAKES = {
                        ["predict without --video does not use --annotate"]),
     "another rate than the checkpoint's": (["--mode", "predict", "--checkpoint", "m", "--manifest", "a.csv", "--fps", 5,
                                             "--n_frames", 8], ["--fps, --n_frames"]),
+    "another class than the checkpoint's": (["--mode", "predict", "--checkpoint", "m", "--video", "v", "--positive_class", "a"],
+                                            ["whose checkpoint says it, does not use --positive_class"]),
 }
 
 
