@@ -104,7 +104,7 @@ def judge_several(run, args, tables):
         with run.child(name) as child:
             table_judging.judge_table(child, table, path)
     alarms = min((table.alarms for table in tables), key=len)  # groups that one table names count for all
-    judging.write_comparison(run, rows, [("Alarms", judging.alarm_blocks(alarms))])
+    judging.write_comparison(run, rows, [("Alarms", [reporting.html_list(alarms)])])
 
 
 def judge_runs(args):

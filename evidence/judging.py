@@ -206,17 +206,12 @@ def headline(result, metric, level):
     }
 
 
-def alarm_blocks(alarms):
-    """HTML of alarms, a paragraph each."""
-    return [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in alarms]
-
-
 def page_sections(run, setting, blocks, sections, metrics):
     """[(heading, HTML blocks)] of the page of a run, in order.
 
     blocks, sections: as in close_run; metrics: what it returns.
     """
-    marked = alarm_blocks(metrics["alarms"])
+    marked = [reporting.html_text(f"ALARM: {alarm}", "poor") for alarm in metrics["alarms"]]
     marked += [reporting.html_text(doubt, "caution") for doubt in metrics["doubts"]]
     criteria = reporting.html_table(metrics["criteria"], digits=".4g", caption="Criteria")
     when = " before their calibration, which the other folds give" if "calibration" in metrics else ""
