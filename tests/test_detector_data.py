@@ -615,6 +615,18 @@ def test_boxes_are_cut_to_the_four_edges_of_their_picture():
         assert part_boxes.cut_box(outside, (8, 6)) is None
 
 
+def test_the_clean_coco_of_one_box_by_hand(tmp_path):
+    bell = part_boxes.PartObject("bell", "bell", [-2, 3, 12, 8], 1, 0.5, True, {"colour": "red"}, {})
+    gone = part_boxes.PartObject("lamp", "lamp", [30, 3, 40, 8], part_boxes.UNKNOWN, 1.0, False, {}, {})
+    image = part_boxes.AnnotatedImage("a", 7, (20, 10), {}, {"id": 7}, [bell, gone], path=tmp_path / "b" / "a.jpg")
+    content, dropped = part_boxes.as_coco([image], {"bell": 4, "lamp": 5}, tmp_path)
+    assert content["images"] == [{"id": 7, "file_name": "b/a.jpg", "absent_parts": {}, "width": 20, "height": 10}]
+    assert content["annotations"] == [{
+        "id": 1, "image_id": 7, "category_id": 4, "bbox": [0, 3, 12, 5], "area": 60, "iscrowd": 1, "trust": 0.5,
+        "state": "damaged", "state_id": 1, "attributes": {"colour": "red"}}]
+    assert [(each["image"], each["annotation"]) for each in dropped] == [("a", "lamp (lamp)")]
+
+
 def test_dropping_every_picture_is_refused(tmp_path, flags):
     content = {"0.jpg": {"parts": {"bell": part([5, 5, 10, 10], trust=0.1)}}}
     with pytest.raises(common.UserError, match="--drop_empty"):
