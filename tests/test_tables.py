@@ -280,6 +280,8 @@ def test_duplicates(tmp_path):
     assert "who" not in ratings.extra and "1 images" in ratings.notes[-1]
     assert "vary within an image" in fails(rating_tables.read_ratings, path, duplicates="mean", group_column="who")
     assert "what was asked, name it: --rater_column, --attribute_column" in message, "or means of several attributes"
+    path = written(tmp_path, "image,x_mean,x_sd,rater\na.jpg,1,1,men\nb.jpg,5,1,men\na.jpg,3,2,women\n")
+    assert "1 images stand in 2 rows" in fails(rating_tables.read_ratings, path), "each mean has raters of its own"
     path = written(tmp_path, "image,a,b_sd,b_n\na.jpg,1,1,5\nb.jpg,5,2,5\na.jpg,3,3,6\n")
     assert any("number of raters: b_sd, b_n" in note
                for note in rating_tables.read_ratings(path, duplicates="mean").notes)
