@@ -101,6 +101,7 @@ def test_exif_orientation(tmp_path, orientation, suffix, options):
     assert min(small.shape[:2]) == 20 and (small.shape[0] > small.shape[1]) == (orientation >= 5)
     audit, _ = picture_files.audit_image(path, 20)
     assert (audit.height, audit.width) == loaded.shape[:2]
+    assert audit.phash == picture_files.perceptual_hash(small).tolist()
 
 
 def test_nonsense_exif_leaves_the_picture(tmp_path):

@@ -278,6 +278,7 @@ def test_semicolons_and_decimal_commas(tmp_path, excel):
     ("time_start,time_end", "1,3", [1, 3]), ("start_ms,end_ms", "1000,2500", [1, 2.5]), ("BEGIN [s],End [s]", "1,3", [1, 3]),
     ("begin_time,end_time,duration", "00:00:01.500,00:01:02.750,00:01:01.250", [1.5, 62.75]),
     ("start_time,end_time", "1,2.5", [1, 2.5]), ("start_sec,end_sec", "00:00:01.500,01:00:02", [1.5, 3602]),
+    ("onset_ms,offset_ms", "1000,2500", [1, 2.5]),
     ("onset_sec,dur", "2,3", [2, 5]), ("Start (min),End (min)", "1,1.5", [60, 90]), ("tStart,tEnd", "1,3", [1, 3]),
     ("Begin Time - ss.msec,End Time - ss.msec", "1.5,2.75", [1.5, 2.75]),
     ("Begin Time - hh:mm:ss.ms,End Time - hh:mm:ss.ms", "00:00:01.500,00:01:02.750", [1.5, 62.75]),
@@ -966,6 +967,17 @@ def test_times_of_sequences_are_no_scores(tmp_path, header, is_read):
     table = score_tables.read_sequences(write(tmp_path / "s.csv", f"path,{header},pain\ns0,1,3,1\ns1,2,5,2\n"))
     assert table.names == ["pain"] and np.isnan(table.windows).all() != is_read
     assert table.windows.tolist() == [[1, 3], [2, 5]] or any("start, end: not read as times" in note for note in table.notes)
+
+
+def test_rows_of_one_video_are_not_independent_and_rows_of_videos_of_their_own_are(tmp_path):
+    put(tmp_path, "a.mp4", "b.mp4")
+    text = "path,label,start_sec,end_sec\na.mp4,x,0,1\nb.mp4,y,0,1\na.mp4,y,4,5\n"
+    table = event_tables.read_events({"": write(tmp_path / "m.csv", text)})
+    assert list(table.groups_of()) == ["a.mp4", "b.mp4", "a.mp4"]
+    assert list(table.groups_of([2, 1])) == ["a.mp4", "b.mp4"]
+    assert table.take([0, 1]).groups_of() is None
+    table.groups = np.array(["g", "h", "g"])
+    assert list(table.groups_of([1, 2])) == ["h", "g"]
 
 
 def test_an_offset_without_its_onset_is_no_start(tmp_path):
