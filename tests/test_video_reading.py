@@ -186,6 +186,14 @@ def test_rotation_is_applied(films, tmp_path):
     assert info.size == (HEIGHT, WIDTH)
     clip = frames_at(turned, [1.0, 2.0])
     assert clip.shape == (2, WIDTH, HEIGHT, 3) and numbers_of(np.rot90(clip, 1, (1, 2))) == [15, 30]  # stored lying
+    data = turned.read_bytes()
+    for matrix, size, quarters in (((0, -1, 1, 0), (HEIGHT, WIDTH), -1), ((-1, 0, 0, -1), (WIDTH, HEIGHT), 2)):
+        rows = [value * 0x10000 for value in matrix]
+        turned.write_bytes(data.replace(struct.pack(">5i", 0, 0x10000, 0, -0x10000, 0),
+                                        struct.pack(">5i", *rows[:2], 0, *rows[2:])))
+        clip = frames_at(turned, [1.0, 2.0])
+        assert video_files.probe(turned).size == size and clip.shape == (2, *size[::-1], 3)
+        assert numbers_of(np.rot90(clip, quarters, (1, 2))) == [15, 30], "the other way round, or on its head"
 
 
 def test_odd_rate_is_sampled_by_time(tmp_path):
