@@ -170,5 +170,6 @@ def flags_that_differ(folders):
     import pandas as pd
     of_run = {folder.name: common.read_json(folder / "args.json")["flags"] for folder in folders}
     flags = pd.DataFrame(of_run)
-    differing = flags.astype(str).nunique(axis=1) > 1
-    return flags[differing].map(reporting.public_text).T.reset_index(names="folder").to_dict("records")
+    differing = flags.astype(str).nunique(axis=1, dropna=False) > 1
+    shown = flags[differing].map(reporting.public_text, na_action="ignore")
+    return shown.T.reset_index(names="folder").to_dict("records")

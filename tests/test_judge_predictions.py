@@ -15,7 +15,7 @@ from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
 import common
 import judge_predictions
 from conftest import only_run, run_here, run_script, small_run
-from evidence import judging, prediction_tables, score_judging, table_judging
+from evidence import judging, prediction_tables, reporting, score_judging, table_judging
 
 
 def scores(rows=60, noise=0.5, seed=0):
@@ -270,6 +270,18 @@ def test_all_runs_at_a_glance(tmp_path):
     assert str(tmp_path) not in text, "no private path"
     assert "no finished run" in run_here("judge_predictions.py", "--runs", tmp_path / "none", code=2).text
     assert "either --predictions or --runs" in run_here("judge_predictions.py", code=2).text
+
+
+def test_a_flag_that_one_run_alone_has_differs(tmp_path):
+    flags = [{"device": "cpu", "weights": None, "seed": 1, "folds": 5},
+             {"device": "cpu", "weights": "/secret/place/w/a.pth", "seed": 1}]
+    folders = [tmp_path / f"run_{number}" for number in range(2)]
+    for folder, given in zip(folders, flags):
+        folder.mkdir()
+        common.write_json(folder / "args.json", {"flags": given})
+    page = reporting.html_table(table_judging.flags_that_differ(folders))
+    rows = [re.findall("<t[hd][^>]*>([^<]*)<", row) for row in page.split("<tr>")[1:]]
+    assert rows == [["folder", "weights", "folds"], ["run_0", "&ndash;", "5"], ["run_1", "w/a.pth", "&ndash;"]]
 
 
 # --- what a table of another program may be read as ---------------------------------------------------
