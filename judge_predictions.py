@@ -103,8 +103,9 @@ def judge_several(run, args, tables):
     for name, path, table in zip(names, args.predictions, tables):
         with run.child(name) as child:
             table_judging.judge_table(child, table, path)
-    alarms = min((table.alarms for table in tables), key=len)  # groups that one table names count for all
-    judging.write_comparison(run, rows, [("Alarms", [reporting.html_list(alarms)])])
+    # groups that one table names count for all
+    fullest = max(tables, key=lambda table: (table.groups is not None, len(table.alarms)))
+    judging.write_comparison(run, rows, [("Alarms", [reporting.html_list(fullest.alarms)])])
 
 
 def judge_runs(args):

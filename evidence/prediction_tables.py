@@ -342,17 +342,18 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     keys = _keys_of(table)
     notes = []
     groups = table[group_column].to_numpy(str) if group_column else _repeated_names(keys, notes)
-    units = np.arange(len(table)) if groups is None else groups
-    alarms = splitting.unused_groups(
-        table.drop(columns=list(keys), errors="ignore"), common.rows_by_key(units), groups if group_column else None,
-        "stand in several rows that count as independent")
-    shared = {
-        "keys": keys,
-        "groups": groups,
-        "seen": _seen_column(table),
-        "notes": notes,
-        "alarms": alarms,
-    }
+    shared = {"keys": keys, "groups": groups, "seen": _seen_column(table), "notes": notes}
+    found = _read_kind(table, path, baseline, positive_class, shared)
+    is_judged = found.is_known.any(1)
+    units = np.arange(is_judged.sum()) if groups is None else groups[is_judged]
+    found.alarms = splitting.unused_groups(
+        table[is_judged].drop(columns=list(keys), errors="ignore"), common.rows_by_key(units),
+        units if group_column else None, "stand in several rows that count as independent")
+    return found
+
+
+def _read_kind(table, path, baseline, positive_class, shared):
+    """ScoreTable or ClassTable, whichever the columns are of; shared: fields of Rows."""
     names = _score_names(table, baseline, path)
     if names:
         return _read_scores(table, path, names, baseline, shared)

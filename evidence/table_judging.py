@@ -116,11 +116,12 @@ def compare_runs(folders, say):
 def compare_tables(tables, names):
     """A dict for each pair: which is better, by the paired interval of the difference over the same resamples."""
     rows = []
+    groups = next((table.groups for table in tables if table.groups is not None), None)
     for (a, name_a), (b, name_b) in itertools.combinations(zip(tables, names), 2):
-        paired = dataclasses.replace(  # what either knows of the rows
+        paired = dataclasses.replace(  # what any knows of the rows
             a.against(b, name_b),
             keys=max(a, b, key=lambda table: table.n_folds).keys,
-            groups=b.groups if a.groups is None else a.groups)
+            groups=groups)
         result = paired.compare()
         metric = a.metric
         gain = result.gain(metric)

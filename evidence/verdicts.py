@@ -274,7 +274,8 @@ WORDS = {
     "not resolvable": "Not resolvable",
 }
 # baselines that look at no input; beside one of these columns the others of a table may be anything
-TRIVIAL_COLUMNS = {"mean_of_these_rows", "shares_of_these_rows", "train_mean", "train_prior", "moment_mean", "zero"}
+TRIVIAL_COLUMNS = {
+    "mean_of_these_rows", "shares_of_these_rows", "train_mean", "train_median", "train_prior", "moment_mean", "zero"}
 TRIVIAL_BASELINES = TRIVIAL_COLUMNS | {"mean box"}
 # baselines that are known to look at the input
 KNOWN_BASELINES = {*metric_names.BASELINES, "copy", "motion_ridge", "motion_readout", "grid_readout"}

@@ -443,6 +443,43 @@ def test_a_column_that_repeats_as_subjects_do_is_an_alarm_unless_groups_keep_it_
     assert alarms == {"subject": [], "family": [], "site": [family]}, "a family is in both sites, a subject in one"
 
 
+def test_rows_without_a_truth_repeat_no_subject(tmp_path):
+    """Sixty subjects, rated once; four further pictures of each are only predicted."""
+    rows = [row | {"subject": f"s{i % 60}"} for i, row in enumerate(scores(300))]
+    for row in rows[60:]:
+        row |= {"Valence_true": "", "Arousal_true": ""}
+    common.write_table(tmp_path / "p.csv", rows)
+    assert prediction_tables.read_predictions(tmp_path / "p.csv").alarms == []
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_table_that_lacks_the_subjects_does_not_silence_the_alarm_on_another(tmp_path, first):
+    """Compared are rows that count as independent, whichever table is named first; a column group in one ends that."""
+    rows = scores()
+    tables = {
+        "with": rows,
+        "without": [{name: row[name] for name in row if name != "subject"} for row in rows],
+        "grouped": [{name.replace("subject", "group"): value for name, value in row.items()} for row in rows],
+    }
+    for name, own in tables.items():
+        common.write_table(tmp_path / f"{name}.csv", own)
+    for others, is_alarm in ((("with", "without"), True), (("with", "grouped"), False)):
+        paths = [tmp_path / f"{name}.csv" for name in (others[first], others[1 - first])]
+        folder = judge(tmp_path / "-".join(others), "--predictions", *paths)
+        assert ("the column subject repeats" in (folder / "report.html").read_text()) == is_alarm
+
+
+def test_groups_of_one_table_count_in_every_pair(tmp_path):
+    rows = scores()
+    common.write_table(tmp_path / "a.csv", [row | {"group": row["subject"]} for row in rows])
+    for name, seed in (("b", 1), ("c", 2)):
+        common.write_table(tmp_path / f"{name}.csv", [row | {"Valence_true": own["Valence_true"],
+                           "Arousal_true": own["Arousal_true"]} for row, own in zip(scores(seed=seed), rows)])
+    folder = judge(tmp_path / "out", "--predictions", *(tmp_path / f"{name}.csv" for name in "abc"))
+    pairs = common.read_json(folder / "metrics.json")["comparisons"]
+    assert ["12 subjects" in pair["method"] for pair in pairs] == [True] * 3
+
+
 def test_columns_of_predictions_are_no_subjects(tmp_path):
     """A score called person and a class called scene, in few different numbers."""
     draw = np.random.default_rng(4)

@@ -630,6 +630,7 @@ def test_the_interval_alone_decides_between_better_worse_and_not_resolvable(inte
 def test_baselines_that_look_at_no_input_cannot_make_a_result_hold():
     assert "mean box" in verdicts.baseline_doubts(["mean box"])[0] and verdicts.baseline_doubts(["train_mean", "moment_mean"])
     assert verdicts.baseline_doubts(["train_mean", "ridge"]) == verdicts.baseline_doubts(["train_mean", "grid_readout"]) == []
+    assert verdicts.baseline_doubts(["train_median"]), "a constant, as the mean is"
     for trivial in ("mean_of_these_rows", "train_mean", "train_prior"):
         assert "old" in verdicts.baseline_doubts(["old", trivial])[0], "a column of a table may be anything"
     assert verdicts.baseline_doubts(["ridge", "shares_of_these_rows"]) == verdicts.baseline_doubts(["old"]) == []
