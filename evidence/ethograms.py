@@ -173,7 +173,8 @@ def annotate(recording, windows, names, path):
                     codec, options={"g": "50"}, width=width, height=height, pix_fmt="yuv420p")
                 stream.codec_context.time_base = fractions.Fraction(1, 1000)
                 longest = max(plotting.picture_font(100).getlength(f"{name} 0.00") for name in names)
-                font = plotting.picture_font(min(height / 14, 100 * (width - 16) / longest))
+                widest = 100 * (width - 16) / longest
+                font = plotting.picture_font(min(max(height / 14, 12), widest))  # no smaller ones can be read
             k = windows.at(time)
             c = windows.chosen[k]
             draw_text(pixels, f"{names[c]} {windows.probability[k, c]:.2f}", font)

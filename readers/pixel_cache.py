@@ -163,7 +163,7 @@ class PixelStore:
     def _cache_files(self, rows):
         import cv2
         import PIL
-        versions = [9, cv2.__version__, PIL.__version__]
+        versions = [10, cv2.__version__, PIL.__version__]
         keys = [json.dumps([*versions, key]).encode() for key in self.cache_keys(rows)]
         return [self.folder / f"{self.item}_{hashlib.sha256(key).hexdigest()[:32]}.npy" for key in keys]
 

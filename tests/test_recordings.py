@@ -314,6 +314,16 @@ def test_a_copy_names_the_class_in_whole_with_a_rim_around_the_letters(tmp_path,
     assert white[-1] > 60
 
 
+def test_the_class_on_a_small_recording_can_be_read(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(ethograms, "draw_text", lambda pixels, text, font: sizes.append(font.size))
+    windows = ethograms.Windows(np.array([[0.0, 0.3]]), np.array([[0.93, 0.07]]), np.array([0]))
+    for height, width in ((96, 128), (96, 40), (480, 640)):
+        recording = SimpleNamespace(frames=lambda: [(0.0, lambda short_side: np.zeros((height, width, 3), np.uint8))])
+        ethograms.annotate(recording, windows, ["dig", "other"], tmp_path / "copy.mp4")
+    assert sizes[0] == 12 and sizes[1] < 6 and sizes[2] == 480 / 14, "unless it is too narrow"
+
+
 @pytest.mark.parametrize("name, kind, n_members", [
     ("motion", train_video.MotionReadout, 2), ("lstm", train_video.FrameLstm, 1)])
 def test_every_frame_goes_once_through_the_backbone(made, monkeypatch, name, kind, n_members):

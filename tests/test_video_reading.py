@@ -7,6 +7,7 @@ The films are written with PyAV from drawn pictures; these, their numbers and th
 import errno
 import functools
 import hashlib
+import json
 import math
 import os
 import pickle
@@ -961,6 +962,21 @@ def test_second_run_takes_up_the_disk_cache_unless_it_is_damaged(mixed, damage, 
     assert bool(decoded) == bool(damage) and second.audit == first.audit and sorted(cache_files()) == files
     assert all(np.array_equal(second[i], expected[i]) for i in range(5))
     assert second.audit[0].phash == first.audit[0].phash
+
+
+def test_a_cache_whose_hashes_count_the_frames_for_jitter_is_not_read(films, monkeypatch):
+    """As version 9 wrote it: prediction, which reads no jitter, would not know its rows."""
+    def audit_of(cache):
+        return open_store([films["bframes.mp4"]], [(1, 3)], jitter_sec=0.5, cache=cache).audit
+    expected = audit_of("none")
+    dumps = json.dumps
+    with monkeypatch.context() as before:
+        before.setattr(pixel_cache.json, "dumps", lambda value: dumps([9, *value[1:]] if isinstance(value, list) else value))
+        audit_of("disk")
+    for path in cache_files():
+        if path.suffix == ".json":
+            path.write_text(path.read_text().replace(expected[0].pixel_sha, "f" * 64))
+    assert audit_of("disk") == expected
 
 
 def test_a_cache_that_is_emptied_during_the_run_does_not_stop_it(mixed):
