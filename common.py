@@ -122,9 +122,10 @@ def _explain(error):
         cause = one_line(text.rpartition("Last error:")[2])  # NCCL's own words, which may be none
         return (EXIT_CRASH, "error: another process of this run has ended, see there, or cannot be "
                 f"reached ({cause or reason})")
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    number = getattr(error, "errno", None)
+    if number == errno.ENOSPC:
         return EXIT_CRASH, f"error: {reason}: a full drive, or a full /dev/shm (then try --num_workers 0)"
-    if isinstance(error, OSError) and error.errno in LOST_DRIVE:
+    if number in LOST_DRIVE:
         return EXIT_CRASH, f"error: {reason}: a drive does not answer. Once it does, --resume auto continues"
     if LOST_WORKER.search(text):
         return EXIT_CRASH, (f"error: a loader worker died or hangs, or lacks shared memory ({reason}). The last "
@@ -225,6 +226,9 @@ def rows_by_key(keys):
 
 # --- Arguments and config --------------------------------------------------
 # A flag is declared once; config file, flags of a resumed run and command line all pass through its type.
+
+RELATIONS = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}  # of --criteria and --filter
+
 
 class Help(argparse.RawDescriptionHelpFormatter):
     """Shows the default of each flag that has one and does not tell it itself."""
@@ -2724,8 +2728,8 @@ def regression_moments(predicted, target):
     p = np.where(labelled, predicted, 0.0)
     t = np.where(labelled, target, 0.0)
     error = p - t
-    p = np.where(labelled, p - p.sum(0) / count, 0.0)
-    t = np.where(labelled, t - t.sum(0) / count, 0.0)
+    p = (p - p.sum(0) / count) * labelled
+    t = (t - t.sum(0) / count) * labelled
     return np.stack([
         labelled, p, t,
         p * p, t * t, p * t,

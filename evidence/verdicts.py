@@ -239,11 +239,10 @@ def judge_criteria(criteria, estimates, seen="new"):
     seen: as in verdict_sentence. Returns a list of dict(name, metric, relation, bar,
     value, low, high, verdict).
     """
-    compare = {">": np.greater, ">=": np.greater_equal, "<": np.less, "<=": np.less_equal}
     judged = []
     for entry in criteria:
         found = estimates[entry["name"]]
-        clears = [compare[entry["relation"]](end, entry["bar"]) for end in (found.low, found.high)]
+        clears = [common.RELATIONS[entry["relation"]](end, entry["bar"]) for end in (found.low, found.high)]
         verdict = "NOT RESOLVABLE"
         if clears[0] == clears[1] and not math.isnan(found.low + found.high):
             verdict = PASSES.get(seen, "PASS") if clears[0] else "FAIL"

@@ -648,7 +648,6 @@ def filter_rows(table, text):
     Raises UserError for what is not COLUMN ==, !=, <, <=, > or >= VALUE joined by
     `and`, or keeps no row.
     """
-    compare = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
     keep = np.ones(len(table), bool)
     for part in re.split(r"\s+and\s+", text):
         match = re.fullmatch(r"\s*([^=!<>]+?)\s*(==|!=|<=|>=|<|>)\s*[\"']?(.+?)[\"']?\s*", part)
@@ -657,10 +656,10 @@ def filter_rows(table, text):
                 f"--filter expects COLUMN==VALUE (or != < <= > >=) joined by `and`, found {part!r}")
         name, relation, value = match.groups()
         column = column_of(table, name, "--filter")
-        if relation in compare:
+        if relation in common.RELATIONS:
             numbers = csv_tables.to_numbers(column, f"--filter {part}")
             limit = csv_tables.to_numbers([value], "--filter")
-            keep &= compare[relation](numbers, limit)
+            keep &= common.RELATIONS[relation](numbers, limit)
         else:
             keep &= is_level(column, value) == (relation == "==")
     if not keep.any():
