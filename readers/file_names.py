@@ -1,6 +1,7 @@
 """The names that a table writes -> the files of a folder."""
 import collections
 import dataclasses
+import itertools
 import os
 import posixpath
 import re
@@ -22,6 +23,11 @@ VIDEO_SUFFIXES = (".mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .wmv .mts .npy .ts 
                   ".hevc .3gp .flv .vob .ogv .asf").split()  # others are opened to see
 
 
+def names_picture(name):
+    """True for a name that ends as those of pictures do."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
 def find_images(folder):
     """All image files under `folder`, recursive, in natural order (2 before 10); hidden and '._' ones ignored."""
     if not folder.is_dir():
@@ -29,7 +35,7 @@ def find_images(folder):
     paths = []
     for inside, folders, files in walk_visible(folder):
         # a folder that is named like a picture is listed too, so that reading it can say what it is
-        paths += [folder / inside / name for name in [*folders, *files] if name.lower().endswith(IMAGE_SUFFIXES)]
+        paths += [folder / inside / name for name in filter(names_picture, [*folders, *files])]
     return sorted(paths, key=natural_key)
 
 
@@ -209,8 +215,14 @@ def match_images(names, images_dir, exact=False, spelling=str):
         raise common.UserError(f"expected one file for one image name in {images_dir}, found "
                                f"{common.shorten_list(unclear)}. Write folder and suffix.")
     unused = [file for file in files if (file,) not in names_of]
+    notes = notes_on_guesses(fits)
+    missing = [name for name, fit in fits.items() if not fit.files]
+    if 10 * len(missing) > len(fits):
+        notes.append(f"WARNING: {len(missing)} of {len(fits)} names fit no picture "
+                     f"({common.shorten_list(missing, 3)}), and {len(unused)} files have no row. Compare the "
+                     "spelling; save a table with umlauts as UTF-8; else the folder lacks them")
     found = chosen_paths(fits, files)
-    return [found.get(written[name]) for name in names], unused, notes_on(fits, unused)
+    return [found.get(written[name]) for name in names], unused, notes
 
 
 def chosen_paths(fits, files):
@@ -227,17 +239,6 @@ def notes_on_guesses(fits):
             f"name that is unique, decided (not with --exact_names): {common.shorten_list(guessed, 3)}"]
 
 
-def notes_on(fits, unused):
-    """Lines on the names of {name: Fit} that were matched by a guess, and on many that fit no file."""
-    notes = notes_on_guesses(fits)
-    missing = [name for name, fit in fits.items() if not fit.files]
-    if 10 * len(missing) > len(fits):
-        notes.append(f"WARNING: {len(missing)} of {len(fits)} names fit no picture "
-                     f"({common.shorten_list(missing, 3)}), and {len(unused)} files have no row. Compare the "
-                     "spelling; save a table with umlauts as UTF-8; else the folder lacks them")
-    return notes
-
-
 def match_videos(names, root, exact=False):
     """Names as a manifest writes them -> ({name: Path or None}, notes on guesses and on videos without a row).
 
@@ -247,8 +248,8 @@ def match_videos(names, root, exact=False):
     videos, others = find_videos(root)
     files = {clean_name(file): path for file, path in (others | videos).items()}
     written = below_folder(names, root)
-    pictures = [own for own in written.values() if own.lower().endswith(IMAGE_SUFFIXES)]
-    videos_named = [own for own in written.values() if not own.lower().endswith(IMAGE_SUFFIXES)]
+    pictures = list(filter(names_picture, written.values()))
+    videos_named = itertools.filterfalse(names_picture, written.values())
     fits = NameIndex(files, VIDEO_SUFFIXES).match(videos_named, exact)  # other suffixes: only whole names
     if pictures:
         images = images_by_name(root)
