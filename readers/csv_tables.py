@@ -266,13 +266,16 @@ def to_numbers(values, where, expected="numbers"):
     """
     written = _clean_cells(values)
     cells = [cell.removesuffix("%") for cell in written]
-    is_column = hasattr(values, "attrs")
-    delimiter = values.attrs.get("delimiter", ",") if is_column else ","
+    delimiter = ","
+    lines = range(1, len(cells) + 1)
+    what = "row"
+    if hasattr(values, "attrs"):  # a column of read_table
+        delimiter = values.attrs.get("delimiter", delimiter)
+        lines = values.index
+        what = "line"
     may_be_thousands = delimiter == "," and all(re.fullmatch(r"[^,]*,\d{3}", cell) for cell in cells if "," in cell)
     if not may_be_thousands and not any("." in cell for cell in cells):
         cells = [cell.replace(",", ".") for cell in cells]
-    lines = values.index if is_column else range(1, len(cells) + 1)
-    what = "line" if is_column else "row"
     bad = [
         f"{shown!r} in {what} {line}" for shown, cell, line in zip(written, cells, lines)
         if cell and not (NUMBER.fullmatch(cell) and math.isfinite(float(cell)))]
