@@ -86,10 +86,10 @@ TASK_DEFAULTS = {
     },
     "regress": {
         "model": CNN_LSTM, "n_frames": 32, "loss": "mse", "augment": "basic", "select": "loss",
-        "epochs": 50, "batch_size": 64, "val_batch_size": 64,
+        "batch_size": 64, "val_batch_size": 64,
         "weight_decay": 1e-4, "clip_grad": 0.5,
-        "scheduler": "plateau", "warmup_epochs": 0.0, "min_lr": 1e-7,
-        "patience": 15, "min_delta": 1e-4, "min_epochs": 5,
+        "scheduler": "plateau", "min_lr": 1e-7,
+        "min_delta": 1e-4, "min_epochs": 5,
     },
 }
 
@@ -1333,9 +1333,9 @@ def predict(args):
     args = members[0].args
     compute = common.announce_compute(args, fp32_on_cpu=all_in_fp32(members))
     study = load_study(args, read_table(args, args.names, need_labels=False), print)
-    found = [predict_rows(member, study, compute) for member in members]
-    table = prediction_tables.mean([of_member for of_member, _ in found])
-    table.warning = row_warnings.texts([answer for _, answer in found], table.seen, "clips", print)
+    tables, answers = zip(*[predict_rows(member, study, compute) for member in members])
+    table = prediction_tables.mean(tables)
+    table.warning = row_warnings.texts(answers, table.seen, "clips", print)
     output = args.output or Path("predictions.csv")
     table.write(output)
     print(f"{len(study.table)} rows predicted by {len(members)} checkpoint(s), "
@@ -1470,8 +1470,7 @@ def predict_windows(member, frames, compute):
 
 def judge_bouts(args):
     """--mode judge_bouts: the bouts of predict --video against a table of events, whose frames have its rate."""
-    file = args.predictions / "args.json"
-    data = common.read_or_warn(file).get("data", {})
+    data = common.read_or_warn(args.predictions / "args.json").get("data", {})
     if "fps" not in args.given and "fps" in data:  # a training run has none, and is refused below
         args = common.with_flags(args, fps=data["fps"])
     ethograms.judge_folder(args.predictions, lambda names: read_table(args, names), args.output)
