@@ -134,12 +134,8 @@ def plot_ethogram(windows, bouts, names, path):
     A strip is some 10 minutes, so that bouts of seconds are seen, but there are 12 at most.
     """
     begin, end = windows.edges[[0, -1]]
-    n_strips = min(max(round((end - begin) / STRIP_SEC), 1), MOST_STRIPS)
-    unit = 1
-    unit_name = "seconds"
-    if end - begin > 300:
-        unit = 60
-        unit_name = "minutes"
+    n_strips = np.clip(round((end - begin) / STRIP_SEC), 1, MOST_STRIPS)
+    unit = 60 if end - begin > 300 else 1
     edges = np.linspace(begin, end, n_strips + 1) / unit
     figure, axes = plotting.new_figure(n_strips, 1, (9, 0.7 + 0.45 * len(names)))
     middles = windows.spans.mean(1) / unit
@@ -153,7 +149,7 @@ def plot_ethogram(windows, bouts, names, path):
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_yticks(range(len(names)), plotting.without_math(names, 28))
         axis.set_xlim(left, right)
-    axes[-1].set_xlabel(unit_name, color=plotting.SOFT, fontsize=8)
+    axes[-1].set_xlabel("seconds" if unit == 1 else "minutes", color=plotting.SOFT, fontsize=8)
     plotting.save_figure(figure, path)
 
 
@@ -289,12 +285,12 @@ def judge_folder(folder, read_table, output):
     rows, method = judge_bouts(watched, bouts, events_in(watched, table, videos), table.names, group_of)
     output = output or folder / "bout_scores.csv"
     common.write_table(output, rows)
+    shown = metric_names.number_text
     for row in rows:
-        shown = ("f1_at_0.25", "f1_at_0.5", "kappa")
-        f1_at_25, f1_at_50, kappa = [metric_names.number_text(row[name]) for name in shown]
         interval = "" if np.isnan(row["kappa_low"]) else f" [{row['kappa_low']:.3f}, {row['kappa_high']:.3f}]"
         print(f"{row['label']}: {row['bouts']} bouts, {row['events']} events; "
-              f"F1 at IoU .25 {f1_at_25}, at .5 {f1_at_50}; kappa {kappa}{interval}")
+              f"F1 at IoU .25 {shown(row['f1_at_0.25'])}, at .5 {shown(row['f1_at_0.5'])}; "
+              f"kappa {shown(row['kappa'])}{interval}")
     print(f"{method}; written to {output}")
     print("note: whether the model was trained on these events is not known here; --mode predict "
           "with this --manifest says it (column seen)")
