@@ -896,9 +896,10 @@ def predict_baselines(study, train, rows, readout=None, centre=None):
     """
     if len(train):
         centre, _ = probe_poses.centre_and_spread(study.at1[train])
+    still = np.zeros((len(rows), 6))
     predicted = {
-        "zero": np.zeros((len(rows), 6)),
-        "train_mean": np.tile(centre, (len(rows), 1)),
+        "zero": still,
+        "train_mean": still + centre,
         "copy": study.motion[rows],
     }
     if not len(train):
@@ -908,7 +909,7 @@ def predict_baselines(study, train, rows, readout=None, centre=None):
     near = baseline_models.place_weights(study.place, study.sequences, train, rows)  # (M, N_train)
     motion_ridge = baseline_models.fit_readout(study.motion[train], deviation[train], study.inner_groups(train))
     found = {
-        "train_median": np.tile(np.nanmedian(deviation[train], axis=0), (len(rows), 1)),
+        "train_median": still + np.nanmedian(deviation[train], axis=0),
         "frame_index": near @ known,
         "motion_ridge": motion_ridge.predict(study.motion[rows]),
         **baseline_models.time_baselines(deviation, study.order, study.sequences, train, rows),

@@ -280,5 +280,4 @@ def place_weights(place, sequences, train, rows):
     logits = -0.5 * apart ** 2
     same = sequences[rows][:, None] == sequences[train]
     logits[~same & same.any(1, keepdims=True)] = -np.inf
-    weights = np.exp(logits - logits.max(1, keepdims=True))
-    return weights / weights.sum(1, keepdims=True)
+    return class_scores.softmax(logits)

@@ -123,9 +123,8 @@ def part_of_train(args, table, rows):
     """train and val cut from these rows by their ratios."""
     shares = splitting.ratios_of_flags(args)
     val_ratio = shares["val"] / (shares["train"] + shares["val"])
-    keys, strata, kept_whole = split_columns(args, table, rows)
-    made = splitting.make_split(
-        keys, {"train": 1 - val_ratio, "val": val_ratio}, strata, kept_whole, args.seed)
+    keys, *others = split_columns(args, table, rows)
+    made = splitting.make_split(keys, {"train": 1 - val_ratio, "val": val_ratio}, *others, args.seed)
     if not len(made["val"]):
         raise common.UserError(
             f"--val_ratio {args.val_ratio:g}: the validation part must not be empty, it chooses the epoch")

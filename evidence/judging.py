@@ -62,10 +62,8 @@ def fold_table(folds):
 
 def finished_folds(run, chosen, numbers):
     """Write fold_table.csv; returns a dict for each finished fold; numbers: a dict for each of the chosen folds."""
-    folds = []
-    for k, own in zip(chosen, numbers):
-        best_epoch = common.read_json(run.path(f"fold_{k}") / "metrics.json")["best_epoch"]
-        folds.append({"fold": k, "best_epoch": best_epoch, **own})
+    folds = [{"fold": k, "best_epoch": common.read_json(run.path(f"fold_{k}/metrics.json"))["best_epoch"], **own}
+             for k, own in zip(chosen, numbers)]
     common.write_table(run.path("fold_table.csv"), fold_table(folds))
     return folds
 
@@ -168,7 +166,7 @@ def comparison_sentence(row):
             f"{verdicts.ENDINGS[worst]}")
 
 
-def write_comparison(run, rows, sections=()):
+def write_comparison(run, rows, sections):
     """comparison.csv, report.html and metrics.json of several tables on the same rows: which of two is better.
 
     sections: (title, HTML blocks) that stand above it.

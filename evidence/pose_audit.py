@@ -38,7 +38,7 @@ def check_study(study):
         *check_ranges(study.poses),
         *check_chain(study.sequences, study.frames, study.at1, study.at2),
         *check_time(study.place, study.at1),
-        *check_patients(study.sequences, study.patients, study.has_patients),
+        *check_patients(study),
         *check_frames(study.store.audit, study.frames, study.patients),
     ]
 
@@ -131,16 +131,14 @@ def check_time(place, at1):
                   "a model may learn when instead of where: compare with the frame_index baseline")]
 
 
-def check_patients(sequences, patients, has_patients):
+def check_patients(study):
     """Who owns which folder."""
-    n_folders = collections.Counter(dict(zip(sequences, patients)).values())
+    n_folders = collections.Counter(dict(zip(study.sequences, study.patients)).values())
     owners = "not known: each folder counts as one"
-    unit = "folders"
-    if has_patients:
-        unit = "patients"
+    if study.has_patients:
         owners = ", ".join(f"{name} ({count})" for name, count in sorted(n_folders.items())) + " (folders)"
-    return [check(not has_patients, "patients", owners, "give --patient_map or --patient_regex"),
-            check(len(n_folders) < 2, "several patients", f"{len(n_folders)} {unit}",
+    return [check(not study.has_patients, "patients", owners, "give --patient_map or --patient_regex"),
+            check(len(n_folders) < 2, "several patients", f"{len(n_folders)} {study.unit}",
                   "one patient proves nothing across patients: --split_by time, or more patients")]
 
 

@@ -78,9 +78,7 @@ class Rows:
     @property
     def best_baseline(self):
         """Name of the baseline of the highest R2 or AUC."""
-        qualities = {name: np.nan_to_num(self.quality(block), nan=-np.inf)
-                     for name, block in self.baselines.items()}
-        return max(qualities, key=qualities.get)
+        return max(self.baselines, key=lambda name: np.nan_to_num(self.quality(self.baselines[name]), nan=-np.inf))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -507,6 +505,7 @@ def _score_baselines(found, table, baseline, path):
 
 def _read_probabilities(table, path, label_column, baseline, positive_class, shared):
     """ClassTable of the columns prob_CLASS and BASELINE_prob_CLASS; shared: fields of Rows."""
+    import pandas as pd
     names = [column.removeprefix("prob_") for column in table if column.startswith("prob_")]
     csv_tables.refuse_blank_names(names, path)
     unknown = sorted(set(table[label_column]) - {*names, ""})
@@ -521,8 +520,11 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
     if "fold" in table:
         blocks = _with_one_prior(blocks)
     stated = _stated_class(table, names, path)
+    label = pd.Index(names).get_indexer(table[label_column])
     found = ClassTable(
-        **_class_fields(names, table[label_column], positive_class or stated),
+        names=names,
+        label=label,
+        positive=choose_positive(positive_class or stated, names, label),
         probability=_probabilities(table, "prob_", names, path),
         baselines=blocks,
         threshold=_threshold(table, "threshold", label_column, path),
@@ -561,6 +563,7 @@ def _threshold(table, column, label_column, path):
 
 def _read_binary(table, path, label_column, baseline, positive_class, shared):
     """ClassTable of two classes and the column `score` of the positive one; shared: fields of Rows."""
+    import pandas as pd
     names = sorted(set(table[label_column]) - {""}, key=str.casefold)
     if len(names) != 2:
         raise common.UserError(
@@ -578,7 +581,9 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
         name = known_name(baseline, table, path)
         baselines[name], _ = _from_score(table, name, path, shared["notes"])
     return ClassTable(
-        **_class_fields(names, table[label_column], positive_class),
+        names=names,
+        label=pd.Index(names).get_indexer(table[label_column]),
+        positive=1,
         probability=probability,
         score=score,
         baselines=baselines,
@@ -596,13 +601,6 @@ def _from_score(table, column, path, notes):
                  "score; calibration, loss and what a threshold decides (accuracy, precision, "
                  "recall, F1) mean nothing. Of log odds write the logistic, 1 / (1 + exp(-x))")
     return np.hstack([1 - rank, rank]), np.hstack([-score, score])
-
-
-def _class_fields(names, labels, positive_class):
-    """{names, label, positive: fields of a ClassTable} of C names, (M,) labels as written, "" = unknown, and a name."""
-    import pandas as pd
-    label = pd.Index(names).get_indexer(labels)
-    return {"names": names, "label": label, "positive": choose_positive(positive_class, names, label)}
 
 
 def choose_positive(wanted, names, label):

@@ -62,9 +62,9 @@ def deal_out_units(sizes, order, shares):
 
 def _assign_groups(shares, stratum, unit, seed):
     """-> (N,) part: the best stratified of many random deals of whole groups."""
+    import pandas as pd
     rng = np.random.default_rng(seed)
-    rows = np.zeros((unit.max() + 1, stratum.max() + 1))
-    np.add.at(rows, (unit, stratum), 1)
+    rows = pd.crosstab(unit, stratum).to_numpy()
     sizes = rows.sum(axis=1)
     in_stratum = rows.sum(axis=0)
 
