@@ -2,7 +2,6 @@
 
 Letters: H, W height and width in pixels, K boxes.
 """
-import colorsys
 import io
 
 import numpy as np
@@ -25,11 +24,10 @@ GAP = 12  # between the pictures of a sheet
 
 
 def colours_of(labels, states, n_parts):
-    """K colours, as torchvision takes them: of the states, or where none is known, of the parts."""
+    """K colours, as Pillow takes them: of the states, or where none is known, of the parts."""
     if (states != part_boxes.UNKNOWN).any():
         return [STATE_COLOURS[state] for state in states]
-    hues = [colorsys.hsv_to_rgb(label / n_parts, 1, 0.7) for label in labels]
-    return [tuple(round(255 * value) for value in hue) for hue in hues]
+    return [f"hsv({360 * label / n_parts:.1f}, 100%, 70%)" for label in labels]
 
 
 def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
@@ -53,12 +51,11 @@ def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
     for box, colour in zip(corners, colours):
         drawing.rectangle(box, outline=colour, width=FRAME)
     font = plotting.picture_font(TEXT)
-    for (left, top, *_), text, colour in zip(corners, texts, colours):  # over all frames
-        *_, right, bottom = font.getbbox(text)
-        left = max(min(left, drawn.width - right), 0)  # where the whole text is on the picture
-        top = max(min(top, drawn.height - bottom), 0)
-        drawing.rectangle((left, top, left + right, top + bottom), fill=colour)
-        drawing.text((left, top), text, "white", font)
+    for box, text, colour in zip(corners, texts, colours):  # over all frames
+        extent = font.getbbox(text)[2:]
+        place = np.minimum(box[:2], np.subtract(drawn.size, extent)).clip(0)  # the whole text is on the picture
+        drawing.rectangle([*place, *(place + extent)], fill=colour)
+        drawing.text(place, text, "white", font)
     return np.array(drawn)
 
 

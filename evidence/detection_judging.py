@@ -101,7 +101,6 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
     plotting.plot_per_target(
         [row for row in part_rows if row["boxes"]], run.path("per_part.png"), ("ap", "ap50"))
 
-    alarms = find_alarms(judged, detections, threshold)
     setting = dataclasses.replace(
         setting,
         cases=case_blocks(run, judged, detections, picture, threshold),
@@ -113,7 +112,7 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
         metric="map",
         doubts=verdicts.baseline_doubts(
             others, "the same detector with only its heads trained (--baseline heads)") + state_doubts(result),
-        alarms=alarms,
+        alarms=find_alarms(judged, detections, threshold),
         meanings=criteria_names(truth.parts, judged.has_states),
         figures=key_figures(result),
         blocks=metric_blocks(run, setting, result, part_rows, threshold),

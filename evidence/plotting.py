@@ -52,7 +52,8 @@ def new_figure(n_panels, columns, panel_inches, share_y=False):
         axis.yaxis.offsetText.set(size=8, horizontalalignment="right")  # beside the title
         axis.grid(color=GRID)
         axis.set_axisbelow(True)
-        axis.set_prop_cycle(color=CYCLE)
+        # the style tells apart what has one colour
+        axis.set_prop_cycle(color=CYCLE * 4, linestyle=np.repeat(["-", "--", "-.", ":"], len(CYCLE)))
     return figure, axes[:n_panels]
 
 
@@ -103,8 +104,7 @@ def _label_axes(axis, x, y):
 
 
 def _add_legend(axis):
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=7, frameon=False)
+    axis.legend(fontsize=7, frameon=False)
 
 
 def _draw_diagonal(axis, ends):
@@ -385,9 +385,6 @@ def plot_precision_recall(probability, label, names, path, shown):
     dotted line is the precision of a random order.
     """
     figure, axes = new_figure(2, 2, (3.9, 3.9 + 0.08 * len(shown)))
-    for axis in axes:  # the style tells apart what has one colour
-        axis.set_prop_cycle(color=CYCLE * 4, linestyle=np.repeat(["-", "--", "-.", ":"], len(CYCLE)))
-    curves = []
     for c, name in zip(shown, without_math([names[c] for c in shown], 28)):
         score = probability[:, c]
         is_own = label == c
@@ -402,12 +399,11 @@ def plot_precision_recall(probability, label, names, path, shown):
         curve, = axes[0].step(recall, [precision[0], *precision], label=named)
         axes[0].axhline(is_own.mean(), color=curve.get_color(), linewidth=1, linestyle=":")
         axes[1].plot(false / false[-1], recall)
-        curves.append(curve)
     _draw_diagonal(axes[1], [0, 1])
     _label_axes(axes[0], "recall", "precision")
     _label_axes(axes[1], "false positive rate", "recall")
     for axis, title in zip(axes, ("precision-recall", "ROC")):
         set_title(axis, title, f"n {len(label)}")
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    figure.legend(handles=curves, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     save_figure(figure, path)

@@ -215,9 +215,7 @@ def public_text(value):
 
 def public_word(word):
     """A path, also behind --flag= or NAME=, cut to what follows the current folder or to its last two parts."""
-    start = ""
-    if not Path(word).is_absolute():
-        start = word[:word.find("=") + 1]  # "" without an =
+    start = "" if Path(word).is_absolute() else word[:word.find("=") + 1]
     path = Path(word.removeprefix(start))
     if not path.is_absolute():
         return word
