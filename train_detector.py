@@ -274,17 +274,11 @@ class Study(picture_files.StoredPictures):
     notes: list
 
     @property
-    def origin(self):
-        """(N,) text: train, val or test, the file that names the picture."""
-        return np.array([image.origin for image in self.images], str)
-
-    @property
     def strata(self):
         """(N,) rarest part and state of each picture, so that a split deals those out evenly."""
         cells = [list(zip(labels, states)) for labels, states in zip(self.truth.labels, self.truth.states)]
         counts = collections.Counter(itertools.chain.from_iterable(cells))
-        rarest = [min(row, key=lambda cell: (counts[cell], cell), default="none") for row in cells]
-        return np.array(list(map(str, rarest)))
+        return np.array([str(min(row, key=lambda cell: (counts[cell], cell), default="none")) for row in cells])
 
     def data_record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""
@@ -646,7 +640,7 @@ def fit_anchors(truth, min_size, max_size):
         logs.append(np.log(area * scale ** 2) / 2)
     logs = np.concatenate(logs)  # (boxes,)
     first = np.log([3 * stride for stride in LEVEL_STRIDES])  # smallest side of each level
-    level = np.searchsorted(first[1:], logs, side="right")
+    level = np.digitize(logs, first[1:])
     sides = []
     for number, smallest in enumerate(first):
         centres = smallest + np.log(2) * np.array([0, 0.5])
@@ -997,7 +991,7 @@ def judge(run, args, study, split, part, scored, **known):
     pictures = [{"image": name, "seen": word} for name, word in zip(truth.images, seen)]
     write_detections(
         run.path(f"detections_{part}.json"), run.path("pictures"), args,
-        pictures, dict(zip(truth.images, truth.ids)), own, study.category_ids[study.origin[rows[0]]],
+        pictures, dict(zip(truth.images, truth.ids)), own, study.category_ids[study.images[rows[0]].origin],
         lambda k: (study.picture(rows[k]), truth.sizes[k]))
     setting = judging.Setting(
         title="Parts and their states",
@@ -1057,7 +1051,7 @@ def limits(args):
 def make_split(args, study):
     """{train, val, test: (n,) rows}: the files of the parts, --split_file, or shares."""
     if args.val_json:
-        return splitting.rows_by_part(study.origin)
+        return splitting.rows_by_part(np.array([image.origin for image in study.images]))
     return splitting.split_of_flags(args, study.truth.images, study.strata, study.truth.groups)
 
 
@@ -1148,8 +1142,7 @@ def run_split(run, args, study, split):
     part = "test" if len(split["test"]) else "val"
     if args.baseline == "heads":
         train_heads(run, args, study, split)
-    models, content = load_models(run.path("best_model.pth"), args, run.compute)
-    scored = detect_rows(run, args, study, split[part], models, content)
+    scored = detect_rows(run, args, study, split[part], *load_models(run.path("best_model.pth"), args, run.compute))
     judge(run, args, study, split, part, [scored],
           best_epoch=progress.best_epoch,
           alarms=alarms + overfitting_alarms(progress.history[progress.best_epoch - 1]),
@@ -1174,8 +1167,7 @@ def run_folds(run, args, study):
     for k in chosen:
         folder = run.path(f"fold_{k}")
         rows = splitting.rows_to_try(splits[k], args)["test"]
-        models, content = load_models(folder / "best_model.pth", args, run.compute)
-        scored.append(detect_rows(run, args, study, rows, models, content))
+        scored.append(detect_rows(run, args, study, rows, *load_models(folder / "best_model.pth", args, run.compute)))
         headline = common.read_json(folder / "metrics.json")["headline"]
         numbers.append({
             "rows": len(scored[-1].rows),

@@ -31,14 +31,14 @@ def colours_of(labels, states, n_parts):
 
 
 def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
-    """Picture (H, W, 3) scaled to LONG_SIDE, with a frame, part, state and score at each of K boxes.
+    """Pillow picture of pixels (H, W, 3), scaled to LONG_SIDE, with a frame, part, state and score at each of K boxes.
 
     size: (width, height) of the picture in the pixels that the boxes (K, 4) are given in.
     """
     import cv2
     from PIL import Image, ImageDraw
     scale = LONG_SIDE / max(size)
-    picture = cv2.resize(pixels, [max(1, round(side * scale)) for side in size])
+    scaled = cv2.resize(pixels, [max(1, round(side * scale)) for side in size])
     texts = [f" {plotting.shorten_name(parts[label], 24)}" for label in labels]
     for k in np.flatnonzero(states != part_boxes.UNKNOWN):
         texts[k] += f" {part_boxes.STATES[states[k]]}"
@@ -46,7 +46,7 @@ def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores)]
     colours = colours_of(labels, states, len(parts))
     corners = (boxes * scale).astype(int).tolist()
-    drawn = Image.fromarray(picture)
+    drawn = Image.fromarray(scaled)
     drawing = ImageDraw.Draw(drawn)
     for box, colour in zip(corners, colours):
         drawing.rectangle(box, outline=colour, width=FRAME)
@@ -56,7 +56,7 @@ def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
         place = np.minimum(box[:2], np.subtract(drawn.size, extent)).clip(0)  # the whole text is on the picture
         drawing.rectangle([*place, *(place + extent)], fill=colour)
         drawing.text(place, text, "white", font)
-    return np.array(drawn)
+    return drawn
 
 
 def draw_detections(pixels, size, detected, parts, threshold):
@@ -74,11 +74,10 @@ def draw_truth(pixels, truth, row):
         truth.states[row][keep], truth.parts)
 
 
-def write_picture(path, pixels):
-    """JPEG of uint8 (H, W, 3)."""
-    from PIL import Image
+def write_picture(path, picture):
+    """JPEG of a Pillow picture."""
     packed = io.BytesIO()
-    Image.fromarray(pixels).save(packed, "JPEG", quality=85)
+    picture.save(packed, "JPEG", quality=85)
     common.write_whole(path, packed.getvalue())
 
 
@@ -87,14 +86,14 @@ def write_sheet(path, truth, detections, picture, rows, threshold):
 
     picture: function of a row -> uint8 (H, W, 3).
     """
+    from PIL import Image
     lines = []
     for row in rows:
         pixels = picture(row)
         left = draw_truth(pixels, truth, row)
         right = draw_detections(pixels, truth.sizes[row], detections[row], truth.parts, threshold)
-        line = np.full((len(left) + GAP, 2 * LONG_SIDE + GAP, 3), 255, np.uint8)
-        width = left.shape[1]
-        line[:len(left), :width] = left
-        line[:len(left), width + GAP:2 * width + GAP] = right
+        line = Image.new("RGB", (2 * LONG_SIDE + GAP, left.height + GAP), "white")
+        line.paste(left)
+        line.paste(right, (left.width + GAP, 0))
         lines.append(line)
-    write_picture(path, np.concatenate(lines))
+    write_picture(path, Image.fromarray(np.concatenate(lines)))

@@ -123,11 +123,11 @@ def results_as_coco(entries, annotated, reading):
     names = [file_names.clean_name(entry.get("file_name") or "") for entry in entries]
     fits = file_names.NameIndex(image_ids, file_names.IMAGE_SUFFIXES).match(set(names), exact=False)
     meant = {name: image_ids[fit.files[0]] for name, fit in fits.items() if len(fit.files) == 1}
-    written = [part_boxes.read_id(entry.get("image_id")) for entry in entries]
-    n_other = sum(meant.get(name, own) != own for name, own in zip(names, written))
-    reading.counts["results have the image_id of another image than their file_name, which decides"] = n_other
     annotations = []
     for number, (entry, name) in enumerate(zip(entries, names)):
+        own = part_boxes.read_id(entry.get("image_id"))
+        is_other = meant.get(name, own) != own
+        reading.counts["results have the image_id of another image than their file_name, which decides"] += is_other
         if meant and name and not fits[name].files:
             reading.counts["results are of pictures that are not annotated, and left out"] += 1
             continue

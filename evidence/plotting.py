@@ -33,11 +33,12 @@ def note_if_cut(n, what):
 def new_figure(n_panels, columns, panel_inches, share_y=False):
     """(figure, n_panels axes) in the look of all plots, filled row by row.
 
-    panel_inches: (width, height) of a panel with its labels; share_y: one y axis,
-    labelled in the first column.
+    columns: at most so many; panel_inches: (width, height) of a panel with its labels; share_y: one
+    y axis, labelled in the first column.
     """
     from matplotlib.figure import Figure
 
+    columns = min(columns, n_panels)
     rows = -(-n_panels // columns)
     width, height = panel_inches
     figure = Figure(figsize=(columns * width, rows * height), dpi=120, layout="constrained")
@@ -165,7 +166,7 @@ def plot_history(history, path, best_epoch, facts=()):
     history = pd.DataFrame(history, dtype=float)
     panels = _history_panels(history)
     n_panels = len(panels) + bool(facts)
-    figure, axes = new_figure(n_panels, min(3, n_panels), (3.5, 2.5))
+    figure, axes = new_figure(n_panels, 3, (3.5, 2.5))
     for axis, (title, columns) in zip(axes, panels.items()):
         _draw_history_panel(axis, history, title, columns, best_epoch)
         if title == "learning_rate":
@@ -243,7 +244,7 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
     rows = rows[:MOST_TARGETS]
     labels = without_math([row["target"] for row in rows], 28)
     size = 4.2, 1 + 0.26 * len(rows)
-    figure, axes = new_figure(len(metrics), min(3, len(metrics)), size, share_y=True)
+    figure, axes = new_figure(len(metrics), 3, size, share_y=True)
     named = {}  # what any of the panels shows
     for axis, metric in zip(axes, metrics):
         _draw_target_bars(axis, pd.DataFrame(rows), metric)
@@ -287,7 +288,7 @@ def plot_scatter(table, path):
     """Predicted over true of a ScoreTable as PNG, a panel per score (the first 40) with identity line, r and n."""
     pearson_r = common.regression_metrics(table.predicted, table.target)["pearson_r"]  # (R,)
     n_panels = min(len(table.names), MOST_TARGETS)
-    figure, axes = new_figure(n_panels, min(n_panels, 6), (2.1, 2.1))
+    figure, axes = new_figure(n_panels, 6, (2.1, 2.1))
     for j, axis in enumerate(axes):
         known = table.is_known[:, j]
         x = table.target[known, j]  # (n,)

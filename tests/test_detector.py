@@ -674,10 +674,14 @@ def test_a_part_that_the_annotation_file_lacks_gets_an_id_of_its_own():
     assert [(row["part"], row["category_id"]) for row in results] == [("bell", 2), ("saddle", 1), ("lamp", 3)]
 
 
+def drawn_boxes(*args):
+    return np.asarray(box_pictures.draw_boxes(*args))
+
+
 def test_boxes_are_drawn_where_they_are():
     """Two boxes in pixels of a picture on disk of 160 x 80, drawn on its cached half."""
     boxes = np.array([[20.0, 20, 60, 70], [90, 30, 150, 75]])
-    drawn = box_pictures.draw_boxes(
+    drawn = drawn_boxes(
         np.zeros((40, 80, 3), np.uint8), (160, 80), boxes, np.array([0, 0]), np.array([0, 1]), ["a"])
     assert drawn.shape == (320, 640, 3)
     for box, colour in zip(4 * boxes.astype(int), box_pictures.STATE_COLOURS):
@@ -685,10 +689,10 @@ def test_boxes_are_drawn_where_they_are():
         is_frame = (drawn == ImageColor.getrgb(colour)).all(2)
         assert is_frame[bottom, left:right].all() and is_frame[top:bottom, right].all()
         assert not is_frame[bottom - 4, left + 4:right - 4].any()
-    line = box_pictures.draw_boxes(
+    line = drawn_boxes(
         np.zeros((1, 4000, 3), np.uint8), (4000, 1), np.array([[0.0, 0, 900, 1]]), np.array([0]), np.array([0]), ["a"])
     assert line.shape == (1, 640, 3), "less than half a pixel high"
-    named = [box_pictures.draw_boxes(np.zeros((40, 80, 3), np.uint8), (160, 80), boxes[:1], np.array([0]), np.array([0]),
+    named = [drawn_boxes(np.zeros((40, 80, 3), np.uint8), (160, 80), boxes[:1], np.array([0]), np.array([0]),
                                      [name]) for name in ("\xfc", "\xe9", "\u0436")]
     assert not any((one == other).all() for one, other in zip(named, named[1:])), "each letter is drawn as itself"
 
@@ -697,7 +701,7 @@ def test_the_text_of_a_box_at_an_edge_is_whole():
     """At the right edge the state and the score were cut off, at the lower edge all of it; a later frame crosses none."""
     def draw(*boxes):
         n = len(boxes)
-        return box_pictures.draw_boxes(np.zeros((480, 640, 3), np.uint8), (640, 480), np.array(boxes, float), np.zeros(n, int),
+        return drawn_boxes(np.zeros((480, 640, 3), np.uint8), (640, 480), np.array(boxes, float), np.zeros(n, int),
                                        np.ones(n, int), ["rear wheel"], [0.92] * n)
     whole = (draw([100, 100, 300, 300]) == 255).all(2).sum()
     assert whole > 20
@@ -711,7 +715,7 @@ def test_the_text_of_a_box_at_an_edge_is_whole():
 def test_a_sheet_shows_in_each_line_the_annotated_boxes_left_and_the_detected_ones_right(monkeypatch):
     """Upright pictures, the second one first; neither an ignored box nor a detection under the threshold is drawn."""
     sheets = []
-    monkeypatch.setattr(box_pictures, "write_picture", lambda path, pixels: sheets.append(pixels))
+    monkeypatch.setattr(box_pictures, "write_picture", lambda path, picture: sheets.append(np.asarray(picture)))
     low, small = [10, 40, 30, 60], [5, 5, 9, 9]
     truth = annotated(*[[(0, 0, BOX), (1, 0, small, True)]] * 2, size=(40, 80))
     found = [detections((1, 0.5, 1, low), (0, 0.49, 1, small))] * 2
@@ -720,7 +724,7 @@ def test_a_sheet_shows_in_each_line_the_annotated_boxes_left_and_the_detected_on
     [sheet] = sheets
     assert sheet.shape == (2 * 652, 1292, 3)
     for grey, line in zip(greys[::-1], np.split(sheet, 2)):
-        [left, right] = [box_pictures.draw_boxes(grey, (40, 80), np.array([box], float), np.array([label]),
+        [left, right] = [drawn_boxes(grey, (40, 80), np.array([box], float), np.array([label]),
                                                  np.array([state]), truth.parts, scores)
                          for box, label, state, scores in ((BOX, 0, 0, None), (low, 1, 1, [0.5]))]
         np.testing.assert_array_equal(line[:640, :320], left)
@@ -745,7 +749,7 @@ def test_without_states_each_part_has_a_colour():
     assert len(set(colours)) == 18 and all(max(ImageColor.getrgb(colour)) == 179 for colour in colours)
     unknown[0] = ABSENT
     assert box_pictures.colours_of(parts, unknown, 18) == [box_pictures.STATE_COLOURS[state] for state in unknown]
-    drawn = box_pictures.draw_boxes(np.zeros((40, 80, 3), np.uint8), (80, 40), np.array([[10.0, 10, 30, 30]]),
+    drawn = drawn_boxes(np.zeros((40, 80, 3), np.uint8), (80, 40), np.array([[10.0, 10, 30, 30]]),
                                     np.array([1]), np.array([UNKNOWN]), ["a", "b"])
     [second] = box_pictures.colours_of([1], np.array([UNKNOWN]), 2)
     assert (drawn == ImageColor.getrgb(second)).all(2).any()

@@ -1063,5 +1063,5 @@ def test_sample_quirks_are_there_and_both_formats_agree(bicycles, flags):
             assert others[part][0] == state
             np.testing.assert_allclose(others[part][1], box, atol=0.2)
     assert len(shared) == 31
-    val = coco.origin == "val"
+    val = np.array([image.origin == "val" for image in coco.images])
     assert set(coco.truth.groups[val]).isdisjoint(coco.truth.groups[~val])
