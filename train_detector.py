@@ -225,10 +225,8 @@ def settle_split(parser, args):
     asked = [way for way in SPLIT_WAYS if getattr(args, way)]
     if not asked:
         return args
-    typed = [way for way in asked if way in args.given]
-    way = (typed or asked)[0]
-    others = [name for other in SPLIT_WAYS if other != way for name in SPLIT_WAYS[other]]
-    idle = {name for name in others if getattr(args, name)}
+    way = min(asked, key=lambda each: each not in args.given)  # the first that is typed, else the first
+    idle = {name for name in itertools.chain(*SPLIT_WAYS.values()) if getattr(args, name)} - {*SPLIT_WAYS[way]}
     refused = sorted(idle & args.given - {"train_ratio"})  # which may stand as 1 - val_ratio, as in all scripts
     if refused:
         parser.error(f"--{way} {getattr(args, way)} makes the split; leave out --{' and --'.join(refused)}")
@@ -1026,7 +1024,7 @@ def split_rows(truth, split):
             continue
         chosen = truth.take(rows)
         labels = np.concatenate(chosen.labels)
-        without = [name for label, name in enumerate(truth.parts) if label not in labels]
+        without = np.delete(truth.parts, labels)
         table.append({"part": part, "pictures": len(rows), "boxes": len(labels),
                       **count_states(np.concatenate(chosen.states)),
                       "parts without a box": ", ".join(without) or "none"})

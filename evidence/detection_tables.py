@@ -40,8 +40,8 @@ def detection_rows(pictures, detections, parts, lists_absent=False):
                 row |= zip(PROBABILITY_COLUMNS, detected.states[d])
             own.append(row | dict(zip(BOX_COLUMNS, detected.boxes[d])))
         if lists_absent and "error" not in known:
-            missing = [part for label, part in enumerate(parts) if label not in detected.labels]
-            own += [{"part": part, "state": part_boxes.STATES[part_boxes.ABSENT]} for part in missing]
+            absent = part_boxes.STATES[part_boxes.ABSENT]
+            own += [{"part": part, "state": absent} for part in np.delete(parts, detected.labels)]
         rows += [known | row for row in own or [{}]]
     return [{column: row.get(column) for column in COLUMNS} for row in rows]
 

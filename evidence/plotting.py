@@ -53,8 +53,7 @@ def new_figure(n_panels, columns, panel_inches, share_y=False):
         axis.yaxis.offsetText.set(size=8, horizontalalignment="right")  # beside the title
         axis.grid(color=GRID)
         axis.set_axisbelow(True)
-        # the style tells apart what has one colour
-        axis.set_prop_cycle(color=CYCLE * 4, linestyle=np.repeat(["-", "--", "-.", ":"], len(CYCLE)))
+        axis.set_prop_cycle(color=CYCLE)
     return figure, axes[:n_panels]
 
 
@@ -353,16 +352,14 @@ def plot_reliability(probability, label, path, before=None):
 
 def _draw_reliability(axis, probability, label, colour, name):
     """One model's bins with Wilson intervals; rows of (N, C) and (N,)."""
-    confidence = probability.max(1)
-    is_right = probability.argmax(1) == label
-    bins = class_scores.confidence_bins(confidence, adaptive=False)
-    weights = np.stack([np.ones(len(bins)), confidence, is_right])
-    sums = class_scores.sums_by(bins, class_scores.ECE_BINS, weights)
-    count, sum_confidence, right = sums[:, sums[0] > 0]
-    low, high = subject_intervals.share_intervals(right, count)
-    x = sum_confidence / count
-    axis.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.6)
-    axis.plot(x, right / count, "o-", color=colour, label=name)
+    import pandas as pd
+
+    rows = pd.DataFrame({"confidence": probability.max(1), "right": probability.argmax(1) == label})
+    bins = rows.groupby(class_scores.confidence_bins(rows["confidence"], adaptive=False))
+    means = bins.mean()
+    low, high = subject_intervals.share_intervals(bins["right"].sum(), bins.size())
+    axis.vlines(means["confidence"], low, high, color=colour, linewidth=1.2, alpha=0.6)
+    axis.plot(means["confidence"], means["right"], "o-", color=colour, label=name)
 
 
 def plot_risk_coverage(confidence, correct, path):
@@ -386,6 +383,8 @@ def plot_precision_recall(probability, label, names, path, shown):
     dotted line is the precision of a random order.
     """
     figure, axes = new_figure(2, 2, (3.9, 3.9 + 0.08 * len(shown)))
+    for axis in axes:  # the style tells apart what has one colour
+        axis.set_prop_cycle(color=CYCLE * 4, linestyle=np.repeat(["-", "--", "-.", ":"], len(CYCLE)))
     for c, name in zip(shown, without_math([names[c] for c in shown], 28)):
         score = probability[:, c]
         is_own = label == c

@@ -200,10 +200,7 @@ def command_blocks(args=None):
     versions = [" ".join(each) for each in common.package_versions().items()]
     blocks = [html_code(command)]
     if args:
-        flags = []
-        for name, value in common.flags_of(args).items():
-            if value is not None:
-                flags += [f"--{name}", public_text(value)]
+        flags = [f"--{name} {public_text(value)}" for name, value in common.flags_of(args).items() if value is not None]
         blocks += [html_text("All settings, as in args.json:"), html_code(" ".join(flags))]
     return [*blocks, html_list(versions)]
 
