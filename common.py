@@ -510,9 +510,9 @@ def config_values(parser, path):
     for key, value in read_config(path).items():
         name = f"--{key.replace('-', '_')}"
         if name not in declared:
-            near = did_you_mean(key, [other[2:] for other in declared])
-            raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script "
-                            "without its dashes, and a run has those of the script that made it")
+            raise UserError(
+                f"{path}: unknown key {key!r}{did_you_mean(key, [other[2:] for other in declared])}; a key is a flag "
+                "of this script without its dashes, and a run has those of the script that made it")
         if value in (None, "", "~", "null"):
             continue
         action = declared[name]
@@ -545,8 +545,7 @@ def _words_of(action, name, value, where):
     is_list = isinstance(value, list) and (is_repeated or action.nargs not in (None, "?"))
     items = value if is_list else [value]
     if not all(isinstance(item, str) for item in items):
-        kind = getattr(action.type, "__name__", "text")
-        raise UserError(f"{where} expected {kind}, found {value!r}")
+        raise UserError(f"{where} expected {getattr(action.type, '__name__', 'text')}, found {value!r}")
     if is_list and not is_repeated:
         return [name, *items]
     return [f"{name}={item}" for item in items]
@@ -1094,8 +1093,7 @@ def _sync_folder(folder):
 
 def write_json(path, value):
     """Strict JSON (a NaN is null), written whole."""
-    text = json.dumps(json_safe(value), indent=1)
-    write_whole(path, f"{text}\n".encode())
+    write_whole(path, f"{json.dumps(json_safe(value), indent=1)}\n".encode())
 
 
 def read_json(path, as_object=None):
@@ -2503,10 +2501,9 @@ class Training:
         """NotFinite with the numbers of these batches, and the names of their samples in all processes."""
         batches = self.processes.gather([(batch.number, batch.names) for batch in batches])
         numbers = ", ".join(map(str, sorted({number for number, _ in batches})))
-        names = ", ".join(str(name) for _, own in batches for name in own)
         return NotFinite(f"the {what} is {value} in epoch {self.progress.epoch + 1}, batch {numbers} "
-                         f"(samples: {names}); the last checkpoint is healthy. Try a smaller --lr, "
-                         "--use_amp off, or look at these samples")
+                         f"(samples: {', '.join(str(name) for _, own in batches for name in own)}); the last "
+                         "checkpoint is healthy. Try a smaller --lr, --use_amp off, or look at these samples")
 
     def _save_or_stop(self):
         """Save where it is due or a stop signal has come to any process; leave on the signal."""

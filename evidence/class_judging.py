@@ -23,17 +23,14 @@ def judge_classes(run, table, setting, confounds=(), levels=()):
     plot_classes(run, table, result.confusion)
 
     name = table.names[table.positive]
-    verdict = verdicts.verdict_sentence(
-        result, "roc_auc", setting.worst_seen, auc_label(result.names, name))
-    alarms = verdicts.classification_alarms(table) + fold_alarms(table)
     stages = calibration_rows(table)
     return judging.close_run(
         run, setting,
-        verdict=verdict,
+        verdict=verdicts.verdict_sentence(result, "roc_auc", setting.worst_seen, auc_label(result.names, name)),
         result=result,
         metric="roc_auc",
         doubts=verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds),
-        alarms=alarms,
+        alarms=verdicts.classification_alarms(table) + fold_alarms(table),
         meanings=criteria_names(table.names),
         figures=key_figures(result, table.positive),
         blocks=metric_blocks(run, setting, result) + judging.subject_blocks(table, result),
@@ -149,7 +146,6 @@ def metric_blocks(run, setting, result):
            for metric, found in result.each.model.items()},
     } for c, name in enumerate(result.names)]
     method = result.method + result.exceptions
-    caption = f"On {setting.rows_judged}; baseline: {result.baseline_label}; {method}"
     plots = {
         "confusion.png": "Confusion matrix: rows true, columns predicted",
         "precision_recall.png": "Precision-recall and ROC curves",
@@ -157,7 +153,9 @@ def metric_blocks(run, setting, result):
     }
     return [
         *(reporting.html_image(run.path(file), text) for file, text in plots.items()),
-        reporting.html_table(subject_intervals.overall_rows(result), caption=caption),
+        reporting.html_table(
+            subject_intervals.overall_rows(result),
+            caption=f"On {setting.rows_judged}; baseline: {result.baseline_label}; {method}"),
         reporting.html_table(
             per_class,
             caption=f"Each class against the rest; {method}. AUC: how often a row of the class is ranked above one of "

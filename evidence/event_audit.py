@@ -236,12 +236,11 @@ def probability_clusters(path):
 def _part_note(part, held):
     classes = ", ".join(f"{name} {count}" for name, count in held["classes"].items())
     per_video = held["events_per_video"]
-    mixed = held["events_with_two_labels"]
     return (
         f"{part}: {held['rows']} clips ({held['repeated_rows']} rows more repeat them), {held['events']} events "
-        f"({mixed['count']} with two labels), {held['videos']} videos with {per_video['min']:g} to "
-        f"{per_video['max']:g} events (median {per_video['median']:g}), {held['pure_videos']} with "
-        f"one class, {held['mixed_videos']} mixed; {classes or 'no classes'}")
+        f"({held['events_with_two_labels']['count']} with two labels), {held['videos']} videos with "
+        f"{per_video['min']:g} to {per_video['max']:g} events (median {per_video['median']:g}), "
+        f"{held['pure_videos']} with one class, {held['mixed_videos']} mixed; {classes or 'no classes'}")
 
 
 def prior_note(row):

@@ -343,12 +343,11 @@ def verdict_sentence(result, metric, seen="new", label=None, ceiling=None, is_sa
         start = "The model does exactly as well as"
     if is_same:
         start = "The model is the same predictor as"
+    shown = metric_names.number_text
     interval = interval_text(difference.low, difference.high, result.method)
-    model = metric_names.number_text(result.overall.model[metric].value)
-    baseline = metric_names.number_text(result.overall.baseline[metric].value)
     text = (f"{start} the baseline ({result.baseline_label}): {label or metric_names.METRICS[metric].label} "
-            f"{model} against {baseline}, difference {metric_names.number_text(difference.value, '+.3f')} {interval}"
-            f"{_sign_flip_text(result, metric)}")
+            f"{shown(result.overall.model[metric].value)} against {shown(result.overall.baseline[metric].value)}, "
+            f"difference {shown(difference.value, '+.3f')} {interval}{_sign_flip_text(result, metric)}")
     if ceiling is not None and np.isfinite(ceiling):
         text += f"; the raters' agreement allows {ceiling:.3f}"
     return text + ENDINGS[seen]

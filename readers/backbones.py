@@ -33,8 +33,8 @@ def build_backbone(name, pretrained=True, weights=None, image_size=224, family="
     from torchvision import models
     classifiers = models.list_models(module=models.video if family == "video" else models)
     if name not in classifiers:
-        hint = common.did_you_mean(name, classifiers)
-        raise common.UserError(f"{name} is no torchvision classifier of {family}{hint}")
+        raise common.UserError(
+            f"{name} is no torchvision classifier of {family}{common.did_you_mean(name, classifiers)}")
     options = {"image_size": image_size} if name.startswith("vit_") else {}
     try:
         model = models.get_model(name, weights=None, **options)
@@ -524,7 +524,7 @@ class BackboneModel(nn.Module):
     Layers that are not trained stay in evaluation mode, and with freeze_norm every BatchNorm does.
     """
 
-    def __init__(self, backbone, freeze_norm=False):
+    def __init__(self, backbone, freeze_norm):
         super().__init__()
         self.backbone = backbone
         self.freeze_norm = freeze_norm

@@ -187,8 +187,7 @@ def folder_table(root, notes):
     if unused:
         notes.append(f"{len(unused)} files in class folders are no videos: {common.shorten_list(unused, 3)}")
     clips.sort(key=lambda name: (name.split("/")[1:], name))
-    labels = [name.split("/")[0] for name in clips]
-    return pd.DataFrame({"path": clips, "label": labels})
+    return pd.DataFrame({"path": clips, "label": [name.split("/")[0] for name in clips]})
 
 
 def below_header(table):
@@ -684,8 +683,8 @@ def rows_of_level(table, text, flag):
     cells = column_of(table, column, flag)
     mask = is_level(cells, level)
     if not mask.any():
-        levels = common.shorten_list(sorted(set(cells)), 30)
-        raise common.UserError(f"{flag}: no row has {column} {level!r} (found: {levels})")
+        raise common.UserError(f"{flag}: no row has {column} {level!r} "
+                               f"(found: {common.shorten_list(sorted(set(cells)), 30)})")
     return mask, value
 
 

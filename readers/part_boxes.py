@@ -443,8 +443,8 @@ def read_state(values, where, faults):
                 f"{where}: state {str(value)[:30]!r} is none of {', '.join(STATES)} or 0 to 3"
                 f"{common.did_you_mean(text, STATES)}; a part can have others in its name (ear_up)")
     if len(found) > 1:
-        named = ", ".join(STATES[state] for state in sorted(found))
-        faults.append(f"{where}: its fields name different states: {named}")
+        faults.append(f"{where}: its fields name different states: "
+                      f"{', '.join(STATES[state] for state in sorted(found))}")
     return found.pop() if found else UNKNOWN
 
 
@@ -693,8 +693,7 @@ def used_parts(found, images, known):
                f"It knows {', '.join(known)}.")
         return known, []
     if not used:
-        files = common.shorten_list(each.path for each in found)
-        raise common.UserError(f"no box in {files}: nothing to learn")
+        raise common.UserError(f"no box in {common.shorten_list(each.path for each in found)}: nothing to learn")
     named = dict.fromkeys(name for each in found for name in each.category_ids)
     unused = [name for name in named if name not in used]
     notes = [f"parts without a box, left out: {', '.join(unused)}"] if unused else []

@@ -360,8 +360,8 @@ def choose_unit(poses, asked, usual):
     missed = {unit: best_miss(in_degrees(poses, unit), degree) for unit, degree in degrees.items()}
     best, other = sorted(missed, key=missed.get)
     if missed[other] > 2 * missed[best] + 0.01:
-        text = f"as mm and {best} at2 is missed by {missed[best]:.3g}, as mm and {other} by {missed[other]:.3g}"
-        return best, f"{known}; {text}"
+        return best, (f"{known}; as mm and {best} at2 is missed by {missed[best]:.3g}, "
+                      f"as mm and {other} by {missed[other]:.3g}")
     source = "as in the training data" if usual else "guessed from that alone"
     return usual or "rad", f"WARNING: {known}; {source}, --angle_unit tells it"
 

@@ -104,9 +104,8 @@ class _Video:
         try:
             self.container = av.open(os.path.abspath(path), options={"format_whitelist": _video_formats()})
         except (av.FFmpegError, ValueError) as error:
-            reason = getattr(error, "strerror", error)
-            size = os.path.getsize(path)
-            raise BadVideo(f"no video that can be opened ({reason}; {size} bytes)") from None
+            raise BadVideo(f"no video that can be opened ({getattr(error, 'strerror', error)}; "
+                           f"{os.path.getsize(path)} bytes)") from None
         covers = av.stream.Disposition.attached_pic
         tracks = [track for track in self.container.streams.video if not track.disposition & covers]
         if not tracks:
@@ -268,8 +267,8 @@ class _Stills:
     def _scaled(self, pixels, short_side):
         height, width = pixels.shape[:2]
         if (width, height) != self.size:
-            found = f"{self.size[0]} x {self.size[1]} and {width} x {height}"
-            raise BadVideo(f"its frames differ in size: {found} pixels")
+            raise BadVideo(
+                f"its frames differ in size: {self.size[0]} x {self.size[1]} and {width} x {height} pixels")
         return picture_files.resize(pixels, picture_files.scaled_size(width, height, short_side))
 
 
