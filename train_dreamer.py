@@ -696,10 +696,8 @@ def make_loader(study, rows, args, compute, train=False):
 
 def to_device(batch, compute):
     """Batch -> both frames, uint8 (B, 1, S, S), or (B, ...) that was computed before; {motion, at1, ...: (B, 6)}."""
-    poses = {name: compute.send(batch[name])
-             for name in ("motion", "other_motion", "at1", "at2")}
-    frames = compute.send(batch["frames"])
-    return *frames.unbind(1), poses  # (B, 2, ...) -> two of (B, ...)
+    sent = {name: compute.send(values) for name, values in batch.items() if name != "name"}
+    return *sent.pop("frames").unbind(1), sent  # (B, 2, ...) -> two of (B, ...)
 
 
 def train_one_epoch(model, loader, loss_function, training, compute):
@@ -866,9 +864,7 @@ def with_features(study, rows, args, compute, encoder=None):
 
     encoder: None = as the flags describe it.
     """
-    if encoder is None:
-        encoder = build_encoder(args, GridEncoder)
-    encoder = compute.place(encoder).eval()
+    encoder = compute.place(encoder or build_encoder(args, GridEncoder)).eval()
     wanted = np.unique(study.frames[rows])
     grids = np.zeros((len(study.store), encoder.scales.n_features), np.float32)
     for chunk in np.array_split(wanted, math.ceil(len(wanted) / 64)):

@@ -154,10 +154,7 @@ def calibrate(logits, label, positive):
     """Temperature, and threshold of the positive class after it: logits (N, C), labels (N,)."""
     temperature = fit_temperature(logits, label)
     probability = class_scores.softmax(logits / temperature)
-    return {
-        "temperature": temperature,
-        "threshold": fit_threshold(probability, label, positive),
-    }
+    return {"temperature": temperature, "threshold": fit_threshold(probability, label, positive)}
 
 
 def mean_threshold(calibrations):

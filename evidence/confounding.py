@@ -75,9 +75,9 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
             predicted.append(means)
         predicted = np.concatenate(predicted)
         if is_classes:
-            rates = np.concatenate([-predicted, predicted], 1)
             label = target[held_out, 0].astype(int)
-            result = subject_intervals.bootstrap_classification(rates, label, subjects, folds=len(test))
+            result = subject_intervals.bootstrap_classification(
+                np.hstack([-predicted, predicted]), label, subjects, folds=len(test))
             main = result.overall.model["roc_auc"]
             further = {}
         else:

@@ -172,10 +172,10 @@ def write_comparison(run, rows, sections):
     sections: (title, HTML blocks) that stand above it.
     """
     sentences = list(map(comparison_sentence, rows))
-    caption = "Pairs of tables on the same rows; the interval is of the paired difference"
     sections = [
         *sections,
-        ("Comparison", [reporting.html_table(rows, caption=caption)]),
+        ("Comparison", [reporting.html_table(
+            rows, caption="Pairs of tables on the same rows; the interval is of the paired difference")]),
         ("Command and versions", reporting.command_blocks()),
     ]
     found = " ".join(sentences[:3]) or "No two of them could be compared; the log says why."

@@ -90,8 +90,7 @@ def compare(table, blocks, sd, unit="patients"):
         unit = subject_intervals.TIME_BLOCKS
     return {
         name: subject_intervals.bootstrap_regression(
-            table.predicted / sd, table.target / sd, units, baseline / sd,
-            unit=unit,
+            table.predicted / sd, table.target / sd, units, baseline / sd, unit,
             names=table.names,
             baseline_name=name,
             folds=table.n_folds)

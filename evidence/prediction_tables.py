@@ -314,7 +314,6 @@ def combine(records, function, names=None):
 
 ID_COLUMNS = "image clip_id id filename file name".split()
 FURTHER_KEYS = "sequence event n_clips video start_sec end_sec fold".split()
-KNOWN_COLUMNS = [*FURTHER_KEYS, "seen"]  # whatever their case
 BOUNDS = ("sd", "low", "high")  # NAME_ of how sure the model is: baselines only where one is named
 LABEL_COLUMNS = ("true_label", "label", "true", "target")
 PLAIN_LABELS = ("0 1", "0.0 1.0", "no yes", "false true", "negative positive")  # the second one is the positive class
@@ -332,7 +331,7 @@ def read_predictions(path, group_column=None, baseline=None, positive_class=None
     """
     table = csv_tables.read_table(path)
     spelled = {name.lower(): name for name in table if name.lower() not in table}
-    table = table.rename(columns={spelled[key]: key for key in KNOWN_COLUMNS if key in spelled})
+    table = table.rename(columns={spelled[key]: key for key in (*FURTHER_KEYS, "seen") if key in spelled})
     if group_column:
         group_column = known_name(group_column, table, f"{path}, --group_column")
     elif "group" in table:  # so spelled: a column Group may be that of a treatment

@@ -214,8 +214,7 @@ def _comparisons(estimates):
 def draw_subjects(subjects, draws, block):
     """Yield blocks (D, S) of how often each subject counts: drawn at random; under 200, each left out once."""
     if subjects < FEWEST_FOR_BOOTSTRAP:
-        for start in range(0, subjects, block):
-            yield 1.0 - np.eye(subjects)[start:start + block]
+        yield from np.split(1.0 - np.eye(subjects), range(block, subjects, block))
         return
     generator = np.random.default_rng(0)
     for start in range(0, draws, block):
