@@ -129,8 +129,8 @@ def confound_blocks(rows):
     shown = [{**row, "red_flag": "reaches the model" if row["red_flag"] else ""} for row in rows]
     for row in shown:
         del row["subjects"]
-    caption = "The train rate (or mean) of each level of a column as the prediction"
-    return [reporting.html_table(shown, caption=caption)]
+    return [reporting.html_table(
+        shown, caption="The train rate (or mean) of each level of a column as the prediction")]
 
 
 def prior_levels(table):

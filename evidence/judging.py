@@ -95,8 +95,8 @@ def subject_blocks(table, result):
         return []
     rows = [{"subject": name, **table.take(table.groups == name).fold_numbers()}
             for name in sorted(set(table.groups))]
-    caption = "Each subject alone, beside its best baseline: they are too few for an interval"
-    return [reporting.html_table(rows, caption=caption)]
+    return [reporting.html_table(
+        rows, caption="Each subject alone, beside its best baseline: they are too few for an interval")]
 
 
 def case_blocks(table, picture, blocks_of=None):

@@ -208,8 +208,9 @@ def place_alarms(results):
     """Does the place in the sequence predict as well as the model? Sentences."""
     if "frame_index" not in results:
         return []
-    model = results["frame_index"].overall.model["mae"]
-    place = results["frame_index"].overall.baseline["mae"].value
+    overall = results["frame_index"].overall
+    model = overall.model["mae"]
+    place = overall.baseline["mae"].value
     if place > np.nanmax([model.value, model.high]):
         return []
     return [f"the place in the sequence alone predicts as well as the model ({place:.3f} against {model.value:.3f}): "

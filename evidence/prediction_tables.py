@@ -9,6 +9,7 @@ BASELINE_threshold where the class in positive_class is given from a threshold o
 Letters: M rows, R scores, C classes.
 """
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -385,7 +386,7 @@ def refuse_useless(table, path):
         predicted = table.probability
         truths = ["the true label"]
     n_values = pd.DataFrame(judged.truth).nunique()  # without NaN
-    flat = [truth for truth, count in zip(truths, n_values) if count < 2]
+    flat = list(itertools.compress(truths, n_values < 2))
     for name, block in {"the model": predicted, **table.baselines}.items():
         rows = np.flatnonzero((table.is_known & np.isnan(block)).any(1)) + 1
         if len(rows):

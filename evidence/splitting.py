@@ -311,10 +311,10 @@ def add_similar(run, features, split, keys):
     report = common.read_json(run.path("leakage_report.json"))
     for place, found in report["between"].items():
         own = [" = ".join(sorted(keys[[i, j]])) for i, j in pairs if f"{part_of[i]}-{part_of[j]}" == place]
-        item = found_items(own)
-        found["similar_pictures"] = item
+        similar = {"similar_pictures": found_items(own)}
+        found |= similar
         if own:
-            run.say(_leakage_line(f"leakage {place}", {"similar_pictures": item}))
+            run.say(_leakage_line(f"leakage {place}", similar))
     common.write_json(run.path("leakage_report.json"), report)
     return pairs
 
