@@ -39,7 +39,7 @@ def check_study(study):
         *check_chain(study.sequences, study.frames, study.at1, study.at2),
         *check_time(study.place, study.at1),
         *check_patients(study),
-        *check_frames(study.store.audit, study.frames, study.patients),
+        *check_frames(study),
     ]
 
 
@@ -142,12 +142,13 @@ def check_patients(study):
                   "one patient proves nothing across patients: --split_by time, or more patients")]
 
 
-def check_frames(audit, frames, patients):
-    """Unreadable and shared pictures; audit: one ImageAudit a picture; frames: (N, 2) indices, -1 = none."""
+def check_frames(study):
+    """Unreadable and shared pictures."""
+    audit = study.store.audit
     bad = [f"{found.path}: {found.error}" for found in audit if found.error]
     owners = collections.defaultdict(set)
-    for patient, pair in zip(patients, frames):
-        for index in pair[pair >= 0]:
+    for patient, pair in zip(study.patients, study.frames):
+        for index in pair[pair >= 0]:  # -1 = none
             owners[audit[index].pixel_sha].add(patient)
     n_shared = sum(len(names) > 1 for names in owners.values())
     return [check(bad, "unreadable frames", f"{len(bad)} of {len(audit)} {common.shorten_list(bad, 5)}",
