@@ -92,7 +92,7 @@ def hits_by_threshold(score, is_hit):
     return n_called, np.append(0, np.cumsum(is_hit[order]))[n_called]
 
 
-def class_statistic(probability, label, threshold=None, positive=1, owners=slice(None)):
+def class_statistic(probability, label, threshold, positive, owners=slice(None)):
     """classification_metrics as a function of weights (D, S) of subjects in D resamples: {name: (D,)}, {name: (D, C)}.
 
     Every metric of a resample follows from how often each row was drawn. owners: (N,) number of

@@ -344,10 +344,10 @@ def verdict_sentence(result, metric, seen="new", label=None, ceiling=None, is_sa
     if is_same:
         start = "The model is the same predictor as"
     shown = metric_names.number_text
-    interval = interval_text(difference.low, difference.high, result.method)
     text = (f"{start} the baseline ({result.baseline_label}): {label or metric_names.METRICS[metric].label} "
             f"{shown(result.overall.model[metric].value)} against {shown(result.overall.baseline[metric].value)}, "
-            f"difference {shown(difference.value, '+.3f')} {interval}{_sign_flip_text(result, metric)}")
+            f"difference {shown(difference.value, '+.3f')} "
+            f"{interval_text(difference.low, difference.high, result.method)}{_sign_flip_text(result, metric)}")
     if ceiling is not None and np.isfinite(ceiling):
         text += f"; the raters' agreement allows {ceiling:.3f}"
     return text + ENDINGS[seen]

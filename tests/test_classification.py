@@ -175,7 +175,7 @@ def test_the_same_probabilities_under_the_same_threshold_make_no_difference():
 def test_row_weights_equal_repeated_rows():
     _, probability, label = scored_rows(rows=80, digits=1)
     times = np.random.default_rng(1).integers(0, 4, (5, 80))
-    overall, per_class = class_scores.class_statistic(probability, label)(times.astype(float))
+    overall, per_class = class_scores.class_statistic(probability, label, None, 1)(times.astype(float))
     for draw, counts in enumerate(times):
         rows = np.repeat(np.arange(80), counts)
         direct = class_scores.classification_metrics(probability[rows], label[rows])
