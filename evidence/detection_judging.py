@@ -87,7 +87,8 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
     hallucinations. The model is compared with the baseline of the highest AP. Returns the metrics.
     """
     others = {"mean box": baseline_detections(priors, truth.sizes), **trained}
-    baselines = {name: detection_scores.mean_ap(truth, each) for name, each in others.items()}
+    baselines = {name: detection_scores.Judged(truth, each, threshold).epoch_metrics()["map"]
+                 for name, each in others.items()}
     strongest = max(baselines, key=baselines.get)
     state_rates = np.array([prior["states"] for prior in priors])  # (M, P, S)
     judged = detection_scores.Judged(truth, detections, threshold, others[strongest], state_rates)

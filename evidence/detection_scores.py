@@ -188,12 +188,6 @@ def count_hallucinations(truth, detections, threshold):
     return counts
 
 
-def mean_ap(truth, detections):
-    """Mean AP of M Detections over all pictures."""
-    matching = coco_match(truth, detections, "map")
-    return common.mean_without_nan(average_precision(matching, np.arange(len(detections))), axis=None)
-
-
 def state_scores(confusion):
     """(S, S) true x predicted -> accuracy, macro F1 of states that occur, mean recall of true ones."""
     found, _ = class_scores.confusion_metrics(confusion[None])

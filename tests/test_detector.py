@@ -65,6 +65,10 @@ def judge(truth, found, threshold=0.5, states=True, baseline=None):
     return detection_scores.Judged(truth, found, threshold, baseline, rates)
 
 
+def map_of(truth, found):
+    return detection_scores.Judged(truth, found, 0.5).epoch_metrics()["map"]
+
+
 def values_of(*arguments, **options):
     """Every number over all pictures, and ap_PART of each part."""
     judged = judge(*arguments, **options)
@@ -920,7 +924,7 @@ def test_folds_judge_every_picture_by_a_detector_that_has_not_seen_it(bicycles, 
     priors = [common.load_model_file(run / f"fold_{k}" / "best_model.pth", "train_detector.py")["baseline"]
               for k, split in enumerate(parts) for _ in split["test"]]
     mean_boxes = detection_judging.baseline_detections(priors, judged.sizes)
-    assert metrics["baseline"]["map"]["value"] == pytest.approx(detection_scores.mean_ap(judged, mean_boxes), abs=1e-6)
+    assert metrics["baseline"]["map"]["value"] == pytest.approx(map_of(judged, mean_boxes), abs=1e-6)
     assert "Started from random weights" in (run / "report.html").read_text()
     (run / "metrics.json").unlink()
     shutil.rmtree(run / "fold_2")  # as if it had been killed there
@@ -1022,9 +1026,9 @@ def test_the_mean_box_of_a_picture_is_that_of_its_fold():
     """Two pictures, each with the prior of the other's box: by hand, no box overlaps; with its own, all do."""
     truth = annotated([(0, 0, BOX)], [(0, 1, FAR)])
     priors = [detection_judging.mean_boxes(truth.take([row])) for row in (0, 1)]
-    assert detection_scores.mean_ap(truth, detection_judging.baseline_detections(priors, truth.sizes)) == 1
+    assert map_of(truth, detection_judging.baseline_detections(priors, truth.sizes)) == 1
     swapped = detection_judging.baseline_detections(priors[::-1], truth.sizes)
-    assert detection_scores.mean_ap(truth, swapped) == 0
+    assert map_of(truth, swapped) == 0
     rates = np.array([prior["states"] for prior in priors])
     found = [detections((0, 0.9, 0, BOX)), detections((0, 0.9, 0, FAR))]
     for own, accuracy in ((rates, 1), (rates[::-1], 0)):
