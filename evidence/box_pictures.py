@@ -38,7 +38,7 @@ def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
     import cv2
     from PIL import Image, ImageDraw
     scale = LONG_SIDE / max(size)
-    scaled = cv2.resize(pixels, [max(1, round(side * scale)) for side in size])
+    drawn = Image.fromarray(cv2.resize(pixels, [max(1, round(side * scale)) for side in size]))
     texts = [f" {plotting.shorten_name(parts[label], 24)}" for label in labels]
     for k in np.flatnonzero(states != part_boxes.UNKNOWN):
         texts[k] += f" {part_boxes.STATES[states[k]]}"
@@ -46,7 +46,6 @@ def draw_boxes(pixels, size, boxes, labels, states, parts, scores=None):
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores)]
     colours = colours_of(labels, states, len(parts))
     corners = (boxes * scale).astype(int).tolist()
-    drawn = Image.fromarray(scaled)
     drawing = ImageDraw.Draw(drawn)
     for box, colour in zip(corners, colours):
         drawing.rectangle(box, outline=colour, width=FRAME)

@@ -184,16 +184,16 @@ def plot_dataset(split, groups, facts, samples, path):
     n_panels = 3 + len(samples)
     figure, axes = new_figure(n_panels, 4, (3.2, 2.6))
     parts, by_group, text = axes[:3]
-    names = sorted(set(groups))
+    names, number = np.unique(groups, return_inverse=True)
     left = np.zeros(len(names))
     for place, rows in enumerate(split.values()):  # both axes take the same colours in turn
         parts.barh(place, len(rows))
-        counts = np.array([np.sum(groups[rows] == name) for name in names])
+        counts = np.bincount(number[rows], minlength=len(names))
         by_group.barh(range(len(names)), counts, left=left)
         left += counts
     for axis, bars in ((parts, list(split)), (by_group, names)):
-        places = range(0, len(bars), -(-len(bars) // MOST_NAMES))
-        axis.set_yticks(places, without_math([bars[place] for place in places], 16), fontsize=7)
+        step = -(-len(bars) // MOST_NAMES)
+        axis.set_yticks(range(0, len(bars), step), without_math(bars[::step], 16), fontsize=7)
         axis.invert_yaxis()  # the first at the top
         axis.locator_params(axis="x", integer=True)
     set_title(parts, "transitions")
@@ -224,7 +224,7 @@ def _draw_target_bars(axis, rows, metric):
     left = max(-0.5, 1.1 * np.nanmin(shown) - 0.02 * (right or highest))  # a baseline of 0 is seen beside the axis
     axis.set_xlim(left, right)
     beside = axis.get_yaxis_transform()
-    for y, number in zip(place, value):
+    for y, number in enumerate(value):
         text = metric_names.number_text(number, ".2f" if share else ".3g")
         axis.text(1.02, y, text, transform=beside, va="center", fontsize=8)
     set_title(axis, share.label if share else metric)
