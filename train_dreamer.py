@@ -1102,8 +1102,7 @@ def judge_split(args, study, split, readout, training, loss_function):
         own = split[of_part]
         loader = make_loader(study, own, args, run.compute)
         predicted, features, numbers = evaluate(model, loader, loss_function, run.compute)
-        table = predictions_table(study, own, predicted, baselines, training.seen)
-        return table, features, numbers
+        return predictions_table(study, own, predicted, baselines, training.seen), features, numbers
 
     part = "val"
     fitted = split["train"]

@@ -151,8 +151,7 @@ def judged_rows(table):
     """
     parts = [part for part in ("train", "all", "val", "test") if part in table.parts]
     if len(parts) > 1:
-        train = np.flatnonzero(table.parts == parts[0])
-        judged = np.flatnonzero(table.parts == parts[-1])
+        train, *_, judged = (np.flatnonzero(table.parts == part) for part in parts)
         return {"parts": ([train], [judged])}
     ways = {}
     strata = event_tables.strata_of(table)

@@ -406,12 +406,9 @@ def leakage_text(report):
 
 def check_leakage(report, allow_leakage=False, stopping=STOPPING_LEAKS):
     """UserError where two parts share what `stopping` names, unless allowed."""
-    faults = []
-    for pair, found in report["between"].items():
-        for what, item in found.items():
-            if what in stopping and item["count"]:
-                examples = common.shorten_list(item["examples"], 3)
-                faults.append(f"{pair} share {_count_text(what, item)} ({examples})")
+    faults = [f"{pair} share {_count_text(what, item)} ({common.shorten_list(item['examples'], 3)})"
+              for pair, found in report["between"].items() for what, item in found.items()
+              if what in stopping and item["count"]]
     if faults and not allow_leakage:
         raise common.UserError(
             f"leakage between the splits: {'; '.join(faults)}. Split by --group_column (probe guidance: --patient_map, "
