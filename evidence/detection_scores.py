@@ -232,8 +232,9 @@ class Judged:
             # (n, S) rates of the states in the part of each box found
             self.part_rates = state_rates[self.found.pictures, self.found.labels]
             self.baseline_confusions = self.count_states(self.part_rates)
-        matched = count_matches(self.matching["map"], threshold)
-        self.counts = matched | count_hallucinations(truth, detections, threshold)
+        self.counts = {
+            **count_matches(self.matching["map"], threshold),
+            **count_hallucinations(truth, detections, threshold)}
 
     def count_states(self, probabilities):
         """(M, S, S) true x most probable states of the boxes found in each picture, for probabilities (n, S)."""

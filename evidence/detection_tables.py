@@ -108,7 +108,7 @@ def read_results(path, annotated, box_format):
             scores=np.array([part_boxes.read_number(each.fields["score"]) for each in own], float),
             states=None if n_without else np.reshape([states[each.key] for each in own], (-1, N_STATES))))
         words = [each.fields.get("seen") for each in own]
-        seen.append(seen_rows.worst([word for word in words if word in seen_rows.WORDS] or ["not known"]))
+        seen.append(next((word for word in seen_rows.WORDS if word in words), "not known"))  # the worst
     return parts, detections, np.array(seen), [f"{path.name}: {note}" for note in found.notes]
 
 
