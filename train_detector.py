@@ -276,7 +276,8 @@ class Study(picture_files.StoredPictures):
         """(N,) rarest part and state of each picture, so that a split deals those out evenly."""
         cells = [list(zip(labels, states)) for labels, states in zip(self.truth.labels, self.truth.states)]
         counts = collections.Counter(itertools.chain.from_iterable(cells))
-        return np.array([str(min(row, key=lambda cell: (counts[cell], cell), default="none")) for row in cells])
+        rarest = [min(row, key=lambda cell: (counts[cell], cell), default="none") for row in cells]
+        return np.array(list(map(str, rarest)))
 
     def data_record(self, split):
         """What args.json says of the data and their split; a resumed run must find the same."""

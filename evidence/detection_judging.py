@@ -336,7 +336,8 @@ def case_blocks(run, judged, detections, picture, threshold):
     colours = (f"Annotated (left), detected from score {threshold:g} (right). Green intact, orange damaged, pink "
                "absent, blue occluded, grey no state; without any state a colour for each part")
     blocks = [reporting.html_text(colours)]
-    for file, word, rows in (("failures.jpg", "most", order[::-1][:4]), ("best_pictures.jpg", "fewest", order[:2])):
+    sheets = {"failures.jpg": ("most", order[::-1][:4]), "best_pictures.jpg": ("fewest", order[:2])}
+    for file, (word, rows) in sheets.items():
         sheet = run.path(file)
         box_pictures.write_sheet(sheet, judged.truth, detections, picture, rows, threshold)
         names = ", ".join(judged.truth.images[row] for row in rows)

@@ -184,7 +184,8 @@ def draw_text(pixels, text, font):
     """Write a line at the top left of a frame, uint8 (H, W, 3): white within black, so legible on any ground."""
     from PIL import Image, ImageDraw
     top = Image.fromarray(pixels[:round(2 * font.size)])  # a part, as a copy of the whole takes its time
-    ImageDraw.Draw(top).text((8, 0), text, "white", font, stroke_width=round(font.size / 10), stroke_fill="black")
+    rim = round(font.size / 10)
+    ImageDraw.Draw(top).text((8, 0), text, "white", font, stroke_width=rim, stroke_fill="black")
     pixels[:top.height] = top
 
 

@@ -79,7 +79,9 @@ class Rows:
     @property
     def best_baseline(self):
         """Name of the baseline of the highest R2 or AUC."""
-        return max(self.baselines, key=lambda name: np.nan_to_num(self.quality(self.baselines[name]), nan=-np.inf))
+        qualities = [self.quality(outputs) for outputs in self.baselines.values()]
+        best = np.argmax(np.nan_to_num(qualities, nan=-np.inf))
+        return list(self.baselines)[best]
 
 
 @dataclasses.dataclass(kw_only=True)
