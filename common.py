@@ -510,9 +510,9 @@ def config_values(parser, path):
     for key, value in read_config(path).items():
         name = f"--{key.replace('-', '_')}"
         if name not in declared:
-            raise UserError(
-                f"{path}: unknown key {key!r}{did_you_mean(key, [other[2:] for other in declared])}; a key is a flag "
-                "of this script without its dashes, and a run has those of the script that made it")
+            near = did_you_mean(key, [other[2:] for other in declared])
+            raise UserError(f"{path}: unknown key {key!r}{near}; a key is a flag of this script "
+                            "without its dashes, and a run has those of the script that made it")
         if value in (None, "", "~", "null"):
             continue
         action = declared[name]
@@ -2501,9 +2501,10 @@ class Training:
         """NotFinite with the numbers of these batches, and the names of their samples in all processes."""
         batches = self.processes.gather([(batch.number, batch.names) for batch in batches])
         numbers = ", ".join(map(str, sorted({number for number, _ in batches})))
+        names = ", ".join(str(name) for _, own in batches for name in own)
         return NotFinite(f"the {what} is {value} in epoch {self.progress.epoch + 1}, batch {numbers} "
-                         f"(samples: {', '.join(str(name) for _, own in batches for name in own)}); the last "
-                         "checkpoint is healthy. Try a smaller --lr, --use_amp off, or look at these samples")
+                         f"(samples: {names}); the last checkpoint is healthy. Try a smaller --lr, "
+                         "--use_amp off, or look at these samples")
 
     def _save_or_stop(self):
         """Save where it is due or a stop signal has come to any process; leave on the signal."""

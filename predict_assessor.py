@@ -116,8 +116,9 @@ def load_members(files, compute):
                     f"{path} has {key} {member.settings[key]}, {files[0]} {first[key]}; members of one mean must agree")
     networks = dict.fromkeys(
         "{backbone}, head {head}, flip average {flip_average}".format(**member.settings) for member in members)
+    epochs = ", ".join(str(member.settings["epoch"]) for member in members)
     print(f"model: {'; '.join(networks)}; {first['image_size']} px, {len(first['names'])} ratings, "
-          f"{len(members)} checkpoint(s) of epochs {', '.join(str(member.settings['epoch']) for member in members)}")
+          f"{len(members)} checkpoint(s) of epochs {epochs}")
     return members
 
 

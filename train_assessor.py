@@ -755,9 +755,10 @@ def main():
     args, table, recipe = parse_args_with_recipe()
     with common.start_run(args, fixed_shapes=True) as run:
         if not run.resumed:
+            named = " ".join(np.atleast_1d(args.backbone))
             run.say(f"note: recipe {recipe} (--recipe {args.recipe}, {len(table.images)} pictures) for flags that are "
-                    f"not given; this run has --backbone {' '.join(np.atleast_1d(args.backbone))} --head {args.head} "
-                    f"--epochs {args.epochs} --select {args.select} ...")
+                    f"not given; this run has --backbone {named} --head {args.head} --epochs "
+                    f"{args.epochs} --select {args.select} ...")
         several = flags_of_backbones(args)
         for flags in several:  # wrong names, weights and checkpoints stop here, before pictures are decoded
             if args.init_from:

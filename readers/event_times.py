@@ -144,9 +144,10 @@ def event_windows(rows, source, min_event_sec, time_unit, notes):
     of_starts = {unit for role, unit in found if role == "start"}
     of_ends = {unit for role, unit in found if role != "start"}
     if of_starts and of_ends and not of_starts & of_ends:
+        named = ", ".join(column.name for column in columns)
         raise common.UserError(
-            f"{source}: expected starts and ends both in frames or both in seconds, found "
-            f"{', '.join(column.name for column in columns)}. Rename or correct them")
+            f"{source}: expected starts and ends both in frames or both in seconds, found {named}. "
+            "Rename or correct them")
     nothing = pd.Series(np.nan, range(len(rows)))
 
     def read_windows(unit, one_frame):

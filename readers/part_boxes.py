@@ -443,8 +443,8 @@ def read_state(values, where, faults):
                 f"{where}: state {str(value)[:30]!r} is none of {', '.join(STATES)} or 0 to 3"
                 f"{common.did_you_mean(text, STATES)}; a part can have others in its name (ear_up)")
     if len(found) > 1:
-        faults.append(f"{where}: its fields name different states: "
-                      f"{', '.join(STATES[state] for state in sorted(found))}")
+        named = ", ".join(STATES[state] for state in sorted(found))
+        faults.append(f"{where}: its fields name different states: {named}")
     return found.pop() if found else UNKNOWN
 
 

@@ -104,8 +104,8 @@ class _Video:
         try:
             self.container = av.open(os.path.abspath(path), options={"format_whitelist": _video_formats()})
         except (av.FFmpegError, ValueError) as error:
-            raise BadVideo(f"no video that can be opened ({getattr(error, 'strerror', error)}; "
-                           f"{os.path.getsize(path)} bytes)") from None
+            reason = getattr(error, "strerror", error)
+            raise BadVideo(f"no video that can be opened ({reason}; {os.path.getsize(path)} bytes)") from None
         covers = av.stream.Disposition.attached_pic
         tracks = [track for track in self.container.streams.video if not track.disposition & covers]
         if not tracks:
