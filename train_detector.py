@@ -254,8 +254,9 @@ def check_split_flags(parser, args):
     if args.test_json and not args.val_json:
         parser.error(f"--test_json {args.test_json} needs --val_json: without it --train_json is "
                      "split")
-    if args.val_json and args.fold != "all":
-        parser.error(f"--fold {args.fold}: --val_json makes the split, in which there are no folds")
+    idle = args.given & {"fold", "val_ratio"}
+    if args.val_json and idle:
+        parser.error(f"--val_json {args.val_json} makes the split; leave out --{' and --'.join(sorted(idle))}")
     if not args.val_json:
         splitting.check_flags(parser, args)
 
