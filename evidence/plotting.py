@@ -22,7 +22,7 @@ SKY = "#56B4E9"
 YELLOW = "#E69F00"
 CYCLE = (BLUE, GREEN, PURPLE, YELLOW, SKY, ORANGE)  # of curves, bars and classes, in turn
 MOST_TARGETS = 40  # of one plot
-MOST_NAMES = 20  # beside the bars of a small panel; of more bars each second, third ... is named
+MOST_NAMES = 18  # beside the bars of a small panel; of more bars each second, third ... is named
 
 
 def note_if_cut(n, what):
