@@ -117,7 +117,7 @@ def estimate(model, baseline, subjects, unit, *,
     """
     whole = _compare(model, baseline, np.ones((1, subjects)))
     estimates = {place: Estimate(value, value * np.nan, value * np.nan) for place, (value,) in whole.items()}
-    method = f"no interval: only {subjects} {unit}"
+    method = f"no interval under {FEWEST_FOR_INTERVAL} {unit}, here {subjects}"
     if subjects >= FEWEST_FOR_INTERVAL:
         reach, method = _reach_of_interval(subjects, unit, folds)
         block = max(1, 1_000_000 // rows)  # resamples at a time

@@ -830,7 +830,7 @@ def test_verdict_of_a_classifier_names_the_metric_and_the_direction():
     assert key_figure(subject_intervals.Estimate(0.9, np.nan, np.nan), nine) == (
         "ROC AUC", "0.900", "no interval: it rests on too few of the 9 subjects, or is too uncertain")
     few = subject_intervals.bootstrap_classification(model[:72], label[:72], names[:72])
-    assert key_figure(few.overall.model["roc_auc"], few)[2] == "no interval: only 4 subjects"
+    assert key_figure(few.overall.model["roc_auc"], few)[2] == "no interval under 5 subjects, here 4"
     assert key_figure(subject_intervals.Estimate(0.9, 0.8, 1.0), nine)[2] == "95 % interval 0.800 to 1.000"
 
 

@@ -592,11 +592,11 @@ def test_intervals_pair_model_and_baseline_and_need_five_pictures():
     assert difference.value == pytest.approx(model.value - baseline.value)
     assert result.n.tolist() == np.bincount(np.concatenate(truth.labels)).tolist(), "boxes of each part"
     four = judge(truth.take(range(4)), found[:4]).result()
-    assert four.method == "no interval: only 4 images" and math.isnan(four.overall.model["map"].low)
+    assert four.method == "no interval under 5 images, here 4" and math.isnan(four.overall.model["map"].low)
     few = judge(truth.take(range(12)), found[:12], baseline=baseline_boxes[:12]).result()
     assert "t-interval" in few.method and few.overall.model["map"].low < few.overall.model["map"].high
     truth = dataclasses.replace(truth, groups=np.array([f"g{k % 3}" for k in range(24)]))
-    assert judge(truth, found).result().method == "no interval: only 3 groups"
+    assert judge(truth, found).result().method == "no interval under 5 groups, here 3"
 
 
 def test_what_rests_on_under_five_pictures_or_groups_has_no_interval():

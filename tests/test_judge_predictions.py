@@ -649,8 +649,8 @@ def test_a_comparison_says_what_the_models_had_seen(tmp_path, seen, better, word
     assert [straight["seen_first"], straight["seen_second"]] == list(seen)
     sentence = judging.comparison_sentence(straight)
     assert sentence.endswith(".") and words in sentence and ("is better" in sentence) == (better == "a")
-    few = judging.comparison_sentence({**straight, "low": np.nan, "high": np.nan, "method": "no interval: only 3 subjects"})
-    assert "[no interval: only 3 subjects]" in few
+    few = judging.comparison_sentence({**straight, "low": np.nan, "high": np.nan, "method": "no interval under 5 subjects, here 3"})
+    assert "[no interval under 5 subjects, here 3]" in few
 
 
 def test_runs_that_cannot_be_compared_are_a_note(tmp_path):

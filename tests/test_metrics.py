@@ -168,7 +168,7 @@ def test_few_subjects_get_values_and_no_interval_and_no_p():
     assert math.isnan(result.overall.model["r2"].low) and math.isfinite(result.overall.model["r2"].value)
     own = [common.mean_metrics(each[:20], target[:20])["mae"] for each in (predicted, target * 0)]
     assert result.per_subject["mae"][0] == pytest.approx(own[0] - own[1])
-    assert result.method == "no interval: only 2 subjects"
+    assert result.method == "no interval under 5 subjects, here 2"
 
 
 def test_a_target_seen_in_few_subjects_has_no_interval():
@@ -718,7 +718,7 @@ def test_verdict_with_two_subjects_resolves_nothing_and_with_nine_gives_p():
         result = subject_intervals.bootstrap_regression(model, target, subjects, baseline, baseline_name="train_mean")
         return verdicts.verdict_sentence(result, metric)
     text = say(predicted, np.repeat([1, 2], 45), target * 0)
-    assert text.startswith("Not resolvable") and "no interval: only 2 subjects" in text and "sign-flip" not in text
+    assert text.startswith("Not resolvable") and "no interval under 5 subjects, here 2" in text and "sign-flip" not in text
     text = say(predicted, np.repeat(np.arange(9), 10), predicted + 20, "mse")
     assert text.startswith("The model beats the baseline (train mean)") and "95% t-interval over 9 subjects" in text
     # 2 of 2^9 signs

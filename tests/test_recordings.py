@@ -198,7 +198,7 @@ def test_bouts_of_few_videos_are_told_without_nan(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "bite: 1 bouts, 2 events; F1 at IoU .25 0.667, at .5 0.667; kappa 0.468\n" in said
     assert "rear: 0 bouts, 0 events; F1 at IoU .25 undefined, at .5 undefined; kappa undefined\n" in said
-    assert "no interval: only 2 videos" in said
+    assert "no interval under 5 videos, here 2" in said
 
 
 def test_events_past_what_was_watched_are_cut(capsys):
@@ -293,7 +293,7 @@ def test_recordings_get_their_tables_pictures_and_copies(made, tmp_path):
     # its own bouts as a table of events: all is found
     text = video("--mode", "judge_bouts", "--predictions", run, "--manifest", run / "bouts.csv", "--video_root", folder,
                  "--output", tmp_path / "b.csv").stdout
-    assert "2 videos" in text
+    assert "no interval under 5 videos, here 2" in text
     for row in read_csv(tmp_path / "b.csv"):
         if int(row["bouts"]):
             assert float(row["f1_at_0.5"]) == 1 and float(row["kappa"]) == pytest.approx(1)
@@ -475,7 +475,7 @@ def test_bouts_of_two_cameras_are_judged_over_their_sessions(tmp_path, capsys):
     # two animals in each video, each of which the next session has too: all is one case
     table.groups = np.array([f"animal {k // 4 + k % 2}" for k in range(24)])
     ethograms.judge_folder(tmp_path, lambda names: table, None)
-    assert "no interval: only 1 groups" in capsys.readouterr().out
+    assert "no interval under 5 groups, here 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("second, is_noted", [((4, 9), True), ((5, 9), False)])
