@@ -1037,8 +1037,8 @@ def explained_write_errors(path, n_bytes="more"):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise CannotSave(f"cannot write {path}: {error.strerror}") from error
-        raise CannotSave(f"no space to write {path}: {n_bytes} bytes needed, "
-                         f"{shutil.disk_usage(Path(path).absolute().parent).free} free") from error
+        free = shutil.disk_usage(Path(path).absolute().parent).free
+        raise CannotSave(f"no space to write {path}: {n_bytes} bytes needed, {free} free") from error
 
 
 def write_whole(path, content, keep_previous=False):

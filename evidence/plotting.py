@@ -219,15 +219,15 @@ def _draw_target_bars(axis, rows, metric):
         axis.plot(ceiling, place, "D", color=INK, markersize=4.5, label="noise ceiling")
     shown = [0.0, *value, *low, *high, *baseline]
     highest = np.nanmax(shown)
-    share = metric_names.METRICS.get(metric)  # None: an error in mm or degrees, which ends nowhere
-    right = 1.0 if share and highest <= 1 else None
+    known = metric_names.METRICS.get(metric)  # None: an error in mm or degrees, which ends nowhere
+    right = 1.0 if known and highest <= 1 else None
     left = max(-0.5, 1.1 * np.nanmin(shown) - 0.02 * (right or highest))  # a baseline of 0 is seen beside the axis
     axis.set_xlim(left, right)
     beside = axis.get_yaxis_transform()
     for y, number in enumerate(value):
-        text = metric_names.number_text(number, ".2f" if share else ".3g")
+        text = metric_names.number_text(number, ".2f" if known else ".3g")
         axis.text(1.02, y, text, transform=beside, va="center", fontsize=8)
-    set_title(axis, share.label if share else metric)
+    set_title(axis, known.label if known else metric)
     axis.axvline(0, color=SOFT, linewidth=0.9)
 
 
