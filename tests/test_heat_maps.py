@@ -71,6 +71,61 @@ def test_maps_of_the_picture_alone_are_called_so(images):
     assert len(grids) == 3 and all("rank correlation 1.00" in grid for grid in grids)
 
 
+class WithUnread(Reader):
+    """A Reader with further maps, of which its outputs read nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.unread = nn.Conv2d(3, 4, 1)
+
+    def forward(self, images):
+        self.unread(images)
+        return super().forward(images)
+
+
+def test_each_map_is_of_the_last_layer_that_counts_and_scaled_by_its_own_maximum(images):
+    """Dark pictures too have a place of heat 1; that some places count nothing is no reason to go a layer up."""
+    model = WithUnread()
+    model.maps[0].weight.data.abs_()
+    images = images * torch.tensor([1, 0.5, 0.1]).view(3, 1, 1, 1)
+    found, _ = heat_maps.explain(model, ["maps.0", "maps", "unread"], images)
+    with torch.no_grad():
+        heat = (model.maps(images)[:, None] * model.head.weight.view(2, 4, 8, 8)).sum((1, 2))
+    heat = nn.functional.interpolate(heat[:, None], (64, 64), mode="bilinear")[:, 0]
+    for own, expected in zip(found, heat.numpy()):
+        np.testing.assert_allclose(own, expected / expected.max(), atol=1e-6)
+
+
+@pytest.mark.parametrize("n_same, level, words", [
+    (16, "caution", "they hardly change"), (14, "caution", "they change in part"), (8, "caution", "they change in part"),
+    (7, "good", "they change, so"), (0, "good", "they change, so")])
+def test_maps_are_judged_by_the_mean_of_their_correlations(n_same, level, words):
+    """Of 25 pictures some have the same two maps, which correlate by 1, and the second one of the others is flat."""
+    maps = np.zeros((2, 25, 4, 4))
+    maps[0] = np.arange(16).reshape(4, 4) / 15
+    maps[1, :n_same] = maps[0, 0]
+    cases = [{"image": np.zeros((4, 4, 3), np.uint8), "title": "a picture"}] * 25
+    grids, verdict = heat_maps.show(cases, np.zeros((25, 4, 4, 3), np.uint8), maps, "Valence")
+    assert len(grids) == 25 and verdict.level == level
+    assert f"of Valence, each beside that of the network with random weights: mean rank correlation {n_same / 25:.2f}; " + words \
+        in verdict.sentence
+
+
+def test_a_cold_place_is_grey_and_a_hot_one_has_the_tint(monkeypatch):
+    """0.8 of the mean of (30, 60, 90) is 48, of which a fifth is left under 0.8 of the tint; the second map is cold."""
+    drawn = []
+    monkeypatch.setattr(heat_maps.reporting, "html_cases", drawn.append)
+    pixels = np.full((1, 2, 2, 3), [30, 60, 90], np.uint8)
+    maps = np.zeros((2, 1, 2, 2))
+    maps[0, 0, 0, 1] = 1
+    heat_maps.show([{"title": "a picture"}], pixels, maps, "Valence")
+    [(_, learnt, random)] = drawn
+    expected = np.full((2, 2, 3), 48)
+    np.testing.assert_array_equal(random["image"], expected)
+    expected[0, 1] = 193, 57, 9  # of (230, 60, 0)
+    np.testing.assert_array_equal(learnt["image"], expected)
+
+
 def test_rank_correlations_are_those_of_scipy():
     maps = np.random.default_rng(0).integers(0, 9, (2, 4, 8, 8)).astype(float)  # with ties
     maps[0, 3] = 0.5  # flat
@@ -100,7 +155,11 @@ def test_a_network_without_maps_is_called_so(images):
 
 def test_shuffling_keeps_the_numbers_of_each_tensor_and_the_model():
     model = Reader()
+    state = torch.get_rng_state()
     other = heat_maps.shuffle_weights(model)
+    assert torch.equal(torch.get_rng_state(), state), "what else is drawn does not depend on it"
+    again = heat_maps.shuffle_weights(model)
+    assert all(map(torch.equal, other.parameters(), again.parameters()))
     for own, shuffled in zip(model.parameters(), other.parameters()):
         assert torch.equal(own.flatten().sort()[0], shuffled.flatten().sort()[0])
     assert not torch.equal(model.head.weight, other.head.weight) and torch.equal(model.head.weight, Reader().head.weight)

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 from sklearn.metrics import cohen_kappa_score
@@ -343,8 +344,11 @@ def test_every_frame_goes_once_through_the_backbone(made, monkeypatch, name, kin
 
 
 @pytest.mark.parametrize("step", [3, 40, 200])
-def test_a_network_sees_few_frames_at_once_whatever_the_step(step):
-    """Windows far apart take no more memory than close ones, and hold the same frames."""
+def test_a_network_sees_few_frames_at_once_whatever_the_step(step, monkeypatch):
+    """Windows far apart take no more memory than close ones, and hold the same frames; those before are forgotten."""
+    n_kept = []
+    join = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda parts: n_kept.append(sum(map(len, parts))) or join(parts))
     pixels = np.arange(500).astype(np.uint8)[:, None, None, None] + np.zeros((1, 8, 8, 3), np.uint8)
     frames = [video_files.GridFrame(picture, is_new=True) for picture in pixels]
     n_seen = []
@@ -359,7 +363,7 @@ def test_a_network_sees_few_frames_at_once_whatever_the_step(step):
         assert (windows["pixels"][:, :, 0, 0, 0].numpy() == expected % 256).all()
         assert (windows["change"].numpy() == np.where(expected == 0, 0, np.where(expected % 256, 1, -255))).all()
     assert places[:-1] == list(range(0, 496, step))[:len(places) - 1] and places[-1] == 495
-    assert max(n_seen) <= 65
+    assert max(n_seen) <= 65 and max(n_kept) <= 2 * 64 + 5
 
 
 def test_folders_of_recordings_differ_where_their_names_do(made, tmp_path):
