@@ -33,11 +33,14 @@ def seen_in(path):
 # --- what a checkpoint keeps ------------------------------------------------------------------
 
 def test_a_row_is_seen_where_one_of_its_hashes_is():
-    seen = seen_rows.SeenRows(np.array([1, 4]), np.array([2, 7]))
-    hashes = np.array([[1, 9], [9, 4], [2, 9], [4, 2], [9, 8]])
+    """Hashes are whole numbers of 64 bits, of which a float would keep the first 53."""
+    one, two, three, four, nine = 2 ** 60 + np.arange(5)
+    seen = seen_rows.SeenRows([one, four], [two])
+    hashes = np.array([[one, nine], [nine, four], [two, nine], [four, two], [nine, three]])
     assert seen.words(hashes).tolist() == ["train", "train", "chose", "train", "new"]
-    both = seen.plus(seen_rows.SeenRows([8], []))
-    assert both.words(hashes).tolist()[-1] == "train"
+    both = [seen.plus(seen_rows.SeenRows([three], [])), seen_rows.SeenRows([], [three]).plus(seen)]
+    assert both[0].words(hashes).tolist() == ["train", "train", "chose", "train", "train"]
+    assert both[1].words(hashes).tolist() == ["train", "train", "chose", "train", "chose"]
 
 
 def test_the_worst_word_counts():
@@ -110,11 +113,12 @@ def test_warnings_of_several_models_are_what_all_find_and_what_one_was_trained_o
 
 
 def test_a_warning_begins_beyond_the_farthest_held_out_row_and_beyond_the_labels():
-    """Train rows of mean 0 and variances 1 and 4, to which a hundredth of their mean is added."""
+    """Train rows of variances 1 and 4, to which a hundredth of their mean is added; their means are far from 0."""
+    mean = np.array([50.0, -30])
     known = row_warnings.known_data(
-        np.array([[-1.0, -2], [1, 2]]), np.array([[3.0, 8]]), target=np.array([[1.0], [np.nan], [3]]))
+        mean + [[-1, -2], [1, 2]], mean + [[3, 8]], target=np.array([[1.0], [np.nan], [3]]))
     assert known["farthest"] == pytest.approx(((9 / 1.025 + 64 / 4.025) / 2) ** 0.5)
-    features = np.array([[3.0, 8]] * 4) * [[1.009], [1.011], [0], [0]]
+    features = mean + np.array([[3.0, 8]] * 4) * [[1.009], [1.011], [0], [0]]
     found = row_warnings.find("clips", print, {"known_data": known, "names": ["calm"]}, features,
                               np.array([[1.0], [3], [0.99], [3.01]]))
     assert {what: is_so.tolist() for what, is_so in found.items()} == {
