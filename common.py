@@ -438,7 +438,7 @@ def parse_arguments(parser, argv):
         if flag.startswith("--") and flag != "--help":
             parser.error(f"unknown flag {flag}{did_you_mean(flag, parser._option_string_actions)}; --help lists all")
     values = config_values(parser, typed["config"]) if "config" in typed else {}
-    resume = typed.get("resume", values.get("resume", "auto"))
+    resume = (values | typed).get("resume", "auto")
     if resume != "auto":
         values = config_values(parser, run_folder_of(resume) / "args.json") | values
     for action in parser._actions:
@@ -557,8 +557,6 @@ def read_config(path):
     Of an args.json: its flags but --config and --resume. UserError for what is no mapping, and for
     duplicate keys, anchors and deep nesting.
     """
-    if not path.is_file():
-        raise UserError(f"no such file: {path} (expected YAML or JSON)")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
@@ -568,7 +566,7 @@ def read_config(path):
             values = _parse_yaml(text)
         if isinstance(values, dict) and {"command", "flags"} <= set(values):
             values = values["flags"] | {"config": None, "resume": None}
-        return unique_keys(_leaves({} if values is None else values))
+        return unique_keys(leaves({} if values is None else values))
     except RecursionError:
         raise UserError(f"{path} is nested too deeply to be a config file ({len(text)} characters)") from None
     except (OSError, TypeError, ValueError) as error:
@@ -606,13 +604,13 @@ def _parse_yaml(text):
         raise ValueError(f"{error}") from None
 
 
-def _leaves(values):
+def leaves(values):
     """(key, value) pairs of a mapping and of the sections in it."""
     if not isinstance(values, dict):
         raise ValueError(f"expected `flag: value` lines, found {type(values).__name__}")
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _leaves(value)
+            yield from leaves(value)
         else:
             yield key, value
 
@@ -978,8 +976,7 @@ def package_versions():
     """Versions of Python and of every package that can change a result."""
     from importlib import metadata
     versions = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "numpy", "pillow", "opencv-python", "opencv-python-headless", "pandas", "av",
-                 "pycocotools"):
+    for name in "torch torchvision numpy pillow opencv-python opencv-python-headless pandas av pycocotools".split():
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions

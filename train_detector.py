@@ -729,20 +729,13 @@ def load_pretrained(model, state, source):
     prefix = prefix.removesuffix(body)
     if prefix:
         print(f"note: {source}: the layers are loaded without the prefix {prefix}")
-    expected = ("backbone.", "rpn.", "roi_heads.box_head.")
-    state = {name.removeprefix(prefix): value for name, value in state.items()
-             if name.removeprefix(prefix).startswith(expected)}
     try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        for part in ("backbone", "rpn", "roi_heads.box_head"):
+            start = f"{prefix}{part}."
+            layers = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+            model.get_submodule(part).load_state_dict(layers)
     except RuntimeError as error:
-        raise common.UserError(
-            f"{source}: layers of another shape: {common.one_line(error)}") from None
-    missing = [name for name in missing
-               if name.startswith(expected) and not name.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        raise common.UserError(
-            f"{source}: not the weights of this detector: {len(missing)} layers "
-            f"missing, {len(unexpected)} too many (first: {[*missing, *unexpected][0]})")
+        raise common.UserError(f"{source}: not the weights of this detector: {common.one_line(error)}") from None
 
 
 def freeze_layers(body, n_trained):

@@ -87,12 +87,10 @@ def euler_degrees(rotation):
     r00, r01, _, r10, r11, _, r20, r21, r22 = rotation.flatten(-2).unbind(-1)
     cos_pitch = torch.sqrt(r21 ** 2 + r22 ** 2 + 1e-14)
     locked = cos_pitch < 1e-6
-    roll = torch.atan2(r21, r22)
+    roll = torch.where(locked, 0.0, torch.atan2(r21, r22))
     pitch = torch.atan2(-r20, cos_pitch)
-    yaw = torch.atan2(r10, r00)
-    locked_yaw = torch.atan2(-r01, r11)
-    angles = [torch.where(locked, 0.0, roll), pitch, torch.where(locked, locked_yaw, yaw)]
-    return torch.rad2deg(torch.stack(angles, -1))
+    yaw = torch.where(locked, torch.atan2(-r01, r11), torch.atan2(r10, r00))
+    return torch.rad2deg(torch.stack([roll, pitch, yaw], -1))
 
 
 def multiply(left, right):

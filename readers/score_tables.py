@@ -25,16 +25,12 @@ def sequence_rows(path):
     A dict inside an entry, such as {"scores": {...}}, stands for columns of its own.
     """
     import pandas as pd
-    if path.suffix.lower() != ".json":
-        return csv_tables.read_table(path).map(event_tables.without_tensor)
-    rows = []
-    for entry in sequence_entries(path):
-        row = {}
-        for name, value in entry.items():
-            row |= value if isinstance(value, dict) else {name: value}
-        rows.append(row)
-    table = pd.DataFrame(rows, index=range(1, len(rows) + 1), dtype=object)
-    return table.fillna("").map(event_tables.without_tensor)
+    if path.suffix.lower() == ".json":
+        rows = [dict(common.leaves(entry)) for entry in sequence_entries(path)]
+        table = pd.DataFrame(rows, index=range(1, len(rows) + 1), dtype=object).fillna("")
+    else:
+        table = csv_tables.read_table(path)
+    return table.map(event_tables.without_tensor)
 
 
 def sequence_entries(path):

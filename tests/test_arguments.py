@@ -286,7 +286,7 @@ def test_json_config_mistakes(tmp_path, text, word):
 
 
 def test_missing_config(tmp_path):
-    with pytest.raises(common.UserError, match="no such file"):
+    with pytest.raises(common.UserError, match="none.yaml cannot be read.*No such file"):
         parse("--config", str(tmp_path / "none.yaml"))
 
 

@@ -611,12 +611,13 @@ def test_wrong_weights_are_refused(tmp_path):
     state = small_detector().state_dict()
     name = "rpn.head.cls_logits.bias"
     short = {other: value for other, value in state.items() if other != name}
-    with pytest.raises(common.UserError, match=f"d.pth: not the weights of this detector: 1 layers missing.*first: {name}"):
+    refusal = "d.pth: not the weights of this detector: "
+    with pytest.raises(common.UserError, match=f'{refusal}.*Missing key.* "head.cls_logits.bias"'):
         train_detector.load_pretrained(small_detector(), short, "d.pth")
     extra = "rpn.head.scale"
-    with pytest.raises(common.UserError, match=f"d.pth: .* 0 layers missing, 1 too many .first: {extra}"):
+    with pytest.raises(common.UserError, match=f'{refusal}.*Unexpected key.* "head.scale"'):
         train_detector.load_pretrained(small_detector(), {**state, extra: torch.ones(1)}, "d.pth")
-    with pytest.raises(common.UserError, match=f"d.pth: layers of another shape: .*{name}"):
+    with pytest.raises(common.UserError, match=f"{refusal}.*size mismatch for head.cls_logits.bias"):
         train_detector.load_pretrained(small_detector(), {**state, name: torch.zeros(99)}, "d.pth")
 
 

@@ -613,7 +613,7 @@ def test_an_incomplete_map_names_what_it_lacks(clinic, tmp_path, monkeypatch):
     (tmp_path / "map.json").write_text('["p0_01"]')
     with pytest.raises(common.UserError, match="found list"):
         load(clinic, "--patient_map", tmp_path / "map.json")
-    with pytest.raises(common.UserError, match="no such file: .*none.json"):
+    with pytest.raises(common.UserError, match="No such file.*none.json"):
         load(clinic, "--patient_map", tmp_path / "none.json")
 
 
