@@ -7,9 +7,10 @@
 
 A table of scores has the columns NAME_true and NAME_predicted for each score, and NAME_BASELINE where there is one. A
 table of classes has true_label (or label) and prob_CLASS for each class, or score for two classes. Writes
-outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), metrics.json, plots, args.json, log.txt. With several tables
-of the same rows each gets a folder, and comparison.csv says which of two is better, with the paired interval of their
-difference. With --truth the predictions are COCO results, judged against COCO or part annotations; no picture is read.
+outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), metrics.json, scores.csv (each score), plots, args.json,
+log.txt. With several tables of the same rows each gets a folder, and comparison.csv says which of two is better, with
+the paired interval of their difference. With --truth the predictions are COCO results, judged against COCO or part
+annotations; no picture is read (per_part.csv, per_state.csv).
 With --runs report.html lists the finished runs in a folder, as its runs.csv does, with the flags that differ, and
 holds any two of the newest against each other on the rows that both have predicted.
 

@@ -12,7 +12,7 @@ Takes a few seconds. The same flags and package versions give the same files, by
                                 raw_ratings_long.csv, the single ratings: rating, attribute, stimulus, rater
     video/videos/               18 s of one animal that nods at another; MPEG-4 .mp4 and MJPEG .avi, odd frame rates
     video/manifests/            events: all.csv; train, val and test.csv with different groups; label_map.json
-    video/sequences/, sequences.csv, cv_folds.json    folders of frames with 7 scores; folds of their animals
+    video/sequences/, sequences.csv, cv_folds.json    folders of frames with 9 scores; folds of their animals
     detector/images/            drawn bicycles with 8 parts, each intact, damaged (rusty), absent (not
                                 drawn; its box is where it would be) or occluded (by leaves)
     detector/annotations.json   part annotations with quirks: a key without suffix, states as numbers, missing trust,

@@ -6,7 +6,7 @@
 
 Writes one CSV with a row for every input in input order: image, each rating in the unit of the ratings file,
 <rating>_sd (standard deviation over the checkpoints, where there are several), <rating>_low and <rating>_high
-(with --interval), seen (what the checkpoints did with the picture in training: train, chose, new or not known),
+(with --interval), seen (what the checkpoints did with the picture in training: train, chose or new),
 warning (trained on; outside the training labels; unlike the training pictures: farther from them than every
 held-out one), and error (why a picture could not be read; its ratings and seen are then empty).
 

@@ -72,7 +72,7 @@ def parse_args(argv=None):
 def add_data_arguments(add):
     """Which transitions, whose, and how they are split."""
     add("--mode", choices=("train", "evaluate", "predict", "audit"), default="train",
-        help="evaluate: score a checkpoint; predict: no labels needed; audit: examine the data")
+        help="evaluate: score a checkpoint; predict: no labels needed; audit: examine the data (audit.json)")
     add("--data_dir", type=Path, default=Path("data/processed"), may_change=True,
         help=f"folder with a {probe_poses.FILE_NAME} in each sequence")
     add("--checkpoint", type=common.best_model_of, metavar="FILE",
@@ -103,7 +103,7 @@ def add_data_arguments(add):
 def add_model_arguments(add):
     """Encoder, kind of model, loss and choice of the epoch."""
     add("--encoder", "--backbone", "--model", default="resnet34",
-        help="any torchvision ResNet: resnet18, resnet34, resnet50, ...")
+        help="resnet18, resnet34, ... of torchvision; for --token_type none any classifier with feature maps")
     add("--image_size", "--img_size", type=common.SIDE, default=224,
         help="side of a frame in pixels")
     add("--token_type", choices=("none", "channel", "spatial"), default="none",

@@ -10,9 +10,9 @@
     python train_video.py --task regress --config configs/pain_scores.yaml --manifest sequences.csv --folds 9
 
 Writes outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first), best_model.pth, metrics.json,
-predictions_val.csv (and _test), training_history.csv and .png, splits.json,
-leakage_report.json, the plots of the task, args.json, log.txt. With --folds K the same in each
-fold_K/, pooled above them.
+predictions_val.csv (and _test), training_history.csv and .png, splits.json, leakage_report.json,
+skipped.csv, calibration.json (classify) or scores.csv (regress), the plots of the task, args.json,
+log.txt. With --folds K the same in each fold_K/, pooled above them.
 
 A row of the manifest is an event, whose class is predicted (classify), or a sequence of frames, whose
 scores are (regress). A clip is the T frames of it that the network sees at once; several clips of an
@@ -107,9 +107,10 @@ def parse_args(argv=None):
     job("--checkpoint", type=Path, nargs="+",
         help="predict: best_model.pth files or run folders; several are averaged")
     job("--predictions", type=Path,
-        help="evaluate, audit: a predictions CSV of this script; judge_bouts: the run folder of predict --video")
+        help="evaluate, audit: a table of predictions; judge_bouts: the run folder of predict --video")
     job("--output", type=common.new_file,
-        help="file that predict --manifest or judge_bouts (.csv), evaluate or audit (.json) writes")
+        help="file to write (default: predictions.csv, with judge_bouts bout_scores.csv in the folder of "
+             "--predictions, with audit audit.json, with evaluate none)")
     exporting.add_argument(job, "the model of one clip")
     ethograms.add_arguments(parser.group("whole recordings"))
     event_splits.add_arguments(parser.group("tables and splits"))
@@ -145,9 +146,9 @@ def add_clip_arguments(data):
     data("--jitter_sec", type=common.AMOUNT, default=0.0,
          help="classify: training clips may reach this far outside their event")
     data("--clips_per_event", type=common.POSITIVE, default=5,
-         help="classify: clips of each event that are predicted")
+         help="classify: clips of each event that are predicted (default: %(default)s; predict: the checkpoint's)")
     data("--aggregation", choices=("mean", "max"), default="mean",
-         help="how the outputs for the clips of an event are combined")
+         help="how the outputs for an event's clips are combined (default: %(default)s; predict: the checkpoint's)")
 
 
 def add_model_arguments(model):

@@ -29,9 +29,9 @@ def add_arguments(add):
     add("--target_columns", nargs="+", metavar="NAME",
         help="scores to learn (default: the numeric columns but for ids, times and the like, by their names)")
     add("--min_event_sec", type=common.AMOUNT, default=1.0,
-        help="a shorter event gets a window of this length around it")
+        help="a shorter event gets a window of this length around it (default: %(default)s; predict: the checkpoint's)")
     add("--max_missing", type=common.SHARE, default=0.05,
-        help="share of unreadable videos that is allowed")
+        help="share of missing or unreadable videos, and of damaged frames, that is allowed")
     add("--split_by", choices=("event", "video", "group"),
         help="what a split keeps whole (default: the coarsest there is)")
     add("--filter", help='rows to use, e.g. "moment==M2 and age>=3"')
