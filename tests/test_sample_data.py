@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
+from scipy.spatial.transform import Rotation
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
@@ -250,3 +251,79 @@ def test_bad_flags_exit_2(tmp_path, monkeypatch, capsys, flags, message):
         run(monkeypatch, "--output_dir", tmp_path, *flags)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+# --- slices and bicycles ---------------------------------------------------------------
+
+def test_a_frame_is_the_slice_at_its_pose():
+    """A small blob that lies in the plane, 6 mm right and 9 mm above its middle, is seen there; SciPy turns the plane."""
+    pose = np.array([5.0, -4, 7, 20, -35, 50])
+    bend = np.array([[1, 0.1, 0], [0, 1, -0.2], [0.1, 0, 1]])
+    plane = Rotation.from_euler("ZYX", pose[[5, 4, 3]], degrees=True).as_matrix()
+    centre = bend @ (plane @ [6, -9, 0] + pose[:3])
+
+    def cut(blobs):
+        return make_sample_data.cut_slice(pose, bend, blobs, np.random.default_rng(0)).astype(float)
+    plain, with_blob = cut([]), cut([(centre, np.full(3, 2.5), 100)])
+    gain = (with_blob - plain) / plain * (plain > 0)
+    where = [(gain * place).sum() / gain.sum() for place in np.mgrid[:64, :64]]
+    assert where == pytest.approx([31.5 - 9, 31.5 + 6], abs=0.1), "a pixel is a millimetre"
+    rows = make_sample_data.cut_slice(np.zeros(6), np.eye(3), [], np.random.default_rng(0)).mean(1)
+    assert np.polyfit(np.arange(64) - 31.5, rows, 1) == pytest.approx([0.5, 75], rel=0.05), "brighter with depth"
+
+
+def test_sequences_of_slices_are_what_their_page_says(tmp_path):
+    """at2 = at1 + motion, frames follow one another, and each quirk is in the sequence that the ground truth names."""
+    truth = make_sample_data.make_dreamer(tmp_path, 200, 3)
+    folders = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert folders == [f"patient_{patient:02d}_{number:02d}" for patient in (1, 2, 3, 4) for number in (1, 2)]
+    assert common.read_json(tmp_path / "patient_map.json") == {name: name[:10] for name in folders}
+    quirk_of = {quirk: name for name, quirk in truth["quirks"].items()}
+    assert set(quirk_of) == {"backslashes", "dict", "no_at2", "bad_labels"} and set(quirk_of.values()) < set(folders)
+    poses = {}
+    for name in folders:
+        rows = json.loads((tmp_path / name / "transitions_dataset.json").read_text())
+        assert isinstance(rows, dict) == (name == quirk_of["dict"])
+        rows = rows["transitions"] if isinstance(rows, dict) else rows
+        assert len(rows) == 25 and ("\\" in rows[0]["ft1_image_path"]) == (name == quirk_of["backslashes"])
+        lacking = [k for k, row in enumerate(rows) if "at2_6dof" not in row]
+        assert lacking == (list(range(0, 25, 2)) if name == quirk_of["no_at2"] else [])
+        at1, motion = (np.array([row[key] for row in rows]) for key in ("at1_6dof", "action_change_6dof"))
+        at2 = np.array([row.get("at2_6dof", [np.nan] * 6) for row in rows])
+        if name == quirk_of["bad_labels"]:
+            assert np.isnan(at1[2, 1]) and at2[4, 3] == 9999
+            at1[2, 1], at2[4, 3] = at2[1, 1], at1[5, 3]
+        known = ~np.isnan(at2[:, 0])
+        np.testing.assert_allclose(at1[known] + motion[known], at2[known], atol=1e-9)
+        np.testing.assert_allclose(at1[1:], at1[:-1] + motion[:-1], atol=1e-9)
+        for one, other in zip(rows[:-1], rows[1:]):
+            paths = [tmp_path / name / path.replace("\\", "/") for path in (one["ft2_image_path"], other["ft1_image_path"])]
+            assert one["frame_t2"] == other["frame_t1"] == paths[0].stem == paths[1].stem
+            assert paths[0].read_bytes() == paths[1].read_bytes() and Image.open(paths[0]).size == (64, 64)
+        poses[name] = at1
+    reach = np.abs(np.concatenate([*poses.values()])).max(0)
+    assert (reach < [12, 12, 12, 20, 20, 20]).all() and (reach > [6, 6, 6, 10, 10, 10]).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_part_is_drawn_in_its_box_unless_it_is_absent(seed):
+    """The only change to a bicycle without parts; its box stays where it was; mirrored or not, by the seed."""
+    parts = list(make_sample_data.PART_LOOKS)
+
+    def draw(**states):
+        rng = np.random.default_rng(seed)
+        background = Image.new("RGB", (500, 380), (200, 200, 200))
+        return make_sample_data.draw_bicycle([states.get(part, "absent") for part in parts], background, rng)
+    nothing, seen = draw()
+    boxes = {part: box for part, (_, box) in seen.items()}
+    assert (boxes["front_wheel"][0] > boxes["back_wheel"][0]) == (seed == 1)
+    for part in parts:
+        for state in ("intact", "damaged"):
+            pixels, seen = draw(**{part: state})
+            assert seen[part] == (state, boxes[part])
+            y, x = np.nonzero(np.abs(pixels.astype(int) - nothing).max(2) > 40)
+            found = [x.min(), y.min(), x.max() + 1, y.max() + 1]
+            assert found == pytest.approx(boxes[part], abs=1.5), f"{part} {state}"
+            colour = np.median(pixels[y, x], axis=0)
+            rust = np.array(ImageColor.getrgb(make_sample_data.RUST))
+            assert (np.abs(colour - rust).max() < 40) == (state == "damaged"), f"{part} {state}"

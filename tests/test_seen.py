@@ -92,6 +92,9 @@ def test_every_word_but_new_has_its_sentence():
     found = seen_rows.sentences(["train", "new", "chose", "train", "not known"])
     assert list(found) == ["train", "chose", "not known"] and found["train"].startswith("2 of 5 rows trained the model")
     assert seen_rows.sentences(["new"]) == {}
+    said = []
+    seen_rows.say_notes(["train", "new", "chose", "train", "not known"], said.append)
+    assert said == [f"note: {sentence}" for sentence in found.values()]
     assert "where they chose the epoch alone, a fixed number" in found["chose"], "it fits no threshold less"
 
 
