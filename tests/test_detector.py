@@ -262,6 +262,31 @@ def test_results_of_another_program_are_judged_as_pycocotools_does(tmp_path):
     assert "mean boxes are those of these very pictures" in page and not (folder / "failures.jpg").exists()
 
 
+@pytest.mark.parametrize("word, flags, held_out, verdict", [
+    ("not known", [], None, "PASS"), ("new", ["--held_out"], True, "PASS"),
+    ("chose", ["--held_out"], False, "PASS on validation"), ("train", ["--held_out"], False, "PASS on train rows")])
+def test_what_results_say_of_their_pictures_and_another_detector_count(tmp_path, word, flags, held_out, verdict):
+    """The other detector found half of the boxes; what was judged against what stands in the record."""
+    as_files(tmp_path, *random_case(3))
+    truth, results, weak = (tmp_path / f"{name}.json" for name in ("truth", "results", "weak"))
+    rows = json.loads(results.read_text())
+    common.write_json(results, [rows[0] | {"seen": word}, *rows[1:]])
+    common.write_json(weak, rows[::2])
+    run_here("judge_predictions.py", "--predictions", results, "--truth", truth, "--baseline", weak, "--criteria", "map>0.1",
+             "--output_dir", tmp_path / "out", *flags)
+    folder = only_run(tmp_path / "out")
+    metrics = common.read_json(folder / "metrics.json")
+    assert metrics["held_out"] is held_out and [bar["verdict"] for bar in metrics["criteria"]] == [verdict]
+    assert metrics["baseline_name"] == "weak" and set(metrics["baselines"]) == {"mean box", "weak"}
+    own_truth, found, *_ = detection_judging.read_coco_results(truth, weak)
+    assert metrics["baselines"]["weak"] == pytest.approx(values_of(own_truth, found)["map"])
+    assert common.read_json(folder / "args.json")["data"] == {"predictions": [str(results)], "truth": str(truth)}
+    assert "<title>Detections of results.json" in (folder / "report.html").read_text()
+    said = run_here("judge_predictions.py", "--predictions", results, "--truth", truth, "--criteria", "r2>0.1", "--output_dir",
+                    tmp_path / "none", code=2).text
+    assert "r2" in said and not (tmp_path / "none").exists()
+
+
 def test_the_baseline_of_the_highest_ap_counts_and_limits_of_a_run_stand_on_its_page(tmp_path):
     truth, found = random_case(3)
     setting = judging.Setting(limits=["Of one observer."])

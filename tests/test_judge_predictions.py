@@ -270,6 +270,8 @@ def test_all_runs_at_a_glance(tmp_path):
     assert str(tmp_path) not in text, "no private path"
     assert "no finished run" in run_here("judge_predictions.py", "--runs", tmp_path / "none", code=2).text
     assert "either --predictions or --runs" in run_here("judge_predictions.py", code=2).text
+    judged = [common.read_json(folder / "args.json")["data"] for folder in (*folders, page)]
+    assert judged == [{"predictions": [f"{tmp_path}/{number}.csv"]} for number in (0, 1)] + [{"runs": f"{tmp_path}/out"}]
 
 
 def test_a_flag_that_one_run_alone_has_differs(tmp_path):

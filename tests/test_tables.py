@@ -719,9 +719,9 @@ def test_decomposed_names_on_disk(tmp_path):
 
 
 def test_exact_names_win_over_near_ones(tmp_path):
-    touch(tmp_path, "1.jpg", "1.png", "a/1.jpg", "b/2.jpg", "c/2.jpg", "K.jpg", "k.jpg")
-    assert matched(["1.png", "a/1.jpg", "1.jpg", "c/2", "K", "k.jpg"], tmp_path)[0] == [
-        "1.png", "a/1.jpg", "1.jpg", "c/2.jpg", "K.jpg", "k.jpg"]
+    touch(tmp_path, "1.jpg", "1.png", "a/1.jpg", "b/2.jpg", "c/2.jpg", "K.jpg", "k.jpg", "3.JPG", "3.png")
+    assert matched(["1.png", "a/1.jpg", "1.jpg", "c/2", "K", "k.jpg", "3.jpg"], tmp_path)[0] == [
+        "1.png", "a/1.jpg", "1.jpg", "c/2.jpg", "K.jpg", "k.jpg", "3.JPG"]
     message = fails(file_names.match_images, ["1", "2.jpg"], tmp_path)
     assert "1 -> 1.jpg, 1.png" in message and "2.jpg -> b/2.jpg, c/2.jpg" in message
 
