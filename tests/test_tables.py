@@ -244,6 +244,13 @@ def test_numbers_of_raters_that_two_laboratories_share_are_noticed(tmp_path):
     assert "They differ in lab, calm." in ratings.notes[-1] and "several people have one number" in ratings.notes[-1]
 
 
+def test_single_ratings_that_stand_there_twice_differ_in_nothing(tmp_path):
+    """The note named no column where a file was exported twice: They differ in ."""
+    rows = "a,1,3\na,2,5\nb,1,4\nb,2,8\n"
+    ratings = rating_tables.read_ratings(written(tmp_path, f"image,rater,calm\n{rows}{rows}"))
+    assert "their mean counts once. They differ in nothing. Does" in ratings.notes[-1]
+
+
 def test_the_ceiling_is_not_raised_by_raters_who_answer_twice(tmp_path):
     """Classical test theory: pictures, raters of pictures and answers of one rater vary by 1, 1 and .01."""
     rng = np.random.default_rng(0)
