@@ -485,9 +485,9 @@ def _summarise_singles(columns, found, used):
         notes.append(
             f"{n_repeated} single ratings are further ones of the same rater and image: their mean counts once. They "
             "differ in "
-            f"{common.shorten_list(columns.varying(columns.others, [columns.image, columns.rater])) or 'nothing'}. Does "
-            "a column say what was asked? --attribute_column. Do several people have one number, as in two laboratories? "
-            "Write both in the column of the raters")
+            f"{common.shorten_list(columns.varying(columns.others, [columns.image, columns.rater])) or 'nothing'}. "
+            "Does a column say what was asked? --attribute_column. Do several people have one number, as in two "
+            "laboratories? Write both in the column of the raters")
     arrays = {key: own.to_numpy() for key, own in grouped}
     return RatingsTable(
         names=names,
