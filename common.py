@@ -1815,28 +1815,23 @@ def homography(drawn, window, size):
     """Matrix (3, 3) from picture to output, pixel centres at .5, composed of the steps in torchvision's order."""
     left, top, width, height = window
     half = size / 2
-    zoom_x = size / width
-    zoom_y = size / height
-    to_centre = np.array([
-        [zoom_x, 0, -(left * zoom_x + half)],
-        [0, zoom_y, -(top * zoom_y + half)],
-        [0, 0, 1]])
+    zoom = size / np.array([width, height])
+    centre = zoom * [left, top] + half  # of the crop, in pixels of the output
     mirror = -1 if drawn.flip else 1
     angle = math.radians(drawn.rotation_deg)
     cos = math.cos(angle)
     sin = math.sin(angle)
     turn = np.array([
-        [cos * mirror, sin, 0],
-        [-sin * mirror, cos, 0],
-        [0, 0, 1]])
-    scale = drawn.scale
-    shear = math.tan(math.radians(drawn.shear_deg))
-    shift_x, shift_y = (round(fraction * size) + half for fraction in drawn.translate)
-    affine = np.array([
-        [scale, -scale * shear, shift_x],
-        [0, scale, shift_y],
-        [0, 0, 1]])
-    matrix = affine @ turn @ to_centre
+        [cos * mirror, sin],
+        [-sin * mirror, cos]])
+    shear = np.array([
+        [1, -math.tan(math.radians(drawn.shear_deg))],
+        [0, 1]])
+    linear = drawn.scale * shear @ turn
+    shift = np.round(np.multiply(drawn.translate, size)) + half
+    matrix = np.eye(3)
+    matrix[:2, :2] = linear * zoom
+    matrix[:2, 2] = shift - linear @ centre
     if drawn.corners is None:
         return matrix
     cv2 = load_opencv()
@@ -2128,7 +2123,11 @@ def read_checkpoint(path):
 def _check_archive(path):
     size = path.stat().st_size
     if not zipfile.is_zipfile(path):
-        _refuse_legacy(path)
+        with path.open("rb") as handle:
+            is_legacy = handle.read(64).startswith(LEGACY_TORCH)
+        if is_legacy:
+            raise CheckpointError(f"{path} is from before torch 1.6; write it anew: python -c \"import torch; torch.save("
+                                  f"torch.load('{path}', weights_only=True), '{path}')\"")
         raise ValueError(f"it is {size} bytes, no zip archive")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -2138,15 +2137,6 @@ def _check_archive(path):
         damaged = archive.testzip()
     if damaged:
         raise ValueError(f"the entry {damaged} is damaged")
-
-
-def _refuse_legacy(path):
-    """CheckpointError for a file from before torch 1.6."""
-    with path.open("rb") as handle:
-        is_legacy = handle.read(64).startswith(LEGACY_TORCH)
-    if is_legacy:
-        raise CheckpointError(f"{path} is from before torch 1.6; write it anew: python -c \"import torch; torch.save("
-                              f"torch.load('{path}', weights_only=True), '{path}')\"")
 
 
 def _check_plain(value):

@@ -1163,7 +1163,7 @@ def run_folds(run, args, study):
         scored.append(detect_rows(run, args, study, rows, *load_models(folder / "best_model.pth", args, run.compute)))
         headline = common.read_json(folder / "metrics.json")["headline"]
         numbers.append({
-            "rows": len(scored[-1].rows),
+            "rows": len(rows),
             "ap": headline["value"],
             "baseline_ap": headline["baseline"]["value"]})
     write_annotations(run, args, study, {"folds": np.concatenate([each.rows for each in scored])})

@@ -226,8 +226,8 @@ def find_alarms(judged, detections, threshold):
     """Sentences on signs of a broken model, or of data that cannot judge it."""
     alarms = []
     sure = [detected.take(detected.scores >= threshold) for detected in detections]
-    if not any(len(detected.scores) for detected in sure):
-        highest = max(detected.scores.max(initial=0) for detected in detections)
+    highest = max(detected.scores.max(initial=0) for detected in detections)
+    if highest == 0 or highest < threshold:
         alarms.append(f"no detection reaches the score {threshold:g}, the highest is {highest:.2f}. Train longer "
                       "(--epochs), start from published weights, or lower --score_threshold (train_detector.py alone)")
     unseen = [part for part, n in zip(judged.truth.parts, judged.counts["truth"].sum(0)) if not n]

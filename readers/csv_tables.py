@@ -134,9 +134,10 @@ def _read_head(rows, delimiter):
     """-> (number of title lines, cells of the header, number of fields in the first row below it)."""
     rows = [_split_again(cells, delimiter) for _, cells in rows[:100]] or [[]]
     n_titles = 0
-    while len(rows) > n_titles + 1 and _is_title(*rows[n_titles:n_titles + 2]):
+    while len(rows) > 1 and _is_title(*rows[:2]):
+        rows.pop(0)
         n_titles += 1
-    header, *below = rows[n_titles:]
+    header, *below = rows
     return n_titles, header, len(below[0] if below else header)
 
 

@@ -115,8 +115,7 @@ class PartTruth:
     def parts_without_state(self):
         """Names of the parts of which no judged box has a state."""
         labels = np.concatenate([labels[self.judged(row)] for row, labels in enumerate(self.labels)])
-        with_state = labels[self.judged_states() >= 0]
-        return [part for label, part in enumerate(self.parts) if label not in with_state]
+        return np.delete(self.parts, labels[self.judged_states() >= 0]).tolist()
 
     def take(self, rows):
         """The PartTruth of chosen pictures."""

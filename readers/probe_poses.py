@@ -384,7 +384,8 @@ def check_sequences(poses, sequences, unit):
     """
     other = "deg" if unit == "rad" else "rad"
     turned = []
-    scales = {}  # sequence -> largest position, and how large it is beside the largest angle
+    small = {}  # sequence whose positions are below 1 -> how large they are beside its angles
+    in_mm = []  # the same of the other sequences
     for name, rows in common.rows_by_key(sequences).items():
         own = {key: values[rows] for key, values in poses.items()}
         sizes = sizes_of_labels(own)
@@ -393,12 +394,14 @@ def check_sequences(poses, sequences, unit):
         angle = sizes[:, 3:].max()
         if angle and choose_unit(own, "auto", unit)[0] != unit:
             turned.append(name)
-        if position:
-            scales[name] = position, position / (angle or 1.0)
-    in_mm = [ratio for position, ratio in scales.values() if position >= 1]
-    usual = np.median(in_mm or math.inf)
-    small = [name for name, (position, ratio) in scales.items() if position < 1 and ratio < usual / 100]
-    texts = {"positions in metres?": small, f"angles in {other}, not in {unit}?": turned}
+        ratio = position / (angle or 1.0)
+        if position >= 1:
+            in_mm.append(ratio)
+        elif position:
+            small[name] = ratio
+    limit = np.median(in_mm or math.inf) / 100
+    in_metres = [name for name, ratio in small.items() if ratio < limit]
+    texts = {"positions in metres?": in_metres, f"angles in {other}, not in {unit}?": turned}
     return [f"WARNING: {text} Give all in mm and degrees: {common.shorten_list(names)}"
             for text, names in texts.items() if names]
 
