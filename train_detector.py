@@ -10,8 +10,8 @@
 
 Training and evaluation write outputs/run_YYYYMMDD_HHMMSS/: report.html (open it first),
 metrics.json, per_part.csv, per_state.csv, detections_<part>.json (COCO results) and .csv,
-failures.jpg, pictures/, args.json, log.txt; training also best_model.pth, last.pth,
-training_history.csv and .png, splits.json, leakage_report.json, <part>_coco.json, skipped.csv, and
+failures.jpg, pictures/, skipped.csv, args.json, log.txt; training also best_model.pth, last.pth,
+training_history.csv and .png, splits.json, leakage_report.json, <part>_coco.json, and
 with --baseline heads baseline/. With --folds K the same in each fold_K/, pictures left out in turn, and
 what the K detectors found in them judged as one. Prediction writes --output (COCO results), the
 same as CSV beside it, and --visualize pictures.
