@@ -62,7 +62,7 @@ def parse_args(argv=None, recipe="plain", **network):
     model = parser.group("model")
     model("--recipe", choices=("auto", "small_data", "plain"), default="auto", may_change=True,
           help="defaults of the flags: small_data = those of configs/assessor_small_data.yaml; plain = those "
-               f"listed here; auto = small_data under {SMALL_DATA_BELOW} pictures, unless a model "
+               f"listed here; auto (the default) = small_data under {SMALL_DATA_BELOW} pictures, unless a model "
                "is chosen (--backbone, --head mlp, --weights, --no_pretrained or a --config)")
     model("--backbone", "--model", "--encoder", nargs="+", action=OneOrSeveral, default="resnet50", metavar="NAME",
           help="any torchvision classifier: resnet18, efficientnet_b3, vit_b_16, ..., or timm:NAME; NAME=FILE or "

@@ -143,7 +143,7 @@ def add_model_arguments(model):
           help="torchvision detector")
     model("--min_size", "--image_size", "--img_size", type=common.SIDE,
           help="short side of the input in pixels (default: the model's)")
-    model("--max_size", type=common.SIDE, help="longest side of the input in pixels")
+    model("--max_size", type=common.SIDE, help="longest side of the input in pixels (default: the model's)")
     model("--anchor_sizes", type=common.bounded(int, 2), nargs="+", metavar="PX",
           help="sides of the anchors in input pixels, smallest first: five, or for "
                f"{RESNET18} four, eight, ... (default: the published five, or eight that fit the train boxes)")
