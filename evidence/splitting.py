@@ -282,8 +282,6 @@ def similar_pairs(features, split):
     """
     part = np.repeat(np.arange(len(split)), [len(rows) for rows in split.values()])
     rows = np.concatenate(list(split.values()))
-    if len(rows) < FEWEST_FOR_SIMILAR:
-        return []
     centred = features[rows] - features[rows].mean(0)
     directions = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)
     nearest = np.empty(len(rows))  # distance to the nearest row
@@ -305,9 +303,11 @@ def similar_pairs(features, split):
 
 @common.first_process_only
 def add_similar(run, features, split, keys):
-    """similar_pairs, which are said and counted in leakage_report.json; keys: (N,) names."""
-    pairs = similar_pairs(features, split)
+    """similar_pairs, which are said and counted in leakage_report.json, of rows enough to tell; keys: (N,) names."""
     part_of = {row: part for part, rows in split.items() for row in rows}
+    if len(part_of) < FEWEST_FOR_SIMILAR:
+        return []
+    pairs = similar_pairs(features, split)
     report = common.read_json(run.path("leakage_report.json"))
     for place, found in report["between"].items():
         own = [" = ".join(sorted(keys[[i, j]])) for i, j in pairs if f"{part_of[i]}-{part_of[j]}" == place]
