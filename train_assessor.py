@@ -583,6 +583,7 @@ def judge(run, args, study, split, table, part, trained_on, similar, **known):
         seen=table.seen,
         data=data_blocks(study, split, table),
         similar=judging.similar_blocks(similar, study.images, study.picture),
+        is_similar=np.isin(rows, similar),
         cases=judging.case_blocks(table, lambda i: study.picture(rows[i]), blocks_of),
         limits=limits(args),
         **known)

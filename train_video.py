@@ -1119,6 +1119,7 @@ def judge(run, args, study, split, table, part, trained_on, similar=(), **known)
         seen=table.seen,
         data=data_blocks(study, split, rows, table),
         similar=judging.similar_blocks(similar, manifest.clip_ids, study.strip),
+        is_similar=np.isin(rows, similar),
         cases=[reporting.html_text("A clip is shown by five of its frames, evenly from its first to its last."),
                *judging.case_blocks(table, lambda i: study.strip(rows[i]))],
         limits=event_splits.limits(args, manifest),

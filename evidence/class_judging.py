@@ -23,13 +23,17 @@ def judge_classes(run, table, setting, confounds=(), levels=()):
     plot_classes(run, table, result.confusion)
 
     name = table.names[table.positive]
+
+    def describe(result):
+        return verdicts.verdict_sentence(result, "roc_auc", setting.worst_seen, auc_label(result.names, name))
+    setting, doubts = judging.judge_without_similar(run, table, setting, result, "roc_auc", describe)
     stages = calibration_rows(table)
     return judging.close_run(
         run, setting,
-        verdict=verdicts.verdict_sentence(result, "roc_auc", setting.worst_seen, auc_label(result.names, name)),
+        verdict=describe(result),
         result=result,
         metric="roc_auc",
-        doubts=verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds),
+        doubts=[*doubts, *verdicts.baseline_doubts(table.baselines), *confounding.flagged_doubts(confounds)],
         alarms=verdicts.classification_alarms(table) + fold_alarms(table),
         meanings=criteria_names(table.names),
         figures=key_figures(result, table.positive),

@@ -31,6 +31,7 @@ class Setting:
     alarms: tuple = ()  # sentences found before the judging
     data: tuple = ()  # HTML of the section Data and split
     similar: tuple = ()  # HTML of the section Leakage: pictures of two parts that look alike
+    is_similar: np.ndarray = False  # (M,) which rows are in such a pair
     cases: tuple = ()  # HTML of the section Best and worst cases
     limits: tuple = ()  # sentences on what must not be concluded
     folds: tuple = ()  # a dict of numbers for each fold
@@ -121,6 +122,31 @@ def similar_blocks(pairs, titles, picture):
     return [reporting.html_text("Pictures of two parts that look alike to the untuned network. If they are copies or "
                                 "one scene, keep them together with --group_column:", "caution"),
             reporting.html_cases(cases)] if pairs else []
+
+
+def judge_without_similar(run, table, setting, result, metric, describe):
+    """What is left of a Result without the rows that look like one of another part.
+
+    describe: function of a Result -> its verdict in a sentence. Returns the Setting with that
+    sentence in the section Leakage, and doubts: one where the model then no longer beats its
+    baseline, or where `metric`, of which more is better, falls below its interval.
+    """
+    is_similar = np.broadcast_to(setting.is_similar, len(table.truth))
+    if not is_similar.any():
+        return setting, []
+    sentence = f"{is_similar.sum()} of {len(is_similar)} rows look like one of another part."
+    holds = False
+    if not is_similar.all():
+        rest = table.take(~is_similar).compare()
+        sentence += f" Without them: {describe(rest)}"
+        was_better, is_better = (verdicts.outcome_of(found.gain(metric)) == "better" for found in (result, rest))
+        has_fallen = rest.overall.model[metric].value < result.overall.model[metric].low
+        holds = (is_better or not was_better) and not has_fallen
+    setting = dataclasses.replace(setting, similar=[*setting.similar, reporting.html_text(sentence)])
+    if holds:
+        run.say(f"note: {sentence}")
+        return setting, []
+    return setting, [f"{sentence} If they show one scene or subject, keep them together: --group_column"]
 
 
 def limits_of_start(args):

@@ -29,15 +29,17 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
 
     best_r2 = ceiling.mean_r2 if ceiling else None
     is_same = is_baseline(table, result.baseline_name)
-    verdict = verdicts.verdict_sentence(
-        result, "r2", setting.worst_seen, "mean R2", best_r2, is_same)
-    doubts = verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds)
+
+    def describe(result):
+        return verdicts.verdict_sentence(result, "r2", setting.worst_seen, "mean R2", best_r2, is_same)
+    setting, doubts = judging.judge_without_similar(run, table, setting, result, "r2", describe)
+    doubts += verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds)
     if is_same:
         doubts.append("A model that predicts what its baseline predicts adds nothing to it")
     alarms = verdicts.regression_alarms(table.predicted, table.target, table.names) + slope_alarms(rows)
     return judging.close_run(
         run, setting,
-        verdict=verdict,
+        verdict=describe(result),
         result=result,
         metric="r2",
         doubts=doubts,

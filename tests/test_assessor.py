@@ -1071,3 +1071,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(sample, tmp_path):
     assert "epoch 1" in text and "batch" in text and "face_" in text and "Traceback" not in text
     weights = common.read_checkpoint(only_run(tmp_path) / "last.pth")["model"]
     assert all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point())
+
+
+def test_labels_that_belong_to_scenes_are_told_by_the_rows_without_a_look_alike(tmp_path):
+    """30 scenes of two pictures each and one label: what the model knows of the other picture of a scene is no skill."""
+    draw = np.random.default_rng(0)
+    scenes = {}
+    with open(tmp_path / "ratings.csv", "w") as handle:
+        handle.write("image,v\n")
+        for k in draw.permutation(60):
+            scene = np.random.default_rng(1 + k // 2)
+            pixels = np.kron(scene.integers(0, 255, (8, 8, 3)), np.ones((6, 6, 1))) + draw.normal(0, 0.4, (48, 48, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / f"{k}.png")
+            scenes[f"{k}.png"] = k // 2
+            handle.write(f"{k}.png,{scene.normal() + draw.normal(0, 0.05)}\n")
+    flags = ("--backbone shufflenet_v2_x0_5 --no_pretrained --image_size 32 --epochs 1 --batch_size 8 --num_workers 0 "
+             "--head ridge --select last --val_ratio 0.4 --target_columns v")
+    run_here("train_assessor.py", "--images_dir", tmp_path, "--ratings_file", tmp_path / "ratings.csv", *flags.split(),
+             "--output_dir", tmp_path / "out")
+    run = only_run(tmp_path / "out")
+    split = json.loads((run / "splits.json").read_text())
+    trained_on = {scenes[name] for name in split["train"]}
+    shared = sum(scenes[name] in trained_on for name in split["val"])
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["headline"]["value"] > 0.2
+    told = re.search(r"(\d+) of (\d+) rows look like one of another part.*mean R2 (\S+) against", (run / "log.txt").read_text())
+    assert shared / 2 < int(told[1]) <= shared and int(told[2]) == len(split["val"])
+    assert float(told[3]) < metrics["headline"]["value"] - 0.2

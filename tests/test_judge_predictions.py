@@ -15,7 +15,7 @@ from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
 import common
 import judge_predictions
 from conftest import only_run, run_here, run_script, small_run
-from evidence import judging, prediction_tables, reporting, score_judging, table_judging
+from evidence import class_judging, judging, prediction_tables, reporting, score_judging, table_judging
 
 
 def scores(rows=60, noise=0.5, seed=0):
@@ -541,6 +541,68 @@ def test_what_a_run_knows_beside_its_table_joins_its_metrics_and_its_page(tmp_pa
     mean, sd = judging.fold_table(different)[2:]
     assert mean == {"fold": "mean", "r2": pytest.approx(0.4)} and sd == {"fold": "SD", "r2": pytest.approx(0.3 / 2 ** 0.5)}
     assert judging.identical_fold_alarms(different) == []
+
+
+def judge_similar(tmp_path, rows, similar, kind=score_judging.judge_scores):
+    """metrics.json, log and page of a run that judges these rows, of which `similar` look like one of another part."""
+    setting = judging.Setting(part="val", seen=np.full(len(rows), "new"), is_similar=np.isin(np.arange(len(rows)), similar))
+    table = table_of(tmp_path, rows)
+    args = judge_predictions.parse_args(["--predictions", "unused.csv", "--output_dir", str(tmp_path / "out")])
+    with common.start_run(args) as run:
+        metrics = kind(run, table, setting)
+    page = html.unescape((run.folder / "report.html").read_text())
+    shutil.rmtree(tmp_path / "out")
+    return metrics, page, run
+
+
+def rows_with_ridge(n, noise):
+    """n rows of one score: noise: (n,) how wrong the model is; the baseline is as wrong as an sd."""
+    draw = np.random.default_rng(4)
+    true, wrong, other = draw.normal(size=(3, n))
+    return [{"image": f"{k}.jpg", "v_true": true[k], "v_predicted": true[k] + noise[k] * wrong[k],
+             "v_ridge": true[k] + other[k]} for k in range(n)]
+
+
+def test_a_result_that_hangs_on_rows_that_look_like_others_is_in_doubt(tmp_path):
+    """The model knows the first 60 of 100 rows and no other: without them nothing is left; with them R2 is .6."""
+    rows = rows_with_ridge(100, np.repeat([0.1, 1.0], [60, 40]))
+    known = np.arange(60)
+    metrics, page, _ = judge_similar(tmp_path, rows, [])
+    assert metrics["doubts"] == [] and "Holds" in page and "look like one of another part" not in page
+    metrics, page, _ = judge_similar(tmp_path, rows, known)
+    rest = table_of(tmp_path, rows).take(np.arange(60, 100)).compare().overall
+    (doubt,) = metrics["doubts"]
+    assert doubt.startswith("60 of 100 rows look like one of another part. Without them: Not resolvable whether")
+    assert f"{rest.model['r2'].value:.3f} against {rest.baseline['r2'].value:.3f}" in doubt
+    assert doubt.endswith("keep them together: --group_column") and "Better, with doubts" in page
+    metrics, *_ = judge_similar(tmp_path, rows, np.arange(100))
+    assert metrics["doubts"][0].startswith("100 of 100 rows look like one of another part. If they")
+    # it never was better than its baseline, yet its R2 was high
+    for row in rows:
+        row["v_ridge"] = row["v_predicted"] + 0.01
+    metrics, *_ = judge_similar(tmp_path, rows, known)
+    assert metrics["headline"]["verdict"] != "better" and "60 of 100 rows" in metrics["doubts"][0]
+
+
+def test_a_result_that_holds_without_rows_that_look_like_others_stays_green(tmp_path, capsys):
+    rows = rows_with_ridge(100, np.full(100, 0.3))
+    metrics, page, run = judge_similar(tmp_path, rows, np.arange(20))
+    sentence = "20 of 100 rows look like one of another part. Without them: The model beats the baseline"
+    assert metrics["doubts"] == [] and "Holds" in page and page.count(sentence) == 1
+    assert f"note: {sentence}" in capsys.readouterr().out
+
+
+def test_classes_without_the_rows_that_look_like_others(tmp_path):
+    """All that are right are similar; of the rest, of one class, no AUC can be had."""
+    draw = np.random.default_rng(5)
+    rows = [{"image": f"{k}.jpg", "label": "ab"[k % 2], "prob_a": 0.8 - 0.6 * (k % 2) + 0.1 * draw.random()} for k in range(60)]
+    for row in rows:
+        row |= {"prob_b": 1 - row["prob_a"], "ridge_prob_a": draw.random()}
+        row["ridge_prob_b"] = 1 - row["ridge_prob_a"]
+    metrics, *_ = judge_similar(tmp_path, rows, range(8), class_judging.judge_classes)
+    assert metrics["doubts"] == []
+    metrics, *_ = judge_similar(tmp_path, rows, [k for k in range(60) if k % 2], class_judging.judge_classes)
+    assert metrics["doubts"][0].startswith("30 of 60 rows look like one of another part. Without them: Not resolvable")
 
 
 def test_rows_of_one_name_are_one_group(tmp_path):
