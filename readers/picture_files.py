@@ -132,8 +132,9 @@ def _deep_values(image):
     values = np.asarray(image)
     if _sample_type(image) == (32, False) and values.dtype.kind == "i":
         values = values.view(np.uint32)  # Pillow holds unsigned 32-bit samples as signed
-    if not np.isfinite(values).all():
-        raise pixel_cache.BadImage(f"has {np.sum(~np.isfinite(values))} NaN or infinite pixels")
+    n_bad = np.sum(~np.isfinite(values))
+    if n_bad:
+        raise pixel_cache.BadImage(f"has {n_bad} NaN or infinite pixels")
     return values
 
 

@@ -115,12 +115,9 @@ def invert(pose):
 
 def geodesic_degrees(predicted, target):
     """Poses (..., 6) -> (...) angle in degrees, 0 to 180, of the rotation between their orientations."""
-    back = rotation_matrix(predicted[..., 3:]).transpose(-1, -2)
-    between = multiply(back, rotation_matrix(target[..., 3:]))
-    skew = between - between.transpose(-1, -2)
-    axis = skew[..., [2, 0, 1], [1, 2, 0]]  # (..., 3), 2 sin(angle) long
-    trace = between.diagonal(dim1=-2, dim2=-1).sum(-1)  # 1 + 2 cos(angle)
-    return torch.rad2deg(torch.atan2(axis.norm(dim=-1), trace - 1.0))
+    apart = rotation_matrix(predicted[..., 3:]) - rotation_matrix(target[..., 3:])
+    chord = apart.flatten(-2).norm(dim=-1)  # (...), sqrt(8) sin(angle / 2)
+    return torch.rad2deg(2 * torch.asin((chord / math.sqrt(8)).clamp(max=1.0)))
 
 
 @dataclasses.dataclass
@@ -413,10 +410,11 @@ def mask_labels(poses, unit):
         absent = np.isnan(poses[name]).all(1)
         wild = np.isnan(values) & ~absent[:, None]
         poses[name] = values
-        if wild.any():
-            level = "WARNING: " if wild.any(1).mean() > LARGE_MASKED else ""
+        in_rows = wild.any(1)  # (N,)
+        if in_rows.any():
+            level = "WARNING: " if in_rows.mean() > LARGE_MASKED else ""
             notes.append(
-                f"{level}{wild.sum()} values of {FIELDS[name]} in {wild.any(1).sum()} rows masked "
+                f"{level}{wild.sum()} values of {FIELDS[name]} in {in_rows.sum()} rows masked "
                 f"(NaN, or beyond {LARGEST_LABEL:g}; angles go from -180 to 180)")
         if absent.any():
             notes.append(f"{absent.sum()} rows have no {FIELDS[name]}")
