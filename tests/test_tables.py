@@ -750,13 +750,13 @@ def test_names_that_leave_the_folder_mean_a_file_inside_or_none(tmp_path, name):
 
 def test_a_base_name_counts_only_where_it_is_unique_on_both_sides(tmp_path):
     touch(tmp_path, "images/a.jpg", "images/b.jpg", "s1/c.jpg", "s1/000.jpg", "s2/d.jpg", "s3/d.jpg", "8.jpg", "008.jpg")
-    names = ["images\\1/a.jpg", "images/1/b.jpg", "images/2/b.jpg", "s1/c.jpg", "s2/c.jpg", "0", "x/d.jpg", "08"]
+    names = [" images\\1/a.jpg", "images/1/b.jpg", "images/2/b.jpg", " s1/c.jpg ", "s2/c.jpg", "0", "x/d.jpg", "08", "00a", ".."]
     paths, unmatched, notes = file_names.match_images(names, tmp_path)
     found = [path and path.relative_to(tmp_path).as_posix() for path in paths]
-    assert found == ["images/a.jpg", None, None, "s1/c.jpg", None, "s1/000.jpg", None, None]
-    assert "2 of 8 names" in notes[0] and "5 of 8 names fit no picture" in notes[1] and "--exact_names" in notes[0]
+    assert found == ["images/a.jpg", None, None, "s1/c.jpg", None, "s1/000.jpg", None, None, None, None]
+    assert "2 of 10 names" in notes[0] and "7 of 10 names fit no picture" in notes[1] and "--exact_names" in notes[0]
     paths, _, notes = file_names.match_images(names, tmp_path, exact=True)
-    assert [name for name, path in zip(names, paths) if path] == ["s1/c.jpg"] and "7 of 8 names fit no" in notes[0]
+    assert [name for name, path in zip(names, paths) if path] == [" s1/c.jpg "] and "9 of 10 names fit no" in notes[0]
 
 
 def test_names_that_fit_nothing_are_loud_with_the_likely_reasons(tmp_path):

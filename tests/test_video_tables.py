@@ -77,6 +77,8 @@ def test_a_name_that_fits_several_files_is_an_error_that_lists_them(tmp_path):
     message = fails(file_names.match_videos, ["a.mp4", "b.mp4"], root)
     assert "Cam 8/a.mp4" in message and "Cam 9/a.mp4" in message and "b.mp4 ->" not in message
     assert file_names.match_videos(["Cam 9/a.mp4"], root)[0]["Cam 9/a.mp4"] == root / "Cam 9/a.mp4"
+    for wrong in (root / "gone", root / "Cam 8" / "a.mp4"):
+        assert f"--video_root {wrong}: expected a folder of videos" in fails(file_names.match_videos, ["a.mp4"], wrong)
 
 
 def test_two_folders_of_a_manifest_never_mean_one_file(tmp_path):
@@ -84,6 +86,9 @@ def test_two_folders_of_a_manifest_never_mean_one_file(tmp_path):
     message = fails(file_names.match_videos, ["E:\\x\\Cam 8\\a.mp4", "E:\\x\\Cam 9\\a.mp4"], put(tmp_path, "a.mp4"))
     assert "cam 8" in message and "cam 9" in message
     assert len(file_names.match_videos(["E:\\x\\Cam 8\\a.mp4", "F:\\copy\\Cam 8\\a.mp4"], tmp_path)[0]) == 2
+    moved = put(tmp_path / "other", "Cam 1/a.mp4")
+    assert set(file_names.match_videos(["E:\\x\\Cam 8\\a.mp4", "F:\\copy\\Cam 8\\a.mp4"], moved)[0].values()) == {
+        moved / "Cam 1/a.mp4"}
 
 
 def test_a_video_that_was_converted_is_found_unless_the_original_is_there(tmp_path):
