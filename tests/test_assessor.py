@@ -615,23 +615,59 @@ def test_an_exported_model_gives_the_same_ratings_without_this_repository(sample
             assert value == pytest.approx(float(row[name]), rel=1e-4, abs=1e-4)
 
 
-def test_a_package_that_an_export_lacks_is_named_before_anything_is_read(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    flags = ["--checkpoint", "no.pth", "--image_dir", "none", "--export", str(tmp_path / "model.onnx")]
-    with pytest.raises(common.UserError, match="pip install onnx"):
-        predict_assessor.parse_args(flags)
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_package_that_an_export_lacks_is_named_before_anything_is_read(package, monkeypatch, tmp_path):
+    """A .pt2 file needs none of them."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None if name == package else SimpleNamespace())
+    flags = ["--checkpoint", "no.pth", "--image_dir", "none", "--export"]
+    with pytest.raises(common.UserError, match=f"pip install {package}$"):
+        predict_assessor.parse_args([*flags, str(tmp_path / "model.onnx")])
+    assert predict_assessor.parse_args([*flags, str(tmp_path / "model.pt2")]).export == tmp_path / "model.pt2"
+    monkeypatch.setitem(sys.modules, package, SimpleNamespace())
+    assert predict_assessor.parse_args([*flags, str(tmp_path / "model.onnx")]).export == tmp_path / "model.onnx"
 
 
 def test_an_export_is_checked_on_ten_pictures_whatever_is_explained(sample, trained, tmp_path, monkeypatch):
-    counts = {}
-    monkeypatch.setattr(predict_assessor, "export", lambda path, members, pixels: counts.update(exported=len(pixels)))
+    """What is explained are the first pictures that could be read, under their names in the table, and the rating asked for."""
+    exported, explained = [], []
+    monkeypatch.setattr(predict_assessor, "export", lambda path, members, pixels: exported.extend(pixels))
     monkeypatch.setattr(predict_assessor, "write_heat_maps", lambda args, members, chosen, titles, pixels, compute:
-                        counts.update(explained=len(pixels), titles=len(titles)))
-    words = ["--checkpoint", trained, "--image_dir", sample.images, "--output", tmp_path / "p.csv", "--explain", 2,
+                        explained.append((chosen, titles, pixels)))
+    folder = shutil.copytree(sample.images, tmp_path / "images")
+    first, second, third, *_ = sorted(folder.iterdir())
+    second.write_text("no picture")
+    words = ["--checkpoint", trained, "--image_dir", folder, "--output", tmp_path / "p.csv", "--explain", 2,
              "--export", tmp_path / "m.pt2", "--num_workers", 0]
-    monkeypatch.setattr(sys, "argv", ["predict_assessor.py", *map(str, words)])
-    predict_assessor.main()
-    assert counts == {"explained": 2, "titles": 2, "exported": 10}
+    for more in ([], ["--explain_rating", "anger"]):
+        monkeypatch.setattr(sys, "argv", ["predict_assessor.py", *map(str, words), *more])
+        predict_assessor.main()
+    assert [chosen for chosen, _, _ in explained] == [slice(None), [1]], "Valence, Anger"
+    for _, titles, pixels in explained:
+        assert titles == [first.name, third.name] and len(exported) == 20
+        assert np.array_equal(pixels, torch.stack(exported[:2])) and pixels.shape == (2, 32, 32, 3)
+
+
+def test_the_page_of_heat_maps_is_of_the_mean_of_the_members(tmp_path, monkeypatch):
+    """A member whose maps are 1 and one whose are 4, of two pictures; without --explain_rating all ratings are shown."""
+    written, shown_maps = [], []
+    monkeypatch.setattr(predict_assessor, "explain", lambda model, settings, pixels, compute, chosen: np.full(
+        (2, len(pixels), 8, 8), model * settings["k"] + chosen[0]))
+    monkeypatch.setattr(predict_assessor.heat_maps, "show", lambda cases, pixels, maps, shown: (
+        shown_maps.append((cases, maps, shown)) or ["grid"], SimpleNamespace(sentence="They change.")))
+    monkeypatch.setattr(predict_assessor.reporting, "write_report", lambda *given: written.append(given))
+    members = [predict_assessor.Member(1, {"k": 1}), predict_assessor.Member(2, {"k": 2})]
+    pixels = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
+    for rating, expected in ((None, "the mean over the ratings"), ("calm", "calm")):
+        args = SimpleNamespace(output=tmp_path / "p.csv", explain_rating=rating)
+        predict_assessor.write_heat_maps(args, members, [0], ["a", "b"], pixels, SimpleNamespace(text="a machine"))
+        cases, maps, shown = shown_maps.pop()
+        assert shown == expected and (maps == 2.5).all() and maps.shape == (2, 2, 8, 8)
+        assert [case["title"] for case in cases] == ["a", "b"]
+        assert all((case["image"] == own).all() for case, own in zip(cases, pixels))
+        path, _, verdict, sections, machine = written.pop()
+        assert path == tmp_path / "p.html" and verdict.sentence == "They change." and machine == "a machine"
+        assert sections[0] == (f"Places on which the prediction rests: {expected}", ["grid"])
 
 
 def test_what_is_exported_of_several_models_is_their_mean(folds):
@@ -759,8 +795,9 @@ def test_an_interval_needs_members_that_are_all_grouped_or_all_not(capsys):
     with pytest.raises(common.UserError, match="some checkpoints were trained with --group_column"):
         predict_assessor.half_widths([whole, grouped], 0.5)
     del whole.settings["abs_residuals"]
-    with pytest.raises(common.UserError, match="best_model.pth of a finished run holds"):
-        predict_assessor.half_widths([whole], 0.5)
+    for some in ([whole], [member("c", None), whole]):
+        with pytest.raises(common.UserError, match="best_model.pth of a finished run holds"):
+            predict_assessor.half_widths(some, 0.5)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
@@ -807,11 +844,15 @@ def test_prediction_without_pictures_is_refused(tmp_path, capsys):
 
 
 def test_an_infinite_interval_is_said_and_so_is_a_constant_rating(capsys):
-    members = [predict_assessor.Member(None, {"label_sd": torch.ones(2)})]
-    predicted = np.array([[[1.0, 2.0], [3.0, 2.01]]])  # (1 member, 2 pictures, 2 ratings)
+    """The sds of a and b are 1.414 and 0.007; a twentieth of the mean sds of the labels 1.4 and 0.0075."""
+    members = [predict_assessor.Member(None, {"label_sd": torch.tensor(sds)}) for sds in ([20, 0.1], [36, 0.2])]
+    predicted = np.array([[[0.0, 2.0], [3.0, 2.02]], [[2.0, 2.0], [3.0, 2]]])  # (2 members, 2 pictures, 2 ratings)
     predict_assessor.print_summary(predicted, ["a", "b"], members, np.array([0.5, np.inf]))
     said = capsys.readouterr().out
-    assert "interval: infinite for 1 ratings, too few residuals" in said and said.count("NEARLY CONSTANT") == 1
+    rows = {words[0]: words[1:] for words in map(str.split, said.splitlines())}
+    assert [*map(float, rows["a"])] == [2, 1.414, 1, 3]
+    assert [*map(float, rows["b"][:4])] == [2.005, 0.007, 2, 2.01] and rows["b"][4:] == ["NEARLY", "CONSTANT"]
+    assert "interval: infinite for 1 ratings, too few residuals" in said
     for widths in (np.array([0.5, 0.5]), None):
         predict_assessor.print_summary(predicted, ["a", "b"], members, widths)
         assert "interval" not in capsys.readouterr().out

@@ -608,14 +608,16 @@ def test_an_exported_file_is_written_whole_and_only_if_it_is_right(tmp_path):
     colours = pixels.float().mean((1, 2))
     member = SimpleNamespace(model=nn.Flatten(), predict_pixels=lambda pixels: pixels.float().mean((1, 2)))
 
-    def export(file, expected):
+    def export(file, expected, **unit):
         about = exporting.about_pictures(["red", "green", "blue"], 4, None)
-        exporting.export(file, [member], lambda *_: expected, {"pixels": pixels}, about)
+        exporting.export(file, [member], lambda *_: expected, {"pixels": pixels}, about, **unit)
     file = tmp_path / "m.pt2"
-    export(file, colours)
+    one_off = colours - torch.tensor([[0, 0, 0], [0, 0.1, 0]])
+    export(file, one_off, unit=torch.tensor([1, 1001, 1]))
     before = file.read_bytes()
-    with pytest.raises(common.UserError, match="differ from this script's"):
-        export(file, colours + 1)
+    for unit in ({}, {"unit": 950}, {"unit": torch.tensor([9999, 950, 9999])}):
+        with pytest.raises(common.UserError, match="differ from this script's by 0.* on 2 rows"):
+            export(file, one_off, **unit)
     with pytest.raises(common.CannotSave, match="cannot write .*m.pt2"):
         export(tmp_path / "gone" / "m.pt2", colours)
     assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == before
