@@ -628,7 +628,7 @@ def test_a_package_that_an_export_lacks_is_named_before_anything_is_read(package
     assert predict_assessor.parse_args([*flags, str(tmp_path / "model.onnx")]).export == tmp_path / "model.onnx"
 
 
-def test_an_export_is_checked_on_ten_pictures_whatever_is_explained(sample, trained, tmp_path, monkeypatch):
+def test_an_export_is_checked_on_ten_pictures_whatever_is_explained(sample, trained, tmp_path, monkeypatch, capsys):
     """What is explained are the first pictures that could be read, under their names in the table, and the rating asked for."""
     exported, explained = [], []
     monkeypatch.setattr(predict_assessor, "export", lambda path, members, pixels: exported.extend(pixels))
@@ -642,10 +642,27 @@ def test_an_export_is_checked_on_ten_pictures_whatever_is_explained(sample, trai
     for more in ([], ["--explain_rating", "anger"]):
         monkeypatch.setattr(sys, "argv", ["predict_assessor.py", *map(str, words), *more])
         predict_assessor.main()
+        said = capsys.readouterr().out
+        assert re.search("Valence +[0-9.]+ +[0-9.]+", said) and "48 pictures, 1 could not be read" in said
+        assert re.search("note: .* rows trained the model", said)
     assert [chosen for chosen, _, _ in explained] == [slice(None), [1]], "Valence, Anger"
     for _, titles, pixels in explained:
         assert titles == [first.name, third.name] and len(exported) == 20
         assert np.array_equal(pixels, torch.stack(exported[:2])) and pixels.shape == (2, 32, 32, 3)
+
+
+def test_an_export_is_compared_with_the_ratings_in_units_of_their_labels(monkeypatch):
+    given = []
+    monkeypatch.setattr(predict_assessor.exporting, "export", lambda *args, **more: given.append((args, more)))
+    monkeypatch.setattr(predict_assessor.Member, "predict", lambda self, pixels, compute: (pixels * self.model, "features"))
+    members = [predict_assessor.Member(k, {"names": ["calm"], "image_size": 32, "pixel_range": [0, 4095],
+                                           "label_sd": torch.full([1], 20.0 + k)}) for k in (1, 2)]
+    pixels = torch.ones(2, 32, 32, 3)
+    predict_assessor.export("m.pt2", members, pixels)
+    [((path, models, answer, inputs), more)] = given
+    assert path == "m.pt2" and models == members and list(inputs) == ["pixels"] and inputs["pixels"] is pixels
+    assert torch.equal(answer(members[1], None), 2 * pixels) and more["unit"] == 21
+    assert more["about"] == exporting.about_pictures(["calm"], 32, [0, 4095])
 
 
 def test_the_page_of_heat_maps_is_of_the_mean_of_the_members(tmp_path, monkeypatch):
@@ -790,7 +807,7 @@ def test_an_interval_needs_members_that_are_all_grouped_or_all_not(capsys):
     assert predict_assessor.half_widths([whole], 0.5) == 10 and predict_assessor.half_widths([grouped], 0.5) > 0
     assert "chosen" not in capsys.readouterr().out
     whole.settings["metric"] = "val_r2"
-    predict_assessor.half_widths([whole], 0.5)
+    predict_assessor.half_widths([member("c", None), whole], 0.5)
     assert "the bounds may hold less than 50% of new pictures" in capsys.readouterr().out
     with pytest.raises(common.UserError, match="some checkpoints were trained with --group_column"):
         predict_assessor.half_widths([whole, grouped], 0.5)
@@ -844,14 +861,14 @@ def test_prediction_without_pictures_is_refused(tmp_path, capsys):
 
 
 def test_an_infinite_interval_is_said_and_so_is_a_constant_rating(capsys):
-    """The sds of a and b are 1.414 and 0.007; a twentieth of the mean sds of the labels 1.4 and 0.0075."""
-    members = [predict_assessor.Member(None, {"label_sd": torch.tensor(sds)}) for sds in ([20, 0.1], [36, 0.2])]
-    predicted = np.array([[[0.0, 2.0], [3.0, 2.02]], [[2.0, 2.0], [3.0, 2]]])  # (2 members, 2 pictures, 2 ratings)
+    """The sds of a and b are 1.414 and 0.707; a twentieth of the mean sds of the labels 1.4 and 0.75."""
+    members = [predict_assessor.Member(None, {"label_sd": torch.tensor(sds)}) for sds in ([20.0, 10], [36.0, 20])]
+    predicted = np.array([[[0.0, 20], [3.0, 22]], [[2.0, 20], [3.0, 20]]])  # (2 members, 2 pictures, 2 ratings)
     predict_assessor.print_summary(predicted, ["a", "b"], members, np.array([0.5, np.inf]))
     said = capsys.readouterr().out
     rows = {words[0]: words[1:] for words in map(str.split, said.splitlines())}
     assert [*map(float, rows["a"])] == [2, 1.414, 1, 3]
-    assert [*map(float, rows["b"][:4])] == [2.005, 0.007, 2, 2.01] and rows["b"][4:] == ["NEARLY", "CONSTANT"]
+    assert [*map(float, rows["b"][:4])] == [20.5, 0.707, 20, 21] and rows["b"][4:] == ["NEARLY", "CONSTANT"]
     assert "interval: infinite for 1 ratings, too few residuals" in said
     for widths in (np.array([0.5, 0.5]), None):
         predict_assessor.print_summary(predicted, ["a", "b"], members, widths)
@@ -863,6 +880,10 @@ def test_without_a_readable_picture_nothing_is_exported_and_it_is_said(folds, tm
     text = run_here("predict_assessor.py", "--checkpoint", folds / "fold_0", "--images", tmp_path / "broken.jpg", "--output",
                     tmp_path / "p.csv", "--export", tmp_path / "m.pt2", code=2).stderr
     assert text.startswith("error: no picture could be read") and "broken.jpg" in read_csv(tmp_path / "p.csv")[0]["error"]
+    (tmp_path / "p.csv").unlink()
+    run_here("predict_assessor.py", "--checkpoint", folds / "fold_0", "--images", tmp_path / "broken.jpg", "--output",
+             tmp_path / "p.csv")
+    assert len(read_csv(tmp_path / "p.csv")) == 1, "a table is all that was asked for"
 
 
 def test_a_checkpoint_to_continue_is_no_model_to_predict_with(tmp_path, monkeypatch):

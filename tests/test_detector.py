@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.stats import binomtest
@@ -739,6 +739,23 @@ def test_the_text_of_a_box_at_an_edge_is_whole():
     assert (draw([100, 100, 300, 300], [120, 50, 140, 400]) == 255).all(2).sum() == 2 * whole
     below_one_another = draw([100, 100, 300, 300], [100, 106, 300, 300])
     assert (below_one_another == 255).all(2).sum() < 2 * whole, "texts, not frames, still lie on one another"
+
+
+def test_a_box_says_its_part_its_state_and_its_score_on_its_own_colour(monkeypatch):
+    """A part without a known state says none, an annotated box no score; its frame is two pixels wide."""
+    said = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, place, text, *more: said.append((list(place), text)))
+    boxes = np.array([[100.0, 100, 300, 300], [20, 30, 60, 50]])
+    drawn = drawn_boxes(np.zeros((480, 640, 3), np.uint8), (640, 480), boxes, np.array([1, 0]),
+                        np.array([part_boxes.STATES.index("damaged"), UNKNOWN]), ["bell", "saddle"], [0.94, 0.5])
+    assert said == [([100, 100], " saddle damaged 0.94"), ([20, 30], " bell 0.50")]
+    orange, grey = (np.array(ImageColor.getrgb(box_pictures.STATE_COLOURS[state])) for state in (1, UNKNOWN))
+    assert (drawn[100:112, 100:200] == orange).all() and (drawn[30:42, 20:50] == grey).all(), "under the text"
+    assert (drawn[299:301, 100:301] == orange).all() and not drawn[298, 110:290].any() and not drawn[301].any()
+    said.clear()
+    drawn_boxes(np.zeros((480, 640, 3), np.uint8), (640, 480), np.array([[-30.0, -9, 60, 50]]), np.array([0]),
+                np.array([part_boxes.STATES.index("absent")]), ["bell"])
+    assert said == [([0, 0], " bell absent")]
 
 
 def test_a_sheet_shows_in_each_line_the_annotated_boxes_left_and_the_detected_ones_right(monkeypatch):

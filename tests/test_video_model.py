@@ -543,7 +543,8 @@ def test_an_exported_network_gives_what_the_script_gives(model, task, suffix, tm
         runtime = pytest.importorskip("onnxruntime")
     args = arguments("--model", model, "--image_size", 32, "--n_frames", 6, "--clips_per_event", 2,
                      *(["--fps", 4] if task == "classify" else []), task=task)
-    args.pixel_mean, args.pixel_sd = [0.3, 0.4, 0.5], [0.2, 0.3, 0.4]
+    args.pixel_mean, args.pixel_sd, args.pixel_range = [0.3, 0.4, 0.5], [0.2, 0.3, 0.4], [0, 4095]
+    args.positive_class = "b"
     network = tiny_network(model)
     network.head.prior_shift.copy_(torch.tensor([0.5, -0.25]))
     calibration = {"calibration": {"temperature": 1.7, "threshold": 0.5}} if task == "classify" else {}
@@ -575,8 +576,11 @@ def test_an_exported_network_gives_what_the_script_gives(model, task, suffix, tm
         found = torch.export.load(file, extra_files=files).module()(*map(torch.from_numpy, inputs.values()))
         about = json.loads(files["about.json"])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    assert (about["names"], about["frames"], about["short_side"], about["crop"]) == (["a", "b"], 6, 37, 32)
-    assert (about.get("frames_per_sec"), about.get("clip_sec")) == ((4, 1.5) if task == "classify" else (None, None))
+    resize = about.pop("resize")
+    assert resize.startswith("upright, transparency on white") and resize.endswith("the crop begins at (side - crop + 1) // 2")
+    of_classes = {"frames_per_sec": 4, "clip_sec": 1.5, "threshold": 0.5, "positive_class": "b"}
+    assert about == {"names": ["a", "b"], "frames": 6, "short_side": 37, "crop": 32, "pixel_range": [0, 4095], "task": task,
+                     **(of_classes if task == "classify" else {})}
 
 
 class Branching(train_video.ClipNet):
