@@ -271,7 +271,7 @@ def test_what_results_say_of_their_pictures_and_another_detector_count(tmp_path,
     truth, results, weak = (tmp_path / f"{name}.json" for name in ("truth", "results", "weak"))
     rows = json.loads(results.read_text())
     common.write_json(results, [rows[0] | {"seen": word}, *rows[1:]])
-    common.write_json(weak, rows[::2])
+    common.write_json(weak, [rows[0] | {"file_name": "picture 11.jpg"}, *rows[2::2]])
     run_here("judge_predictions.py", "--predictions", results, "--truth", truth, "--baseline", weak, "--criteria", "map>0.1",
              "--output_dir", tmp_path / "out", *flags)
     folder = only_run(tmp_path / "out")
@@ -281,10 +281,13 @@ def test_what_results_say_of_their_pictures_and_another_detector_count(tmp_path,
     own_truth, found, *_ = detection_judging.read_coco_results(truth, weak)
     assert metrics["baselines"]["weak"] == pytest.approx(values_of(own_truth, found)["map"])
     assert common.read_json(folder / "args.json")["data"] == {"predictions": [str(results)], "truth": str(truth)}
-    assert "<title>Detections of results.json" in (folder / "report.html").read_text()
-    said = run_here("judge_predictions.py", "--predictions", results, "--truth", truth, "--criteria", "r2>0.1", "--output_dir",
-                    tmp_path / "none", code=2).text
-    assert "r2" in said and not (tmp_path / "none").exists()
+    page = (folder / "report.html").read_text()
+    assert "<title>Detections of results.json" in page and "12 pictures scored" in page
+    assert "note: weak.json: 1 results have the image_id of another" in (folder / "log.txt").read_text()
+    for bar in ("r2", "joint_map"):  # no detection has a state
+        said = run_here("judge_predictions.py", "--predictions", results, "--truth", truth, "--criteria", f"{bar}>0.1",
+                        "--output_dir", tmp_path / "none", code=2).text
+        assert bar in said and not (tmp_path / "none").exists()
 
 
 def test_the_baseline_of_the_highest_ap_counts_and_limits_of_a_run_stand_on_its_page(tmp_path):

@@ -1066,4 +1066,9 @@ def test_sample_quirks_are_there_and_both_formats_agree(bicycles, flags):
             np.testing.assert_allclose(others[part][1], box, atol=0.2)
     assert len(shared) == 31
     val = np.array([image.origin == "val" for image in coco.images])
-    assert set(coco.truth.groups[val]).isdisjoint(coco.truth.groups[~val])
+    assert set(coco.truth.groups[val]) == {"street 5"} and set(coco.truth.groups[~val]) == {f"street {k}" for k in range(5)}
+    for row, image in enumerate(content.values()):
+        for part, entry in image["parts"].items():
+            assert ("object_state_class" in entry) == (row % 3 == 2 or (row == 11 and part == "chain")), "states as numbers"
+            assert ("trust" in entry) == (row % 4 > 0), "missing trust"
+

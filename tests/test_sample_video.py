@@ -85,6 +85,10 @@ def test_manifests_have_the_published_header_and_its_quirks(made):
     assert 0.22 < (table.label == "tail").mean() < 0.28 and (table.duration_sec == 0).sum() == 13
     assert table.date.isna().sum() > 30 and table.date.dropna().str.endswith(" 0:00").sum() > 30
     assert table.start_time.str.len().nunique() == 2, "6:00:25 and 06:00:25"
+    end = pd.to_timedelta(table.end_time).dt.total_seconds()
+    filmed_from = (table.start - table.event_offset_sec).groupby(table.video)
+    assert (filmed_from.agg(np.ptp) < 1).all(), "the clock is that of the video, in whole seconds"
+    assert (end - table.start - table.duration_sec).abs().max() < 1
     assert table.video_path.str.startswith("E:\\Some study 2024\\Group ").all()
     assert table.video.nunique() == 24 and not table.duplicated(KEY).any()
     rates = {round(video_files.probe(path).header_fps, 3) for path in table.video.unique()}
