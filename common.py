@@ -1485,6 +1485,12 @@ def launched_processes(env=os.environ):
     return Processes(rank, size, local_rank, max(local_size, 1))
 
 
+def print_first(text):
+    """Print a line; of several processes only the first one does."""
+    if launched_processes().is_first:
+        print(text)
+
+
 @dataclasses.dataclass(frozen=True)
 class Processes:
     """The processes that share one run; with one of them every method is a no-op."""

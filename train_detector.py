@@ -232,8 +232,8 @@ def settle_split(parser, args):
         parser.error(f"--{way} {getattr(args, way)} makes the split; leave out --{' and --'.join(refused)}")
     given_up = sorted(idle - args.given)
     if given_up:
-        print(f"note: --{way} makes the split, so {' and '.join(given_up)} of the configuration or "
-              "the environment not used")
+        common.print_first(f"note: --{way} makes the split, so {' and '.join(given_up)} of the configuration or "
+                           "the environment not used")
     settled = {name: 0 if name in ("folds", "test_ratio") else None for name in given_up}
     if way == "split_ratio":
         settled["train_ratio"] = args.split_ratio
@@ -728,7 +728,7 @@ def load_pretrained(model, state, source):
         return
     prefix = prefix.removesuffix(body)
     if prefix:
-        print(f"note: {source}: the layers are loaded without the prefix {prefix}")
+        common.print_first(f"note: {source}: the layers are loaded without the prefix {prefix}")
     try:
         for part in ("backbone", "rpn", "roi_heads.box_head"):
             start = f"{prefix}{part}."

@@ -255,10 +255,7 @@ def load_backbone_state(model, state, last, source):
         _say_once(f"note: {source}: {len(found)} layers were loaded{how}, {n_others} others of the file were not")
 
 
-@functools.cache
-def _say_once(text):
-    """Print a note the first time alone: a backbone is built several times in a run."""
-    print(text)
+_say_once = functools.cache(common.print_first)  # a backbone is built several times in a run
 
 
 def feature_maps(output):

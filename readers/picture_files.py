@@ -263,7 +263,7 @@ def check_bad_files(audit, on_bad_file):
         raise common.UserError(f"{len(bad)} of {len(audit)} pictures cannot be read. Repair or "
                                f"remove them, or pass --on_bad_file skip:\n  {listed}")
     for line in bad:
-        print(f"skipped {line}")
+        common.print_first(f"skipped {line}")
     return [index for index, found in enumerate(audit) if not found.error]
 
 

@@ -91,8 +91,8 @@ class PixelStore:
         sizes = list(in_threads(self.estimate, rows_of_files))
         self.cache = self._choose_cache(rows_of_files, sizes, cache)
         if sum(sizes) > LARGE:
-            print(f"note: {n_items} {self.item}s take about {sum(sizes) / 1e9:.1f} GB decoded "
-                  f"(--cache {self.cache}). {self.smaller} would take less")
+            common.print_first(f"note: {n_items} {self.item}s take about {sum(sizes) / 1e9:.1f} GB decoded "
+                               f"(--cache {self.cache}). {self.smaller} would take less")
         files = common.with_progress("decoding", in_threads(self._load, rows_of_files), len(rows_of_files))
         for loaded, rows in zip(files, rows_of_files):
             for row, (audit, n_bytes, kept) in zip(rows, loaded):

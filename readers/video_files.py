@@ -682,7 +682,7 @@ def name_losses(what, reasons, allowed, is_too_much):
     if is_too_much:
         raise common.UserError(f"{what}; at most {allowed:.0%} may be lost (--max_missing, "
                                f"--on_bad_file skip). Repair or remove these videos:{listed}")
-    print(f"note: {what}; left out:{listed}")
+    common.print_first(f"note: {what}; left out:{listed}")
 
 
 # ----------------------------------------------------------------------------------------

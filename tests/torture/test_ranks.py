@@ -2,6 +2,7 @@
 
     python -m pytest tests/torture/test_ranks.py
 """
+import argparse
 import dataclasses
 import datetime
 import itertools
@@ -14,8 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import common
+import train_detector
+from readers import backbones, picture_files, pixel_cache, video_files
 
 GROUP = "1, 2 and 3 processes: odd sizes, elastic resume, stops, NaN"
 
@@ -254,6 +258,25 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", 
     ({**STEP, "RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0, 1))])  # torchrun within a step
 def test_rank_from_the_environment(env, expected):
     assert dataclasses.astuple(common.launched_processes(env)) == expected
+
+
+@pytest.mark.parametrize("rank, n_lines", [("0", 6), ("1", 0)])
+def test_bad_files_are_listed_by_the_first_process_alone(monkeypatch, capsys, tmp_path, rank, n_lines):
+    """Of two processes each listed every picture and video that it left out, as if there were twice as many."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(pixel_cache, "LARGE", 0)
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+    picture_files.ImageStore([path], 8, cache="none")
+    bad = picture_files.ImageAudit("b.png", "empty file, 0 bytes")
+    assert picture_files.check_bad_files([picture_files.ImageAudit("a.png"), bad], "skip") == [0]
+    video_files.name_losses("1 videos cannot be read", {"c.mp4": "damaged"}, 0.05, is_too_much=False)
+    backbones._say_once(f"note: {path}: 2 layers were loaded")
+    assert not train_detector.settle_split(common.Parser(), argparse.Namespace(
+        folds=0, split_file=None, split_ratio=None, train_ratio=None, test_ratio=0.2, val_json=Path("v.json"),
+        test_json=None, given=set())).test_ratio
+    assert len(capsys.readouterr().out.splitlines()) == n_lines
 
 
 @pytest.mark.parametrize("env, expected", [
