@@ -339,12 +339,12 @@ def test_similar_pairs_are_the_planted_ones_whatever_the_part_and_unit():
 
 
 def test_a_page_of_too_few_rows_does_not_say_that_similar_pictures_were_looked_for(tmp_path):
-    """19 rows tell no usual distance; "share none of: ..., similar pictures" was said of parts not compared."""
-    features = np.random.default_rng(0).normal(size=(20, 8))
-    keys = np.array([f"{i}.jpg" for i in range(20)])
+    """29 rows tell no usual distance; "share none of: ..., similar pictures" was said of parts not compared."""
+    features = np.random.default_rng(0).normal(size=(30, 8))
+    keys = np.array([f"{i}.jpg" for i in range(30)])
     run = SimpleNamespace(path=lambda name: tmp_path / name, say=print,
                           compute=SimpleNamespace(processes=common.Processes()))
-    for n_rows, is_looked_for in ((19, False), (20, True)):
+    for n_rows, is_looked_for in ((29, False), (30, True)):
         split = {"train": np.arange(10), "val": np.arange(10, n_rows)}
         common.write_json(tmp_path / "leakage_report.json", splitting.leakage_report(split, keys, keys, None, {}))
         assert splitting.add_similar(run, features, split, keys) == []
