@@ -127,6 +127,9 @@ def test_a_warning_begins_beyond_the_farthest_held_out_row_and_beyond_the_labels
     assert {what: is_so.tolist() for what, is_so in found.items()} == {
         "unlike the training clips": [False, True, False, False],
         "calm outside the training labels": [False, False, True, True]}
+    of_classes = row_warnings.known_data(mean + [[-1, -2], [1, 2]], mean + [[3, 8]])
+    assert list(of_classes) == ["mean", "sd", "farthest"]
+    assert list(row_warnings.find("clips", print, {"known_data": of_classes}, features)) == ["unlike the training clips"]
 
 
 # --- the scripts ------------------------------------------------------------------------------
