@@ -34,13 +34,13 @@ def seen_in(path):
 
 def test_a_row_is_seen_where_one_of_its_hashes_is():
     """Hashes are whole numbers of 64 bits, of which a float would keep the first 53."""
-    one, two, three, four, nine = 2 ** 60 + np.arange(5)
+    one, two, three, four, five, nine = 2 ** 60 + np.arange(6)
     seen = seen_rows.SeenRows([one, four], [two])
-    hashes = np.array([[one, nine], [nine, four], [two, nine], [four, two], [nine, three]])
-    assert seen.words(hashes).tolist() == ["train", "train", "chose", "train", "new"]
+    hashes = np.array([[one, nine], [nine, four], [two, nine], [four, two], [nine, three], [nine, five]])
+    assert seen.words(hashes).tolist() == ["train", "train", "chose", "train", "new", "new"]
     both = [seen.plus(seen_rows.SeenRows([three], [])), seen_rows.SeenRows([], [three]).plus(seen)]
-    assert both[0].words(hashes).tolist() == ["train", "train", "chose", "train", "train"]
-    assert both[1].words(hashes).tolist() == ["train", "train", "chose", "train", "chose"]
+    assert both[0].words(hashes).tolist() == ["train", "train", "chose", "train", "train", "new"]
+    assert both[1].words(hashes).tolist() == ["train", "train", "chose", "train", "chose", "new"]
 
 
 def test_the_worst_word_counts():
