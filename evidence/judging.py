@@ -140,9 +140,10 @@ def judge_without_similar(run, table, setting, result, metric, describe):
         rest = table.take(~is_similar).compare()
         sentence += f" Without them: {describe(rest)}"
         was_better, is_better = (verdicts.outcome_of(found.gain(metric)) == "better" for found in (result, rest))
-        has_fallen = rest.overall.model[metric].value < result.overall.model[metric].low
+        low = np.nan_to_num(result.overall.model[metric].low, nan=-np.inf)
+        has_fallen = not rest.overall.model[metric].value >= low  # nor is it undefined
         holds = (is_better or not was_better) and not has_fallen
-    setting = dataclasses.replace(setting, similar=[*setting.similar, reporting.html_text(sentence)])
+    setting = dataclasses.replace(setting, similar=[reporting.html_text(sentence), *setting.similar])
     if holds:
         run.say(f"note: {sentence}")
         return setting, []

@@ -577,11 +577,14 @@ def test_a_result_that_hangs_on_rows_that_look_like_others_is_in_doubt(tmp_path)
     assert doubt.endswith("keep them together: --group_column") and "Better, with doubts" in page
     metrics, *_ = judge_similar(tmp_path, rows, np.arange(100))
     assert metrics["doubts"][0].startswith("100 of 100 rows look like one of another part. If they")
+    metrics, *_ = judge_similar(tmp_path, rows, np.arange(99))
+    assert "Without them: Not resolvable" in metrics["doubts"][0] and "mean R2 undefined" in metrics["doubts"][0]
     # it never was better than its baseline, yet its R2 was high
     for row in rows:
         row["v_ridge"] = row["v_predicted"] + 0.01
-    metrics, *_ = judge_similar(tmp_path, rows, known)
-    assert metrics["headline"]["verdict"] != "better" and "60 of 100 rows" in metrics["doubts"][0]
+    for similar in (known, np.arange(99)):
+        metrics, *_ = judge_similar(tmp_path, rows, similar)
+        assert metrics["headline"]["verdict"] != "better" and f"{len(similar)} of 100 rows" in metrics["doubts"][0]
 
 
 def test_a_result_that_holds_without_rows_that_look_like_others_stays_green(tmp_path, capsys):
