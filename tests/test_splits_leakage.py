@@ -365,6 +365,18 @@ def test_copies_are_found_where_most_rows_have_some():
     assert splitting.similar_pairs(rng.normal(size=(160, 64)), split) == [], "no two of them are near"
 
 
+@pytest.mark.parametrize("dimension", [3, 6])
+def test_rows_without_a_copy_are_rarely_similar_whatever_the_dimension_of_the_features(dimension):
+    """1 row in 100 has a neighbour as near as the limit, and that neighbour may not be one of them."""
+    n_similar = 0
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        features = rng.normal(size=(1000, dimension)) @ rng.normal(size=(dimension, 64))
+        pairs = splitting.similar_pairs(features, {f"fold_{row}": [row] for row in range(1000)})
+        n_similar += len(set(np.ravel(pairs)))
+    assert 0.006 < n_similar / 6000 < 0.016
+
+
 def test_similar_pictures_are_counted_and_shown_and_do_not_stop(tmp_path):
     features = np.random.default_rng(0).normal(size=(40, 64))
     features[[30, 35]] = features[[2, 4]] + 0.1
