@@ -23,7 +23,7 @@ from sklearn.metrics import (accuracy_score, average_precision_score, brier_scor
                              log_loss, matthews_corrcoef, r2_score, recall_score, roc_auc_score)
 
 import common
-from evidence import calibrating, event_splits, prediction_tables
+from evidence import calibrating, event_splits, prediction_tables, splitting
 from readers import video_files
 import train_video
 from conftest import ROOT, only_run, run_here, run_fresh, run_script
@@ -1175,3 +1175,12 @@ def test_a_checkpoint_keeps_the_pixel_range():
     study = SimpleNamespace(store=SimpleNamespace(pixel_range=(0.0, 1023.0)))
     content = train_video.model_metadata(args, study, SimpleNamespace(names=["pain"]), None)
     assert content["architecture"]["pixel_range"] == (0, 1023) and "pixel_range" in train_video.READING
+
+
+def test_the_verdict_is_repeated_without_clips_that_look_like_train_clips(tiny_flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(splitting, "add_similar", lambda run, features, split, keys: [
+        (split["train"][0], split["val"][1]), (split["train"][2], split["val"][3])])
+    run_here("train_video.py", *tiny_flags["train_video.py"], "--epochs", "1", "--output_dir", tmp_path)
+    run = only_run(tmp_path)
+    n_rows = len(json.loads((run / "splits.json").read_text())["val"])
+    assert f"2 of {n_rows} rows look like one of another part. Without them: " in (run / "log.txt").read_text()
