@@ -1077,9 +1077,9 @@ def examine_split(study, split):
 
 def check_split(run, study, split):
     """Refuse a split that leaks or teaches nothing; write splits.json and the leakage report; returns alarms."""
-    import pandas as pd
     truth = study.truth
-    columns = pd.DataFrame([image.fields for image in study.images], dtype=object).fillna("").to_dict("list")
+    fields = dict.fromkeys(name for image in study.images for name in image.fields)
+    columns = {name: [str(image.fields.get(name, "")) for image in study.images] for name in fields}
     alarms = splitting.record_split(
         run, split, truth.images, examine_split(study, split), columns=columns,
         groups=truth.groups if run.args.group_column else None)

@@ -482,12 +482,12 @@ def _summarise_singles(columns, found, used):
         f"ones left out), of {common.shorten_list(names)}: {' '.join(told) or 'no rater named'}"]
     n_repeated = answers.count() - singles.count()
     if n_repeated:
+        differing = columns.varying(columns.others, [columns.image, columns.rater])
         notes.append(
             f"{n_repeated} single ratings are further ones of the same rater and image: their mean counts once. They "
-            "differ in "
-            f"{common.shorten_list(columns.varying(columns.others, [columns.image, columns.rater])) or 'nothing'}. "
-            "Does a column say what was asked? --attribute_column. Do several people have one number, as in two "
-            "laboratories? Write both in the column of the raters")
+            f"differ in {common.shorten_list(differing) or 'nothing'}. Does a column say what was asked? "
+            "--attribute_column. Do several people have one number, as in two laboratories? Write both in the column "
+            "of the raters")
     arrays = {key: own.to_numpy() for key, own in grouped}
     return RatingsTable(
         names=names,

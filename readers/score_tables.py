@@ -27,7 +27,8 @@ def sequence_rows(path):
     import pandas as pd
     if path.suffix.lower() == ".json":
         rows = [dict(common.leaves(entry)) for entry in sequence_entries(path)]
-        table = pd.DataFrame(rows, index=range(1, len(rows) + 1), dtype=object).fillna("")
+        cells = pd.DataFrame(rows, index=range(1, len(rows) + 1), dtype=object)
+        table = cells.map(str, na_action="ignore").fillna("")
     else:
         table = csv_tables.read_table(path)
     return table.map(event_tables.without_tensor)
