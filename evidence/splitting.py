@@ -288,12 +288,12 @@ def similar_pairs(features, split):
     nearness = np.empty(len(rows))  # its distance, as a share of that of the tenth nearest row
     growth = np.empty(len(rows))  # from the tenth nearest to the twentieth
     for block in np.array_split(np.arange(len(rows)), len(rows) // 1024 + 1):
-        distance = (1 - directions[block] @ directions.T).clip(1e-9)  # (B, n)
-        distance[np.arange(len(block)), block] = np.inf
+        distance = 1 - directions[block] @ directions.T  # (B, n)
+        apart = np.where(part[block][:, None] == part, np.inf, distance)
+        other[block] = apart.argmin(1)
+        distance[distance < 1e-6] = 2  # the largest there is: itself and its equals are no neighbours
         tenth, twentieth = np.partition(distance, (9, 19))[:, [9, 19]].T
-        distance[part[block][:, None] == part] = np.inf
-        other[block] = distance.argmin(1)
-        nearness[block] = distance.min(1) / tenth
+        nearness[block] = apart.min(1) / tenth
         growth[block] = twentieth / tenth
     limit = np.median(growth) ** -9.8
     nearest_first = nearness.argsort(kind="stable")

@@ -365,6 +365,15 @@ def test_copies_are_found_where_most_rows_have_some():
     assert splitting.similar_pairs(rng.normal(size=(160, 64)), split) == [], "no two of them are near"
 
 
+@pytest.mark.parametrize("n_black", [45, 55])
+def test_black_pictures_are_like_each_other_and_no_other_row(n_black):
+    """Of 55 black ones of 100 none was named, and all the others were: the usual tenth row lay as near as the twentieth."""
+    features = np.random.default_rng(3).normal(size=(100, 64)).astype(np.float32)
+    features[:n_black] = features[0]
+    pairs = splitting.similar_pairs(features, {"train": np.arange(0, 100, 2), "val": np.arange(1, 100, 2)})
+    assert set(np.ravel(pairs)) == set(range(n_black))
+
+
 @pytest.mark.parametrize("dimension", [3, 6])
 def test_rows_without_a_copy_are_rarely_similar_whatever_the_dimension_of_the_features(dimension):
     """1 row in 100 has a neighbour as near as the limit, and that neighbour may not be one of them."""
