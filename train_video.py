@@ -1101,7 +1101,7 @@ def predictions_table(study, rows, outputs, baselines, seen):
 
 
 @common.first_process_only
-def judge(run, args, study, split, table, part, trained_on, similar=(), **known):
+def judge(run, args, study, split, table, part, trained_on, similar, **known):
     """Judge a predictions table of held-out rows.
 
     split: {name: rows}; part: val, test or folds; trained_on: a pair (train rows, scored rows) for
@@ -1213,18 +1213,19 @@ def run_folds(run, args, study):
     if len(test):
         members = prediction_tables.read_folds(run, chosen, "test")
         with run.child("test_ensemble") as child:
-            judge_ensemble(child, args, study, test, prediction_tables.mean(members))
+            judge_ensemble(child, args, study, features, test, prediction_tables.mean(members))
     # last: with its metrics the run is finished
     judge(run, args, study, parts, pooled, "folds", trained_on, alarms=alarms, similar=similar, folds=done)
 
 
-def judge_ensemble(run, args, study, test, table):
+def judge_ensemble(run, args, study, features, test, table):
     """Judge the mean of all folds' models on the test groups, which none of them has seen."""
     train = np.setdiff1d(np.arange(len(study.table)), test)
     split = {"train": train, "test": test}
     alarms = event_audit.record_split(run, study.table, study.audits, split)
+    similar = splitting.add_similar(run, features.last_resolution, split, study.table.clip_ids)
     table.write(run.path("predictions_test.csv"))
-    judge(run, args, study, split, table, "test", [(train, test)], alarms=alarms)
+    judge(run, args, study, split, table, "test", [(train, test)], alarms=alarms, similar=similar)
 
 
 def train(args):

@@ -460,6 +460,13 @@ def test_an_ensemble_has_no_numbers_before_calibration(class_folds):
     assert "members of an ensemble are calibrated before" in page
 
 
+def test_clips_of_the_test_groups_that_look_like_clips_of_the_folds_are_looked_for(class_folds):
+    """The page of the folds compared them; that of the ensemble, which they are the doubt of, did not."""
+    between = read_json(class_folds / "test_ensemble" / "leakage_report.json")["between"]["train-test"]
+    assert "similar_pictures" in between
+    assert "similar pictures" in (class_folds / "test_ensemble" / "report.html").read_text(encoding="utf-8")
+
+
 def test_predict_obeys_min_event_sec(made, behaviours, tmp_path):
     """The flag as typed counts, not that of the checkpoint: the same as a checkpoint that was trained with it."""
     content = common.read_checkpoint(behaviours / "best_model.pth")
