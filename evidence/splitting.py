@@ -275,29 +275,31 @@ def similar_pairs(features, split):
 
     features: (N, F) of a network before any tuning; split: {part: rows}. Returns (i, j), the row of
     the earlier part first, each row with its nearest one of another part, the nearest pair first.
-    Distance: 1 - cosine. Far nearer: the nearest row is so much nearer than the tenth as 1 row in
-    100 is in a cloud of this dimension m (Levina & Bickel 2004): of (d10 / d20) ** m, which is
-    Beta(10, 10), the median is 1/2, and (d1 / d10) ** m is the least of 9 uniform numbers, in 1 %
-    under .0011 = 2 ** -9.8.
+    Distance: 1 - cosine. Far nearer: the nearest row is so much nearer than the kth as 1 row in 100
+    is in a cloud of this dimension m (Levina & Bickel 2004): of (dk / d2k) ** m, which is
+    Beta(k, k), the median is 1/2, and (d1 / dk) ** m is the least of k - 1 uniform numbers, in 1 %
+    under .01 / (k - 1). Each k from 10 to 160 is tried: a scene of 30 frames is near beside the 40th.
     """
     part = np.repeat(np.arange(len(split)), [len(rows) for rows in split.values()])
     rows = np.concatenate(list(split.values()))
     centred = features[rows] - features[rows].mean(0)
     directions = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)
+    places = 10 * 2 ** np.arange(6)
+    places = places[places <= max(20, len(rows) / 2)]  # (K + 1,)
     other = np.empty(len(rows), int)  # the nearest row of another part
-    nearness = np.empty(len(rows))  # its distance, as a share of that of the tenth nearest row
-    growth = np.empty(len(rows))  # from the tenth nearest to the twentieth
+    nearness = np.empty((len(rows), len(places) - 1))  # its distance, as a share of that of the kth nearest row
+    growth = np.empty(nearness.shape)  # from the kth nearest to the one twice as far down
     for block in np.array_split(np.arange(len(rows)), len(rows) // 1024 + 1):
         distance = 1 - directions[block] @ directions.T  # (B, n)
         apart = np.where(part[block][:, None] == part, np.inf, distance)
         other[block] = apart.argmin(1)
         distance[distance < 1e-6] = 2  # the largest there is: itself and its equals are no neighbours
-        tenth, twentieth = np.partition(distance, (9, 19))[:, [9, 19]].T
-        nearness[block] = apart.min(1) / tenth
-        growth[block] = twentieth / tenth
-    limit = np.median(growth) ** -9.8
-    nearest_first = nearness.argsort(kind="stable")
-    found = [sorted((k, other[k])) for k in nearest_first if nearness[k] < limit]
+        reach = np.partition(distance, places - 1)[:, places - 1]
+        nearness[block] = apart.min(1, keepdims=True) / reach[:, :-1]
+        growth[block] = reach[:, 1:] / reach[:, :-1]
+    limit = np.median(growth, axis=0) ** np.log2(0.01 / (places[:-1] - 1))
+    chance = (nearness / limit).min(1)  # 1: as near as 1 row in 100
+    found = [sorted((k, other[k])) for k in chance.argsort(kind="stable") if chance[k] < 1]
     return list(dict.fromkeys((rows[a], rows[b]) for a, b in found))
 
 
