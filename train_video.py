@@ -436,8 +436,9 @@ class Clips(common.Samples):
             inputs = views[torch.randint(len(views), (), generator=generator)]
             start = start or 0  # a random clip reads as many frames as the first one
         else:
-            if start is None:
-                start = self.random_start(row, generator)
+            if start is None:  # anywhere on the grid, which reaches --jitter_sec outside the window
+                last = max(len(self.study.audits[row].indices) - self.args.n_frames, 0)
+                start = int(torch.randint(last + 1, (), generator=generator))
             inputs = self.pixels(row, start, generator)
         sample = {
             "input": torch.from_numpy(inputs),
@@ -448,11 +449,6 @@ class Clips(common.Samples):
             sample["target"] = self.objective.target[row]
             sample["weight"] = self.objective.weight[row]
         return sample
-
-    def random_start(self, row, generator):
-        """Grid frame at which a train clip of the row starts: the grid reaches --jitter_sec outside the window."""
-        last = max(len(self.study.audits[row].indices) - self.args.n_frames, 0)
-        return int(torch.randint(last + 1, (), generator=generator))
 
     def pixels(self, row, start, generator):
         """Clip at `start`, uint8 (T, S, S, 3); black after the last frame of a sequence that is shorter."""

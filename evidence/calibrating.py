@@ -64,7 +64,7 @@ def risk_coverage(confidence, correct):
     return n_called[1:] / len(correct), wrong[1:] / n_called[1:]
 
 
-def conformal_quantile(abs_residuals, alpha, subjects=None, seed=0):
+def conformal_quantile(abs_residuals, alpha, subjects=None):
     """Half-width of a 1 - alpha interval from (M,) |residuals|.
 
     It is the ceil((n + 1)(1 - alpha))-th smallest.
@@ -76,7 +76,7 @@ def conformal_quantile(abs_residuals, alpha, subjects=None, seed=0):
     kept = ~np.isnan(abs_residuals)
     values = abs_residuals[kept]
     if subjects is not None:
-        order = np.random.default_rng(seed).permutation(len(values))
+        order = np.random.default_rng(0).permutation(len(values))
         first_of_each = np.unique(subjects[kept][order], return_index=True)[1]
         values = values[order][first_of_each]
     rank = math.ceil((len(values) + 1) * (1 - alpha) - 1e-9)

@@ -164,7 +164,7 @@ def per_part_rows(judged, result):
     import pandas as pd
     counts = {name: values.sum(0).astype(int) for name, values in judged.counts.items()}  # (P,) each
     rates = detection_scores.rates_of(counts)
-    ends = subject_intervals.share_intervals(counts["claimed"], counts["absent"])
+    ends = subject_intervals.share_interval(counts["claimed"], counts["absent"])
     hallucination = subject_intervals.Estimate(rates["hallucination_rate_anywhere"], *ends)
     columns = {
         "target": result.names,

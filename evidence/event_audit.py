@@ -29,8 +29,9 @@ def content_keys(sources):
     size_of_file = {os.path.realpath(source): size for source, size in sizes.items()}
     n_files = collections.Counter(size_of_file.values())
     for source, size in sizes.items():
-        read = files[source] if n_files[size] > 1 else ()
-        keys[source] = video_files.sha_of(read, size)
+        keys[source] = str(size)
+        if n_files[size] > 1:
+            keys[source] += video_files.sha_of(files[source])
     return np.array([keys[source] for source in sources])
 
 

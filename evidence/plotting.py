@@ -139,22 +139,8 @@ def _history_panels(history):
     return panels
 
 
-def _draw_history_panel(axis, history, title, columns, best_epoch):
-    """These columns over the epochs, train_ dashed; a vertical line at the best epoch."""
-    for column in columns:
-        style = {"linestyle": "--", "color": ORANGE} if column.startswith("train_") else {}
-        axis.plot(history["epoch"], history[column], marker=".", label=column, **style)
-    axis.set_xlabel(f"epoch, best {best_epoch:g}", fontsize=8, color=SOFT)
-    axis.locator_params(axis="x", integer=True)
-    if len(columns) > 1:
-        _add_legend(axis)
-    axis.axvline(best_epoch, color=INK, linewidth=0.9, linestyle=":")
-    axis.set_xlim(left=0)  # around a single epoch there would be ticks at .98 and 1.02
-    set_title(axis, shorten_name(title, 40))
-
-
 def plot_history(history, path, best_epoch, facts=()):
-    """Learning curves as PNG: a panel for each of _history_panels, and one for facts, lines of text.
+    """Learning curves as PNG, train_ dashed: a panel for each of _history_panels, and one for facts, lines of text.
 
     history: dicts with epoch and any train_*, val_* and learning_rate (None leaves a gap).
     best_epoch is marked in every panel. It takes a good part of a second, so it belongs at the end
@@ -167,7 +153,16 @@ def plot_history(history, path, best_epoch, facts=()):
     n_panels = len(panels) + bool(facts)
     figure, axes = new_figure(n_panels, 3, (3.5, 2.5))
     for axis, (title, columns) in zip(axes, panels.items()):
-        _draw_history_panel(axis, history, title, columns, best_epoch)
+        for column in columns:
+            style = {"linestyle": "--", "color": ORANGE} if column.startswith("train_") else {}
+            axis.plot(history["epoch"], history[column], marker=".", label=column, **style)
+        axis.set_xlabel(f"epoch, best {best_epoch:g}", fontsize=8, color=SOFT)
+        axis.locator_params(axis="x", integer=True)
+        if len(columns) > 1:
+            _add_legend(axis)
+        axis.axvline(best_epoch, color=INK, linewidth=0.9, linestyle=":")
+        axis.set_xlim(left=0)  # around a single epoch there would be ticks at .98 and 1.02
+        set_title(axis, shorten_name(title, 40))
         if title == "learning_rate":
             axis.set_yscale("log")
     if facts:
@@ -357,7 +352,7 @@ def _draw_reliability(axis, probability, label, colour, name):
     rows = pd.DataFrame({"confidence": probability.max(1), "right": probability.argmax(1) == label})
     bins = rows.groupby(class_scores.confidence_bins(rows["confidence"], adaptive=False))
     means = bins.mean()
-    low, high = subject_intervals.share_intervals(bins["right"].sum(), bins.size())
+    low, high = subject_intervals.share_interval(bins["right"].sum(), bins.size())
     axis.vlines(means["confidence"], low, high, color=colour, linewidth=1.2, alpha=0.6)
     axis.plot(means["confidence"], means["right"], "o-", color=colour, label=name)
 

@@ -122,14 +122,13 @@ def estimate(model, baseline, subjects, unit, *,
         reach, method = _reach_of_interval(subjects, unit, folds)
         block = max(1, 1_000_000 // rows)  # resamples at a time
         drawn = [_compare(model, baseline, weights) for weights in draw_subjects(subjects, draws, block)]
-        for place, found in estimates.items():
+        for place, found in estimates.items():  # differences are the last
             side, scope, metric = place
             values = np.concatenate([part[place] for part in drawn])
             scale = None if side == "difference" else metric_names.METRICS[metric].normal_scale
             rests_on = np.asarray(support.get(place, support.get((scope, metric), subjects)))
             ends = _t_ends(found.value, values, reach, scale, rests_on, metric)
             found.low, found.high = np.where(rests_on >= FEWEST_FOR_INTERVAL, ends, np.nan)
-        for (side, scope, metric), found in estimates.items():
             if side == "difference":
                 _hold_difference(found, estimates["model", scope, metric], estimates["baseline", scope, metric])
     if subjects > MOST_FOR_SIGN_FLIP or baseline is None or unit == TIME_BLOCKS or folds > 1:
@@ -266,7 +265,7 @@ def _share_ends(value, drawn, reach, support, bottom):
     half = reach * common.sd_without_nan(_log_odds(near))
     scaled = _log_odds(held) + np.multiply.outer((-1, 1), half)
     ends = 1 / (1 + np.exp(-scaled))
-    exact = share_intervals(share * support, support)
+    exact = share_interval(share * support, support)
     is_certain = np.isin(share, (0.0, 1.0)) & (half < 1e-9)
     return bottom + span * np.where(is_certain, exact, ends)
 
@@ -324,8 +323,12 @@ def sign_flip_p(differences):
     return np.mean(flipped >= abs(differences.sum()) - rounding)
 
 
+@np.vectorize
 def share_interval(k, n):
-    """(low, high) of k of n independent rows: Wilson; exact (Clopper & Pearson 1934) where all are alike."""
+    """(low, high) of k of n independent rows: Wilson; exact (Clopper & Pearson 1934) where all are alike.
+
+    k, n: numbers or arrays.
+    """
     if n == 0:
         return math.nan, math.nan
     furthest = (0.5 - LEVEL / 2) ** (1 / n)
@@ -337,11 +340,6 @@ def share_interval(k, n):
     centre = (k + z * z / 2) / (n + z * z)
     half = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
     return centre - half, centre + half
-
-
-def share_intervals(k, n):
-    """share_interval of arrays: the lows and the highs."""
-    return np.vectorize(share_interval, otypes=[float, float])(k, n)
 
 
 # --- scores ----------------------------------------------------------------------------------------
@@ -480,4 +478,4 @@ def _take_wilson_intervals(overall, each, confusion):
     accuracy = overall["accuracy"]
     accuracy.low, accuracy.high = share_interval(right.sum(), confusion.sum())
     for metric, counts in (("recall", confusion.sum(1)), ("precision", confusion.sum(0))):
-        each[metric].low, each[metric].high = share_intervals(right, counts)
+        each[metric].low, each[metric].high = share_interval(right, counts)

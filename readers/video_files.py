@@ -385,9 +385,9 @@ def files_of(path):
     return file_names.find_images(path) if path.is_dir() else [path]
 
 
-def sha_of(files, sizes=""):
-    """SHA-256 (hex) of a text and the bytes of the files, one after the other."""
-    digest = hashlib.sha256(str(sizes).encode())
+def sha_of(files):
+    """SHA-256 (hex) of the bytes of the files, one after the other."""
+    digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as handle:
             while block := handle.read(2**20):

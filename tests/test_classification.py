@@ -223,7 +223,7 @@ def test_risk_coverage_by_hand_and_whatever_the_order_of_tied_rows():
 # --- intervals -----------------------------------------------------------------------------------
 
 def test_interval_of_a_share_of_7_of_19_and_against_scipy():
-    assert [round(end, 2) for end in subject_intervals.share_interval(7, 19)] == [0.19, 0.59]
+    assert [round(float(end), 2) for end in subject_intervals.share_interval(7, 19)] == [0.19, 0.59]
     for k, n in ((1, 5), (3, 8), (49, 50), (1, 400)):
         theirs = stats.binomtest(k, n).proportion_ci(0.95, "wilson")
         assert subject_intervals.share_interval(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
