@@ -125,7 +125,7 @@ def similar_blocks(pairs, titles, picture):
 
 
 def judge_without_similar(run, table, setting, result, metric, describe):
-    """What is left of a Result without the rows that look like one of another part.
+    """What is left of a Result without the rows that look like one in another part of the split.
 
     describe: function of a Result -> its verdict in a sentence. Returns the Setting with that
     sentence in the section Leakage, and doubts: one where the model then no longer beats its
@@ -134,7 +134,7 @@ def judge_without_similar(run, table, setting, result, metric, describe):
     is_similar = np.broadcast_to(setting.is_similar, len(table.truth))
     if not is_similar.any():
         return setting, []
-    sentence = f"{is_similar.sum()} of {len(is_similar)} rows look like one of another part."
+    sentence = f"{is_similar.sum()} of {len(is_similar)} rows look like one in another part of the split."
     holds = False
     if not is_similar.all():
         rest = table.take(~is_similar).compare()

@@ -1157,6 +1157,6 @@ def test_labels_that_belong_to_scenes_are_told_by_the_rows_without_a_look_alike(
     shared = sum(scenes[name] in trained_on for name in split["val"])
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["headline"]["value"] > 0.2
-    told = re.search(r"(\d+) of (\d+) rows look like one of another part.*mean R2 (\S+) against", (run / "log.txt").read_text())
+    told = re.search(r"(\d+) of (\d+) rows look like one in another part of the split.*mean R2 (\S+) against", (run / "log.txt").read_text())
     assert shared / 2 < int(told[1]) <= shared and int(told[2]) == len(split["val"])
     assert float(told[3]) < metrics["headline"]["value"] - 0.2

@@ -544,7 +544,7 @@ def test_what_a_run_knows_beside_its_table_joins_its_metrics_and_its_page(tmp_pa
 
 
 def judge_similar(tmp_path, rows, similar, kind=score_judging.judge_scores):
-    """metrics.json, log and page of a run that judges these rows, of which `similar` look like one of another part."""
+    """metrics.json, log and page of a run that judges these rows, of which `similar` look like one in another part of the split."""
     setting = judging.Setting(part="val", seen=np.full(len(rows), "new"), is_similar=np.isin(np.arange(len(rows)), similar))
     table = table_of(tmp_path, rows)
     args = judge_predictions.parse_args(["--predictions", "unused.csv", "--output_dir", str(tmp_path / "out")])
@@ -568,15 +568,15 @@ def test_a_result_that_hangs_on_rows_that_look_like_others_is_in_doubt(tmp_path)
     rows = rows_with_ridge(100, np.repeat([0.1, 1.0], [60, 40]))
     known = np.arange(60)
     metrics, page, _ = judge_similar(tmp_path, rows, [])
-    assert metrics["doubts"] == [] and "Holds" in page and "look like one of another part" not in page
+    assert metrics["doubts"] == [] and "Holds" in page and "look like one in another part of the split" not in page
     metrics, page, _ = judge_similar(tmp_path, rows, known)
     rest = table_of(tmp_path, rows).take(np.arange(60, 100)).compare().overall
     (doubt,) = metrics["doubts"]
-    assert doubt.startswith("60 of 100 rows look like one of another part. Without them: Not resolvable whether")
+    assert doubt.startswith("60 of 100 rows look like one in another part of the split. Without them: Not resolvable whether")
     assert f"{rest.model['r2'].value:.3f} against {rest.baseline['r2'].value:.3f}" in doubt
     assert doubt.endswith("keep them together: --group_column") and "Better, with doubts" in page
     metrics, *_ = judge_similar(tmp_path, rows, np.arange(100))
-    assert metrics["doubts"][0].startswith("100 of 100 rows look like one of another part. If they")
+    assert metrics["doubts"][0].startswith("100 of 100 rows look like one in another part of the split. If they")
     metrics, *_ = judge_similar(tmp_path, rows, np.arange(99))
     assert "Without them: Not resolvable" in metrics["doubts"][0] and "mean R2 undefined" in metrics["doubts"][0]
     # it never was better than its baseline, yet its R2 was high
@@ -590,7 +590,7 @@ def test_a_result_that_hangs_on_rows_that_look_like_others_is_in_doubt(tmp_path)
 def test_a_result_that_holds_without_rows_that_look_like_others_stays_green(tmp_path, capsys):
     rows = rows_with_ridge(100, np.full(100, 0.3))
     metrics, page, run = judge_similar(tmp_path, rows, np.arange(20))
-    sentence = "20 of 100 rows look like one of another part. Without them: The model beats the baseline"
+    sentence = "20 of 100 rows look like one in another part of the split. Without them: The model beats the baseline"
     assert metrics["doubts"] == [] and "Holds" in page and page.count(sentence) == 1
     assert f"note: {sentence}" in capsys.readouterr().out
 
@@ -605,7 +605,7 @@ def test_classes_without_the_rows_that_look_like_others(tmp_path):
     metrics, *_ = judge_similar(tmp_path, rows, range(8), class_judging.judge_classes)
     assert metrics["doubts"] == []
     metrics, *_ = judge_similar(tmp_path, rows, [k for k in range(60) if k % 2], class_judging.judge_classes)
-    assert metrics["doubts"][0].startswith("30 of 60 rows look like one of another part. Without them: Not resolvable")
+    assert metrics["doubts"][0].startswith("30 of 60 rows look like one in another part of the split. Without them: Not resolvable")
 
 
 def test_rows_of_one_name_are_one_group(tmp_path):

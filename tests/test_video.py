@@ -1190,4 +1190,4 @@ def test_the_verdict_is_repeated_without_clips_that_look_like_train_clips(tiny_f
     run_here("train_video.py", *tiny_flags["train_video.py"], "--epochs", "1", "--output_dir", tmp_path)
     run = only_run(tmp_path)
     n_rows = len(json.loads((run / "splits.json").read_text())["val"])
-    assert f"2 of {n_rows} rows look like one of another part. Without them: " in (run / "log.txt").read_text()
+    assert f"2 of {n_rows} rows look like one in another part of the split. Without them: " in (run / "log.txt").read_text()
