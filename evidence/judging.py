@@ -129,7 +129,8 @@ def judge_without_similar(run, table, setting, result, metric, describe):
 
     describe: function of a Result -> its verdict in a sentence. Returns the Setting with that
     sentence in the section Leakage, and doubts: one where the model then no longer beats its
-    baseline, or where `metric`, of which more is better, falls below its interval.
+    baseline, where `metric`, of which more is better, falls below its interval, or where a class or
+    score has none.
     """
     is_similar = np.broadcast_to(setting.is_similar, len(table.truth))
     if not is_similar.any():
@@ -140,9 +141,12 @@ def judge_without_similar(run, table, setting, result, metric, describe):
         rest = table.take(~is_similar).compare()
         sentence += f" Without them: {describe(rest)}"
         was_better, is_better = (verdicts.outcome_of(found.gain(metric)) == "better" for found in (result, rest))
-        low = np.nan_to_num(result.overall.model[metric].low, nan=-np.inf)
-        has_fallen = not rest.overall.model[metric].value >= low  # nor is it undefined
-        holds = (is_better or not was_better) and not has_fallen
+        had, has = (~np.isnan(found.each.model[metric].value) for found in (result, rest))
+        lost = list(itertools.compress(result.names, had & ~has))
+        if lost:
+            sentence += f" This says nothing of {common.shorten_list(lost)}."
+        has_fallen = rest.overall.model[metric].value < result.overall.model[metric].low
+        holds = (is_better or not was_better) and not has_fallen and not lost
     setting = dataclasses.replace(setting, similar=[reporting.html_text(sentence), *setting.similar])
     if holds:
         run.say(f"note: {sentence}")

@@ -608,6 +608,18 @@ def test_classes_without_the_rows_that_look_like_others(tmp_path):
     assert metrics["doubts"][0].startswith("30 of 60 rows look like one in another part of the split. Without them: Not resolvable")
 
 
+def test_a_score_of_which_nothing_is_left_without_the_look_alikes_is_named(tmp_path):
+    """All rows with a value of w look like others: the mean R2 of the rest was that of v alone, and the page green."""
+    rows = rows_with_ridge(100, np.full(100, 0.3))
+    for k, row in enumerate(rows):
+        row |= {"w_true": row["v_true"] if k < 20 else "", "w_predicted": row["v_predicted"], "w_ridge": row["v_ridge"]}
+    metrics, *_ = judge_similar(tmp_path, rows, np.arange(10))
+    assert metrics["doubts"] == []
+    metrics, *_ = judge_similar(tmp_path, rows, np.arange(20))
+    assert "Without them: The model beats the baseline" in metrics["doubts"][0]
+    assert "This says nothing of w. If they show" in metrics["doubts"][0]
+
+
 def test_rows_of_one_name_are_one_group(tmp_path):
     """Ten times five folds predict every picture ten times: as much evidence as of one time."""
     draw = np.random.default_rng(8)
