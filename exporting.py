@@ -80,10 +80,11 @@ def export(path, members, answer, inputs, about, unit=1.0):
     model = MeanOutput(members).eval().requires_grad_(False)
     compute = common.choose_compute("cpu", "off")
     expected = sum(answer(member, compute) for member in members) / len(members)
-    two = [torch.cat([each, each]) for each in inputs.values()]  # a batch of one would be taken for a fixed size
+    # a batch of one would be taken for a fixed size
+    two = tuple(torch.cat([each, each]) for each in inputs.values())
     sizes = tuple({0: torch.export.Dim("batch")} for _ in two)
     try:
-        program = torch.export.export(model, tuple(two), dynamic_shapes=(sizes,), strict=False)
+        program = torch.export.export(model, two, dynamic_shapes=(sizes,), strict=False)
         content, found = _convert(path.suffix, program, inputs, about)
     except Exception as error:  # of torch.export and the converter, of many classes
         raise common.UserError(f"--export {path}: this network cannot be exported to {path.suffix} "

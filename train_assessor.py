@@ -195,7 +195,7 @@ def load_study(args, run, table):
     columns = {name: cells.to_numpy(str)[rows] for name, cells in table.extra.items()}
     return Study(
         names=table.names,
-        images=np.array(table.images, dtype=str)[rows],
+        images=np.array(table.images)[rows],
         ratings=table.mean[rows],
         sd=None if table.sd is None else table.sd[rows],
         n=None if table.n is None else table.n[rows],

@@ -52,13 +52,12 @@ def predicted_class(probability, threshold, positive):
     return np.where(probability[:, positive] >= threshold, positive, rest.argmax(1))
 
 
-def ranking_metrics(score, is_positive, weights=None):
-    """ROC AUC and average precision of (N,) scores under (D, N) row weights (None: ones) -> two (D,), NaN = undefined.
+def ranking_metrics(score, is_positive, weights):
+    """ROC AUC and average precision of (N,) scores under (D, N) row weights -> two (D,), NaN = undefined.
 
     Equal scores count half in the AUC (Mann-Whitney) and are one step of the precision-recall
     curve, which is summed without interpolation.
     """
-    weights = np.ones((1, len(score))) if weights is None else weights
     order, first = tied_runs(score)
     drawn = weights[:, order]
     hits = drawn * is_positive[order]

@@ -135,7 +135,7 @@ def confound_blocks(rows):
 
 def prior_levels(table):
     """{name: (N,) text} of the metadata columns; video first."""
-    levels = {"video": np.array(table.videos, dtype=str)}
+    levels = {"video": table.videos}
     for name, cells in table.extra.items():
         if not NO_CONFOUND.search(name):
             levels[name] = cells.map(event_tables.plain_level).to_numpy(str)

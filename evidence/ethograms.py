@@ -87,12 +87,11 @@ def bouts_of(windows, names, min_bout_sec=0.0, merge_gap_sec=0.0):
     Two of one class with a gap of at most merge_gap_sec become one, which takes the gap; then what
     is shorter than min_bout_sec is left out.
     """
-    edges = windows.edges
     classes = join_close(windows, merge_gap_sec)
     changes = np.flatnonzero(np.diff(classes, prepend=-1, append=-1))
     bouts = []
     for begin, end in itertools.pairwise(changes):
-        start_sec, end_sec = edges[[begin, end]]
+        start_sec, end_sec = windows.edges[[begin, end]]
         if end_sec - start_sec >= min_bout_sec - SLACK_SEC:
             c = classes[begin]
             bouts.append(Bout(names[c], start_sec, end_sec, windows.probability[begin:end, c].mean()))

@@ -245,7 +245,7 @@ def plot_per_target(rows, path, metrics=("pearson_r", "r2")):
         axis.tick_params(axis="y", labelcolor=INK)
         handles, names = axis.get_legend_handles_labels()
         named |= dict(zip(names, handles))
-    axes[0].set_yticks(np.arange(len(rows)), labels)
+    axes[0].set_yticks(range(len(rows)), labels)
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     figure.legend(named.values(), named, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     save_figure(figure, path)
@@ -389,7 +389,7 @@ def plot_precision_recall(probability, label, names, path, shown):
         false = n_called - found
         recall = found / found[-1]
         precision = found[1:] / n_called[1:]
-        auc, average_precision = class_scores.ranking_metrics(score, is_own)
+        auc, average_precision = class_scores.ranking_metrics(score, is_own, np.ones((1, len(score))))
         named = f"{name}: AP {average_precision[0]:.2f}, AUC {auc[0]:.2f}"
         curve, = axes[0].step(recall, [precision[0], *precision], label=named)
         axes[0].axhline(is_own.mean(), color=curve.get_color(), linewidth=1, linestyle=":")

@@ -64,8 +64,8 @@ def read_ratings(path, image_column=None, target_columns=None, duplicates="error
     def named(flag, wanted, options, known=()):
         return csv_tables.find_column(options, known, wanted, f"{source} has no --{flag}_column")
     if group_column:
-        table = table.rename(columns={named("group", group_column, table.columns): group_column})
-    image = named("image", image_column, table.columns, IMAGE_COLUMNS)
+        table = table.rename(columns={named("group", group_column, table): group_column})
+    image = named("image", image_column, table, IMAGE_COLUMNS)
     if image is None:
         raise common.UserError(
             f"{source} has no image column (found: {common.shorten_list(table.columns)}). Name it with --image_column; "
@@ -169,7 +169,7 @@ class Columns:
     def __post_init__(self):
         self.notes = self.table.attrs["notes"]
         # all but those of the image and the group
-        self.others = [name for name in self.table.columns if name not in (self.image, self.group)]
+        self.others = [name for name in self.table if name not in (self.image, self.group)]
         self.roles = {name: role_of(name) for name in self.others}
         self.of_rating = collections.defaultdict(dict)  # key of a rating -> {role: column}
         for name, (role, _) in self.roles.items():
@@ -243,7 +243,11 @@ class Columns:
         """
         varying = self.varying(self.others, [self.image])
         rater = self.rater or next(filter(_tells_raters_apart, varying), None)
-        self.find_attribute_and_rating_by_name()
+        rating = csv_tables.find_column(self.others, ["rating"])
+        attribute = csv_tables.find_column(self.others, ["attribute"])
+        if rating and attribute:  # so named
+            self.attribute = self.attribute or attribute
+            self.rating = self.rating or rating
         if self.attribute and self.rating:
             self.rater = rater
             return
@@ -261,14 +265,6 @@ class Columns:
         if self.attribute and not self.rating:
             self.find_rating(answers)
         self.rows_are_ratings = bool(self.rater or duplicates == "ratings")
-
-    def find_attribute_and_rating_by_name(self):
-        """Set both where there are columns of these names."""
-        rating = csv_tables.find_column(self.others, ["rating"])
-        attribute = csv_tables.find_column(self.others, ["attribute"])
-        if rating and attribute:
-            self.attribute = self.attribute or attribute
-            self.rating = self.rating or rating
 
     def find_attribute(self, varying, any_text):
         """Set it to the one of the varying columns that says what was asked: by its name, else (any_text) a text."""
@@ -299,7 +295,7 @@ class Columns:
     def extra_columns(self, used):
         """The unused columns with one value an image, a row for each image; notes name them and what is left out."""
         others = self.table.drop(columns={self.image, *used} - {None})
-        varying = self.varying(list(others.columns), [self.image])
+        varying = self.varying(list(others), [self.image])
         if varying:
             self.notes.append(f"columns that vary within an image, left out: {common.shorten_list(varying)}")
         extra = others[~self.table[self.image].duplicated()].drop(columns=varying)

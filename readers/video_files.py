@@ -358,7 +358,7 @@ def on_screen(info, times_sec):
     """
     gaps = np.diff(info.times, prepend=info.times[0] - 1)
     starts = info.times - np.minimum(gaps, 1 / info.header_fps) / 2
-    index = np.searchsorted(starts, np.asarray(times_sec, float) + STAMP_SLACK_SEC, "right") - 1
+    index = np.searchsorted(starts, times_sec + STAMP_SLACK_SEC, "right") - 1
     return np.maximum(index, 0)
 
 
@@ -421,7 +421,7 @@ def plan_grid(info, window, grid, fps, n_frames, jitter_sec=0.0):
     start, end = np.clip((start, end), begin, info.duration_sec)
     if grid == "even":
         indices = _even_indices(info, start, end, n_frames).tolist()
-        return GridPlan(indices, first=0, usable=len(indices), fault=fault)
+        return GridPlan(indices, usable=len(indices), fault=fault)
     length = n_frames / fps
     if end - start < length:
         centred = (start + end - length) / 2

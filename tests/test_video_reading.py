@@ -122,7 +122,7 @@ def own_cache(tmp_path, monkeypatch):
 def frames_at(path, times_sec, short_side=None):
     """The frames on screen at these times, uint8 (T, H, W, 3)."""
     info = video_files.probe(path)
-    wanted = video_files.on_screen(info, times_sec).tolist()
+    wanted = video_files.on_screen(info, np.array(times_sec)).tolist()
     frames = {}
     video_files.read_source(path, wanted, frames.__setitem__, short_side, FPS, last=max(wanted))
     return np.stack([frames[index] for index in wanted])
