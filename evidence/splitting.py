@@ -288,7 +288,7 @@ def similar_pairs(features, split):
     places = places[places <= max(20, len(rows) / 2)]  # (K + 1,)
     other = np.empty(len(rows), int)  # the nearest row of another part
     nearness = np.empty((len(rows), len(places) - 1))  # its distance, as a share of that of the kth nearest row
-    growth = np.empty(nearness.shape)  # from the kth nearest to the one twice as far down
+    growth = np.empty_like(nearness)  # from the kth nearest to the one twice as far down
     for block in np.array_split(np.arange(len(rows)), len(rows) // 1024 + 1):
         distance = 1 - directions[block] @ directions.T  # (B, n)
         apart = np.where(part[block][:, None] == part, np.inf, distance)
