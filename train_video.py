@@ -409,6 +409,7 @@ class Clips(common.Samples):
 
     With presets (N,), the augmentation of each row, a sample is a random clip of a row. Without
     them the samples are the clips of each row that are predicted, in the order of the rows.
+    `rows`: of each sample the row and the grid frame where its clip starts, None = a random one.
     Each sample: input uint8 (T, S, S, 3), or (T, F) or (F,) where features of a frozen backbone are
     given; mask (T,) of Study.mask; name; with an objective also target (K,) and weight.
     """
@@ -420,16 +421,13 @@ class Clips(common.Samples):
         self.objective = objective
         self.features = features
         if presets is None:
-            self.row_starts = [(row, start) for row in rows for start in study.starts(row)]
+            self.rows = [(row, start) for row in rows for start in study.starts(row)]
         else:
-            self.row_starts = [(row, None) for row in rows]
-
-    def __len__(self):
-        return len(self.row_starts)
+            self.rows = [(row, None) for row in rows]
 
     def __getitem__(self, key):
         epoch, index = key
-        row, start = self.row_starts[index]
+        row, start = self.rows[index]
         generator = common.generator_for(self.args.seed, epoch, index)
         if self.features:
             views = self.features[row, start]
@@ -871,8 +869,8 @@ def evaluate(model, loader, compute):
     clips = loader.dataset
     found = [predict_batch(model, batch, clips.args, compute) for batch in loader]
     outputs, features = map(torch.cat, zip(*compute.processes.gather(found)))  # (clips, K), (clips, F)
-    return (class_scores.combine_clips(outputs.double().numpy(), clips.row_starts, clips.args.aggregation),
-            class_scores.combine_clips(features.numpy(), clips.row_starts, "mean"))
+    return (class_scores.combine_clips(outputs.double().numpy(), clips.rows, clips.args.aggregation),
+            class_scores.combine_clips(features.numpy(), clips.rows, "mean"))
 
 
 def start_model(args, names):
@@ -994,7 +992,7 @@ def extract_features(network, clips, n_views, compute):
             with compute.autocast():
                 found.append(network.extract(inputs, mask).float().cpu())
         views.append(torch.cat(compute.processes.gather(found)).numpy())  # (clips, F) or (clips, T, F)
-    return dict(zip(clips.row_starts, zip(*views)))  # of each clip all its views
+    return dict(zip(clips.rows, zip(*views)))  # of each clip all its views
 
 
 def features_of_rows(network, study, rows, compute, of_clips=None):

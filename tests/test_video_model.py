@@ -230,7 +230,7 @@ def test_outputs_of_several_clips_are_joined_by_row():
     loader = type("Loader", (list,), {})(loader)
     compute = common.choose_compute("cpu", "off")
     for aggregation, join in (("mean", np.mean), ("max", np.max)):
-        loader.dataset = SimpleNamespace(row_starts=row_starts, args=arguments("--aggregation", aggregation))
+        loader.dataset = SimpleNamespace(rows=row_starts, args=arguments("--aggregation", aggregation))
         found, features = train_video.evaluate(Model(), loader, compute)
         assert found == pytest.approx(np.stack([join(outputs.numpy()[row_of == row], axis=0) for row in (4, 1, 2)]))
         assert features[1] == pytest.approx(outputs[2].numpy())
