@@ -905,9 +905,12 @@ def test_the_ensemble_repeats_the_alarms_of_its_split(monkeypatch):
     study, _ = study_of(arguments("--image_size", 32))
     judged = []
     monkeypatch.setattr(train_video.event_audit, "record_split", lambda *_: ["column subject repeats on two sides"])
-    monkeypatch.setattr(train_video, "judge", lambda *_, alarms: judged.append(alarms))
+    monkeypatch.setattr(train_video.splitting, "add_similar", lambda *_: ())
+    monkeypatch.setattr(train_video, "judge", lambda *_, alarms, similar: judged.append(alarms))
     run = SimpleNamespace(path=lambda name: name)
-    train_video.judge_ensemble(run, study.args, study, np.array([4, 5]), SimpleNamespace(write=lambda path: None))
+    features = train_video.Features({"logistic": np.zeros((6, 1))}, None)
+    table = SimpleNamespace(write=lambda path: None)
+    train_video.judge_ensemble(run, study.args, study, features, np.array([4, 5]), table)
     assert judged == [["column subject repeats on two sides"]]
 
 
