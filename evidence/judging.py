@@ -128,25 +128,24 @@ def judge_without_similar(run, table, setting, result, metric, describe):
     """What is left of a Result without the rows that look like one in another part of the split.
 
     describe: function of a Result -> its verdict in a sentence. Returns the Setting with that
-    sentence in the section Leakage, and doubts: one where the model then no longer beats its
-    baseline, where `metric`, of which more is better, falls below its interval, or where a class or
-    score has none.
+    sentence in the section Leakage, and doubts: one where the verdict is then another one, where
+    `metric`, of which more is better, falls below its interval, or where a class or score has none.
     """
-    is_similar = np.broadcast_to(setting.is_similar, len(table.truth))
-    if not is_similar.any():
+    is_similar = setting.is_similar
+    if not np.any(is_similar):
         return setting, []
     sentence = f"{is_similar.sum()} of {len(is_similar)} rows look like one in another part of the split."
     holds = False
     if not is_similar.all():
         rest = table.take(~is_similar).compare()
         sentence += f" Without them: {describe(rest)}"
-        was_better, is_better = (verdicts.outcome_of(found.gain(metric)) == "better" for found in (result, rest))
         had, has = (~np.isnan(found.each.model[metric].value) for found in (result, rest))
         lost = list(itertools.compress(result.names, had & ~has))
         if lost:
             sentence += f" This says nothing of {common.shorten_list(lost)}."
+        is_same = verdicts.outcome_of(rest.gain(metric)) == verdicts.outcome_of(result.gain(metric))
         has_fallen = rest.overall.model[metric].value < result.overall.model[metric].low
-        holds = (is_better or not was_better) and not has_fallen and not lost
+        holds = is_same and not has_fallen and not lost
     setting = dataclasses.replace(setting, similar=[reporting.html_text(sentence), *setting.similar])
     if holds:
         run.say(f"note: {sentence}")
