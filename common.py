@@ -2259,6 +2259,18 @@ def read_last(run, folder):
 # --- Training --------------------------------------------------------------
 # The steps that are easy to get wrong, and a state from which a killed run repeats the same bits.
 
+def labelled_errors(loss, predicted, target):
+    """(errors, which have a label), (B, R) each, of predictions (B, R) and targets with NaN = missing.
+
+    loss: smooth_l1, else the error is squared.
+    """
+    pointwise = nn.functional.smooth_l1_loss if loss == "smooth_l1" else nn.functional.mse_loss
+    labelled = ~torch.isnan(target)
+    # a missing target becomes the prediction: its error and its gradient are 0
+    filled = torch.where(labelled, target, predicted.detach())
+    return pointwise(predicted, filled, reduction="none"), labelled
+
+
 class NotFinite(UserError):
     """A NaN or infinite loss or gradient, whose step is not taken, or such a score after every epoch: exit code 1."""
     code = EXIT_CRASH

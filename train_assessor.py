@@ -304,12 +304,9 @@ def rating_loss(loss, predicted, target, weight):
 
     loss: of --loss; predicted, target with NaN = missing, weight: (B, R).
     """
-    pointwise = nn.functional.smooth_l1_loss if loss == "smooth_l1" else nn.functional.mse_loss
-    labelled = ~torch.isnan(target)  # (B, R), True = a rating is there
-    # a missing target becomes the prediction: its error and its gradient are 0
-    filled = torch.where(labelled, target, predicted.detach())
-    errors = pointwise(predicted, filled, reduction="none") * weight
-    return (errors.sum(1) / labelled.sum(1)).mean()  # a picture without any rating is refused before
+    errors, labelled = common.labelled_errors(loss, predicted, target)
+    row_error = (errors * weight).sum(1) / labelled.sum(1)  # a picture without any rating is refused before
+    return row_error.mean()
 
 
 def rating_weights(study, rows, loss):

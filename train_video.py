@@ -764,11 +764,7 @@ class Scores(Objective):
         of the total, for every row, labelled or not.
         """
         sd = common.on_device(tuple(self.sd), predicted.device)
-        labelled = ~torch.isnan(target)  # (B, R), True = a score is there
-        # a missing score is its own target: its error is 0, without a NaN in the gradient
-        filled = torch.where(labelled, target, predicted.detach())
-        pointwise = nn.functional.smooth_l1_loss if self.args.loss == "smooth_l1" else nn.functional.mse_loss
-        error = pointwise(predicted / sd, filled / sd, reduction="none")
+        error, labelled = common.labelled_errors(self.args.loss, predicted / sd, target / sd)
         cell_weight = labelled * common.on_device(self.target_weight, predicted.device)
         row_error = (error * cell_weight).sum(1) / cell_weight.sum(1).clamp(min=1e-9)
         loss = (row_error * weight).mean()
