@@ -71,7 +71,7 @@ def version_numbers(text):
 def read_requirements(path):
     """requirements file with lines `package` or `package>=version` -> {package: lowest version, '' for any}."""
     required = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
         package, _, lowest = line.split("#")[0].replace(" ", "").partition(">=")
         if package:
             required[package] = lowest
@@ -86,18 +86,16 @@ def installed_version(package):
     return package, None
 
 
-def unmet_requirements(required):
-    """['torch 2.9.1 (needs 2.10 or newer)', 'tqdm is missing', ...] for {package: lowest version}.
-
-    Nothing is imported.
-    """
+def unmet_requirements(paths):
+    """['torch 2.9.1 (needs 2.10 or newer)', 'tqdm is missing', ...] for requirements files; nothing is imported."""
     unmet = []
-    for package, lowest in required.items():
-        name, version = installed_version(package)
-        if version is None:
-            unmet.append(f"{name} is missing")
-        elif version_numbers(version) < version_numbers(lowest):
-            unmet.append(f"{name} {version} (needs {lowest} or newer)")
+    for path in paths:
+        for package, lowest in read_requirements(path).items():
+            name, version = installed_version(package)
+            if version is None:
+                unmet.append(f"{name} is missing")
+            elif version_numbers(version) < version_numbers(lowest):
+                unmet.append(f"{name} {version} (needs {lowest} or newer)")
     return unmet
 
 
@@ -105,11 +103,11 @@ def check_installation():
     """Python, the packages' versions against requirements.txt, then whether each loads."""
     yield check_minimum("Python", sys.version_info, (3, 10), (3, 10), f"{sys.version.split()[0]} in {sys.prefix}",
                         "create the environment with Python 3.10 or newer")
-    required = read_requirements(REQUIREMENTS)
-    unmet = unmet_requirements(required)
+    unmet = unmet_requirements([REQUIREMENTS])
     for fault in unmet:
         yield Check("FAIL", "packages", fault, f"{sys.executable} -m pip install -r {REQUIREMENTS}")
     if not unmet:
+        required = read_requirements(REQUIREMENTS)
         yield Check("OK", "packages", ", ".join(" ".join(installed_version(package)) for package in required))
         yield from check_imports(MODULES.get(package, package) for package in required)
 

@@ -4,6 +4,7 @@
 """
 import csv
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -47,6 +48,16 @@ def test_shellcheck_finds_nothing():
 
 
 # --- run_local.sh --------------------------------------------------------------
+
+def test_run_local_asks_the_real_verify_setup_for_the_packages_of_several_files(tmp_path):
+    """The other tests stand a recorder in its place, which takes anything."""
+    function = re.search(r"^has_packages\(\).*?^\}$", (REPO / "run_local.sh").read_text(), re.M | re.S)[0]
+    for text, code in (("torch>=1.0\n", 0), ("torch>=99\n", 1)):
+        (tmp_path / "more.txt").write_text(text)
+        call = f'{function}\nhas_packages "$PYTHON" requirements.txt {tmp_path / "more.txt"}'
+        asked = run(["bash", "-c", call], REPO, here=str(REPO))
+        assert (asked.returncode, asked.stderr) == (code, "")
+
 
 RECORDER = """import sys
 if __name__ == "__main__":
