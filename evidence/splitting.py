@@ -298,8 +298,8 @@ def similar_pairs(features, split):
         nearness[block] = apart.min(1, keepdims=True) / reach[:, :-1]
         growth[block] = reach[:, 1:] / reach[:, :-1]
     limit = np.median(growth, axis=0) ** np.log2(0.01 / (places[:-1] - 1))
-    chance = (nearness / limit).min(1)  # 1: as near as 1 row in 100
-    found = [sorted((k, other[k])) for k in chance.argsort(kind="stable") if chance[k] < 1]
+    of_limit = (nearness / limit).min(1)  # under 1: nearer than 1 row in 100
+    found = [sorted((k, other[k])) for k in of_limit.argsort(kind="stable") if of_limit[k] < 1]
     return list(dict.fromkeys((rows[a], rows[b]) for a, b in found))
 
 
