@@ -2298,22 +2298,12 @@ class OptimizerStep:
 @dataclasses.dataclass
 class Progress:
     """What a kill must not lose beside the states of model, optimiser and gradient scaler."""
-    stopping: EarlyStopping
-    plateau: EarlyStopping
-    plateau_factor: float = 1.0  # of the learning rate
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished batches of the epoch after them
     sums: dict = dataclasses.field(default_factory=dict)  # name of a loss -> its sum over that epoch's samples so far
     samples: int = 0  # that these sums are made of
     history: list = dataclasses.field(default_factory=list)  # a dict for each finished epoch
     best_epoch: int | None = None
-    done: bool = False
-
-    @classmethod
-    def from_dict(cls, fields):
-        """Progress from what to_plain_types made of it."""
-        counters = {name: EarlyStopping(**fields[name]) for name in ("stopping", "plateau")}
-        return cls(**fields | counters)
 
     def next_epoch(self):
         """Begin another epoch: no batches and no sums yet."""
@@ -2352,9 +2342,11 @@ class Training:
         compute = self.run.compute
         self.processes = compute.processes
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
-        self.progress = Progress(
-            stopping=EarlyStopping(0 if self.select == "last" else args.patience, args.min_epochs, args.min_delta),
-            plateau=EarlyStopping(args.plateau_patience + 1))
+        self.progress = Progress()
+        # What the history decides, from which a resumed run counts it again:
+        self.stopping = EarlyStopping(0 if self.select == "last" else args.patience, args.min_epochs, args.min_delta)
+        self.plateau = EarlyStopping(args.plateau_patience + 1)
+        self.plateau_factor = 1.0  # of the learning rate
         # What is known of the epoch under way and may be forgotten in a kill:
         self.sampler = None
         self.exchange = None
@@ -2386,12 +2378,18 @@ class Training:
         """Numbers of the epochs that remain, from 1; stop signals are obeyed within."""
         signals = self.run.signals
         signals.armed = True
-        while not self.progress.done:
+        while not self.is_done:
             yield self.progress.epoch + 1
             self._save_or_stop()
         self.stream = None  # its loader workers end
         self._save_or_stop()  # for a signal that came since, to any process
         signals.disarm()
+
+    @property
+    def is_done(self):
+        """True after the last epoch, or where early stopping made it the last."""
+        epoch = self.progress.epoch
+        return self.stopping.is_over(epoch) or epoch >= self.args.epochs
 
     def batches(self, loader):
         """The batches that remain in this epoch. Model and sampler are made ready."""
@@ -2424,7 +2422,7 @@ class Training:
         first = self.sampler.step_span(batch, self.args.accumulate).start
         passed = self.progress.epoch + first / self.sampler.n_samples  # epochs; any cut into batches gives the same
         factor = schedule_factor(self.args.scheduler, passed, self.args.epochs, self.args.warmup_epochs)
-        rate = max(self.args.lr * self.progress.plateau_factor * factor, self.args.min_lr)
+        rate = max(self.args.lr * self.plateau_factor * factor, self.args.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         self.learning_rate = rate
@@ -2544,7 +2542,7 @@ class Training:
         progress.next_epoch()
         progress.best_epoch = next(iter(self._best_epochs()), None)
         is_best = progress.best_epoch == progress.epoch
-        self._count_patience()
+        self._count_patience(progress.epoch)
         if self.processes.is_first:
             self.run.watch(progress.history[-1])
             if is_best:
@@ -2566,16 +2564,14 @@ class Training:
             return -math.inf
         return score if self.higher_is_better else -score
 
-    def _count_patience(self):
-        """Halve the learning rate on a plateau, and find out whether this was the last epoch."""
-        progress = self.progress
-        score = self._score_of(progress.epoch)
-        gain = -progress.history[-1]["train_loss"] if self.select == "last" else score
-        if self.args.scheduler == "plateau" and progress.plateau.update(gain, progress.epoch):
-            progress.plateau_factor *= 0.5
-            progress.plateau.bad_epochs = 0
-        stops_early = progress.stopping.update(score, progress.epoch)
-        progress.done = stops_early or progress.epoch >= self.args.epochs
+    def _count_patience(self, epoch):
+        """Count an epoch for early stopping, and halve the learning rate where it is one too many on a plateau."""
+        score = self._score_of(epoch)
+        self.stopping.update(score, epoch)
+        gain = -self.progress.history[epoch - 1]["train_loss"] if self.select == "last" else score
+        if self.args.scheduler == "plateau" and self.plateau.update(gain, epoch):
+            self.plateau_factor *= 0.5
+            self.plateau.bad_epochs = 0
 
     def _report(self, numbers, is_best):
         """The epoch on a line: the number that chooses, and the first two others."""
@@ -2593,10 +2589,10 @@ class Training:
         self._say_stopped_early()
 
     def _say_stopped_early(self):
-        progress = self.progress
-        if progress.done and progress.epoch < self.args.epochs:
-            self.run.say(f"stopped early after epoch {progress.epoch}: no better {self.select} for "
-                         f"{progress.stopping.bad_epochs} epochs; only a new run trains on, with "
+        epoch = self.progress.epoch
+        if self.is_done and epoch < self.args.epochs:
+            self.run.say(f"stopped early after epoch {epoch}: no better {self.select} for "
+                         f"{self.stopping.bad_epochs} epochs; only a new run trains on, with "
                          f"--init_from {self.run.path('best_model.pth')}")
 
     # --- saving and loading -------------------------------------------------
@@ -2638,7 +2634,7 @@ class Training:
         if args.save_top_k:
             self._save_top()
         has_time = self.saving_seconds <= SAVING_TIME * self._seconds_since_save()
-        if is_asked_for or args.save_top_k or self.progress.done or has_time:
+        if is_asked_for or args.save_top_k or self.is_done or has_time:
             self.save()
 
     def _save_top(self):
@@ -2697,9 +2693,9 @@ class Training:
             load_state(self.model, content["model"], "last.pth")
             self.optimizer.load_state_dict(content["optimizer"])
             self.scaler.load_state_dict(content["scaler"])
-            self.progress = Progress.from_dict(content["progress"])
-        progress = self.progress
-        progress.done = progress.stopping.is_over(progress.epoch) or progress.epoch >= self.args.epochs
+            self.progress = progress = Progress(**content["progress"])
+            for epoch in range(1, progress.epoch + 1):
+                self._count_patience(epoch)
         if progress.best_epoch:
             try:
                 load_model_file(self.run.path("best_model.pth"))

@@ -298,6 +298,9 @@ def test_plateau_counts_as_torch_does(tmp_path, patience):
         rates.append(judge.param_groups[0]["lr"])
         schedule.step(loss)
     assert [row["learning_rate"] for row in training.progress.history] == pytest.approx(rates)
+    again, _ = make_training(tmp_path, True, epochs=20, scheduler="plateau", plateau_patience=patience)
+    for counted in ("plateau_factor", "plateau", "stopping"):
+        assert getattr(again, counted) == getattr(training, counted), "counted again from the history"
 
 
 def test_plateau_without_a_chosen_epoch_follows_the_training_loss(tmp_path):
@@ -426,20 +429,20 @@ def test_a_stop_after_the_last_epoch_is_obeyed(tmp_path):
             for batch in training.batches(loader):
                 training.step(training.model(batch["x"]).pow(2).mean())
             training.end_epoch({"val_loss": 0.5})
-    assert left.value.code == 75 and common.read_checkpoint(tmp_path / "last.pth")["progress"]["done"]
+    assert left.value.code == 75 and make_training(tmp_path, True)[0].is_done
 
 
 def test_a_lost_history_file_is_written_again(tmp_path):
     train(*make_training(tmp_path, False))
     written = (tmp_path / "training_history.csv").read_bytes()
     (tmp_path / "training_history.csv").unlink()
-    assert make_training(tmp_path, True)[0].progress.done
+    assert make_training(tmp_path, True)[0].is_done
     assert (tmp_path / "training_history.csv").read_bytes() == written
 
 
 def test_more_epochs_of_what_early_stopping_has_ended_say_what_to_do(tmp_path, capsys):
     assert train(*make_training(tmp_path, False, epochs=9, patience=1)).progress.epoch == 2
-    assert make_training(tmp_path, True, epochs=12, patience=1)[0].progress.done
+    assert make_training(tmp_path, True, epochs=12, patience=1)[0].is_done
     said = capsys.readouterr().out
     assert re.search(r"continuing.*\nstopped early after epoch 2.*--init_from \S*best_model.pth", said)
 

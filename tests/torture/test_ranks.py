@@ -194,8 +194,9 @@ def main():
     processes.join(torch.device("cpu"))
     training = common.Training.__new__(common.Training)
     training.processes = processes
-    training.progress = types.SimpleNamespace(done=True, epoch=3, batch=0)
-    training.args = types.SimpleNamespace(save_minutes=0, given=[])
+    training.progress = types.SimpleNamespace(epoch=3, batch=0)
+    training.stopping = common.EarlyStopping(0)
+    training.args = types.SimpleNamespace(save_minutes=0, given=[], epochs=3)
     training.saved_at = 0
     training.run = types.SimpleNamespace(signals=common.StopSignals(), say=print, folder="run")
     training.stream = Workers() if processes.is_first else None

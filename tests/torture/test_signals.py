@@ -11,7 +11,7 @@ import pytest
 
 import common
 from conftest import SCRIPTS, fork_server, only_run
-from test_resume import fingerprint
+from test_resume import fingerprint, is_over
 
 GROUP = "TERM, USR1, INT to the process group"
 IN_SHORT = [("train_assessor.py", 0), ("train_dreamer.py", 2)]
@@ -45,7 +45,7 @@ def stop_and_continue(run, number, wait, expected):
     """One case; False where the run had passed its last batch before the signal came, and so ended by itself."""
     trial, code = run.train_and_signal(number, wait)
     folder = only_run(run.out)
-    if (folder / "metrics.json").exists() or common.read_checkpoint(folder / "last.pth")["progress"]["done"]:
+    if (folder / "metrics.json").exists() or is_over(folder):
         return False
     assert code == CODES[number], trial.text()[-2000:]
     assert f"{number.name} received: saved" in (folder / "log.txt").read_text()
@@ -71,7 +71,7 @@ def test_signals_that_come_again_until_the_end(workers, number, server, tiny_fla
                 trial.signal(number)
                 time.sleep(0.002)
             assert code == 75, f"{code}: {trial.text()[-2000:]}"
-            assert not common.read_checkpoint(only_run(run.out) / "last.pth")["progress"]["done"]
+            assert not is_over(only_run(run.out))
 
 
 @pytest.mark.timeout(3600)  # fifteen stops, with --all_cases
