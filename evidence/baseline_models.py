@@ -13,7 +13,7 @@ import torch
 import common
 from evidence import class_scores, splitting
 
-RIDGE_LAMBDAS = tuple(10.0 ** (k / 2) for k in range(-2, 13))  # .1 to a million
+RIDGE_LAMBDAS = 10.0 ** (np.arange(-2, 13) / 2)  # .1 to a million
 LOGISTIC_LAMBDAS = RIDGE_LAMBDAS[:-2]  # .1 to 100,000
 FEATURE_SD_FLOOR = 0.01  # sd_floor for features of one network, see standardisation
 
@@ -63,8 +63,7 @@ class Readout:
 
     weights: np.ndarray  # (F, K)
     intercept: np.ndarray  # (K,), -inf for a class without a train row
-    blocks: list = ()  # by fit_readout: the chosen block of each target, one for all classes; the others weigh 0
-    inner_error: float | np.ndarray = math.nan  # of each target, or of all classes: see the fit_ functions
+    blocks: list  # the chosen block of each target, one for all classes; the others weigh 0
 
     def predict(self, features):
         """(N, F) features -> (N, K) float64."""
@@ -80,37 +79,30 @@ class Readout:
 # --- ridge regression ----------------------------------------------------------------------------
 
 
-def fit_ridge(features, target, lambdas=RIDGE_LAMBDAS, groups=None, sd_floor=0.0):
-    """Ridge regression in closed form, lambda > 0 per target by inner cross-validation -> Readout.
+def _fit_ridge(x, target, groups):
+    """Ridge regression in closed form, lambda > 0 per target by inner cross-validation.
 
-    features: (N, F), standardised here; target: (N, R), NaN = missing; groups: (N,) text, never
-    cut by an inner fold; sd_floor: see standardisation. Minimises |y - Xw - b|^2 + lambda |w|^2.
-    Targets labelled on the same rows share one eigendecomposition; a target with fewer than 3
-    labelled rows is predicted by its mean. inner_error: summed over the left-out inner folds.
+    x: (N, F) standardised; target: (N, R), NaN = missing; groups: (N,), never cut by an inner fold. Minimises
+    |y - Xw - b|^2 + lambda |w|^2. Targets labelled on the same rows share one eigendecomposition; a target with fewer
+    than 3 labelled rows is predicted by its mean. Returns weights (F, R), intercepts (R,) and the squared errors (R,)
+    summed over the left-out inner folds.
     """
-    groups = np.arange(len(features)) if groups is None else groups
-    mean, sd = standardisation(features, sd_floor)
-    x = (features - mean) / sd
     n_targets = target.shape[1]
-    model = Readout(
-        weights=np.zeros((x.shape[1], n_targets)),
-        intercept=common.mean_without_nan(target, axis=0),
-        inner_error=np.full(n_targets, np.nan))
+    weights = np.zeros((x.shape[1], n_targets))
+    intercept = common.mean_without_nan(target, axis=0)
+    error = np.full(n_targets, np.nan)
     labelled = ~np.isnan(target)
     for rows in np.unique(labelled, axis=1).T:
         if rows.sum() < 3:
             continue
         columns = np.flatnonzero((labelled == rows[:, None]).all(0))
         folds = inner_folds(groups[rows])
-        weights, error = _solve_ridge(x[rows], target[np.ix_(rows, columns)], np.array(lambdas), folds)
-        weights = weights / sd[:, None]  # of features as they are
-        model.weights[:, columns] = weights
-        model.inner_error[columns] = error
-        model.intercept[columns] -= features[rows].mean(0) @ weights
-    return model
+        weights[:, columns], error[columns] = _solve_ridge(x[rows], target[np.ix_(rows, columns)], folds)
+        intercept[columns] -= x[rows].mean(0) @ weights[:, columns]
+    return weights, intercept, error
 
 
-def _solve_ridge(x, y, lambdas, folds):
+def _solve_ridge(x, y, folds):
     """Weights (F, R) of the lambda with the smallest held-out squared error, and that error (R,)."""
     x = x - x.mean(0)
     y = y - y.mean(0)
@@ -121,8 +113,8 @@ def _solve_ridge(x, y, lambdas, folds):
     scores = x @ basis if is_primal else basis * np.sqrt(power)
     projected = scores.T @ y  # (K, R)
     errors = np.array([
-        held_out_error(scores, y, projected, power + penalty, folds) for penalty in lambdas])  # (lambdas, R)
-    penalty = lambdas[errors.argmin(0)]
+        held_out_error(scores, y, projected, power + penalty, folds) for penalty in RIDGE_LAMBDAS])  # (lambdas, R)
+    penalty = RIDGE_LAMBDAS[errors.argmin(0)]
     error = errors.min(0)
     coefficients = projected / (power[:, None] + penalty)  # (K, R)
     if is_primal:
@@ -149,27 +141,24 @@ def held_out_error(scores, y, projected, damped, folds):
 # --- logistic regression -------------------------------------------------------------------------
 
 
-def fit_logistic(features, label, n_classes, lambdas=LOGISTIC_LAMBDAS, groups=None, sd_floor=0.0):
-    """Multinomial logistic regression, lambda > 0 by inner cross-validation -> Readout.
+def _fit_logistic(x, label, groups, n_classes):
+    """Multinomial logistic regression, lambda > 0 by inner cross-validation.
 
-    features: (N, F), standardised here; label: (N,) class indices; groups, sd_floor, inner_error:
-    as in fit_ridge. Minimises the summed NLL + lambda / 2 |W|^2, with two classes + lambda |W|^2,
-    so that lambda = 1 / C of scikit-learn.
+    x: (N, F) standardised; label: (N,) class indices; groups: as in _fit_ridge. Minimises the summed
+    NLL + lambda / 2 |W|^2, with two classes + lambda |W|^2, so that lambda = 1 / C of scikit-learn.
+    Returns weights (F, C), intercepts (C,) and the NLL summed over the left-out inner folds.
     """
-    groups = np.arange(len(label)) if groups is None else groups
-    mean, sd = standardisation(features, sd_floor)
     # rotated to K columns, which changes neither the penalty nor the prediction
-    left, length, basis = np.linalg.svd((features - mean) / sd, full_matrices=False)
+    left, length, basis = np.linalg.svd(x, full_matrices=False)
     scores = left * length  # (N, K)
-    penalty, error = _choose_penalty(scores, label, n_classes, inner_folds(groups), lambdas)
+    penalty, error = _choose_penalty(scores, label, n_classes, inner_folds(groups))
     weights, intercept = _solve_logistic(scores, label, n_classes, penalty)
-    weights = basis.T @ weights / sd[:, None]  # of features as they are
-    return Readout(weights=weights, intercept=intercept - mean @ weights, inner_error=error)
+    return basis.T @ weights, intercept, error
 
 
-def _choose_penalty(scores, label, n_classes, folds, lambdas):
+def _choose_penalty(scores, label, n_classes, folds):
     """(lambda of the smallest held-out NLL, that NLL), from large ones down until three bring no gain."""
-    penalties = sorted(lambdas, reverse=True)
+    penalties = LOGISTIC_LAMBDAS[::-1]
     errors = []
     for penalty in penalties:
         errors.append(sum(_held_out_nll(scores, label, n_classes, rows, penalty) for rows in folds))
@@ -229,24 +218,32 @@ def _solve_logistic(scores, label, n_classes, penalty):
 def fit_readout(features, truth, groups=None, n_classes=None, blocks=None):
     """Linear model on (N, F) features of one untuned network -> Readout.
 
-    truth: (N, R) scores, NaN = missing (fit_ridge), or with n_classes (N,) labels (fit_logistic).
+    truth: (N, R) scores, NaN = missing (ridge regression), or with n_classes (N,) labels (logistic
+    regression). groups: (N,) text of rows that are not independent, None = every row its own.
     blocks: {name: indices of columns}, of which each target takes the one whose error on the inner
-    folds is the smallest, as it takes its penalty; None = all columns. groups: as in fit_ridge.
+    folds is the smallest, as it takes its penalty; None = all columns.
     """
     features = np.asarray(features, np.float64)
+    groups = np.arange(len(features)) if groups is None else groups
     blocks = blocks or {"all": np.arange(features.shape[1])}
-    fit = functools.partial(fit_logistic, n_classes=n_classes) if n_classes else fit_ridge
-    models = {name: fit(features[:, columns], truth, groups=groups, sd_floor=FEATURE_SD_FLOOR)
-              for name, columns in blocks.items()}
-    errors = np.stack([np.atleast_1d(model.inner_error) for model in models.values()])
+    fit = functools.partial(_fit_logistic, n_classes=n_classes) if n_classes else _fit_ridge
+    models = {}
+    errors = []
+    for name, columns in blocks.items():
+        mean, sd = standardisation(features[:, columns], FEATURE_SD_FLOOR)
+        weights, intercept, error = fit((features[:, columns] - mean) / sd, truth, groups)
+        weights = weights / sd[:, None]  # of features as they are
+        models[name] = weights, intercept - mean @ weights
+        errors.append(np.atleast_1d(error))
     with common.undefined_is_nan():  # the first block where rows are too few to tell
-        ratios = (errors / errors.min(axis=0)).round(9)  # equal ones are not told apart by rounding
+        ratios = (errors / np.min(errors, axis=0)).round(9)  # equal ones are not told apart by rounding
     chosen = [list(blocks)[best] for best in ratios.argmin(axis=0)]
     n_outputs = n_classes or truth.shape[1]
     readout = Readout(np.zeros((features.shape[1], n_outputs)), np.zeros(n_outputs), chosen)
     for k, name in enumerate(np.resize(chosen, n_outputs)):
-        readout.weights[blocks[name], k] = models[name].weights[:, k]
-        readout.intercept[k] = models[name].intercept[k]
+        weights, intercept = models[name]
+        readout.weights[blocks[name], k] = weights[:, k]
+        readout.intercept[k] = intercept[k]
     return readout
 
 

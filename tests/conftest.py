@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -286,6 +287,17 @@ def tiny_flags(sample, made_data, tmp_path_factory):
                               few / "val.json", "--train_images", parts / "images", "--val_images",
                               parts / "images"],
         "train_dreamer.py": [*DREAMER, "--data_dir", slices, "--patient_map", slices / "patient_map.json"]}
+
+
+def fit_as_sklearn(features, truth, penalty=None, **options):
+    """baseline_models.fit_readout on standardised features without a floor; penalty: the only lambda to choose from."""
+    from evidence import baseline_models
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baseline_models, "FEATURE_SD_FLOOR", 0.0)
+        if penalty is not None:
+            patch.setattr(baseline_models, "RIDGE_LAMBDAS", np.array([penalty]))
+            patch.setattr(baseline_models, "LOGISTIC_LAMBDAS", np.array([penalty]))
+        return baseline_models.fit_readout(features, truth, **options)
 
 
 def class_alarms(probability, label, names):

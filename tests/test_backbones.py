@@ -17,6 +17,7 @@ from evidence import baseline_models
 from readers import backbones
 import train_assessor
 import train_video
+from conftest import fit_as_sklearn
 
 
 def test_weights_files_in_their_known_forms(tmp_path):
@@ -469,13 +470,14 @@ def test_frozen_parts_keep_weights_and_statistics_in_training():
 
 
 def test_the_solved_head_is_ridge_on_the_tuned_features():
-    """A linear layer is written that predicts what fit_ridge predicts from the same features."""
+    """A linear layer is written that predicts what the readout predicts from the same features."""
     draws = np.random.default_rng(0)
     features, ratings = draws.normal(size=(40, 12)).astype(np.float32), draws.normal(5, 2, (40, 3))
     ratings[3, 1] = np.nan
     model = train_assessor.Assessor(torch.nn.Identity(), 12, 3, "ridge", 0.0)
-    baseline_models.fit_readout(features, ratings).write_into(model.head[-1])
-    expected = baseline_models.fit_ridge(features, ratings, sd_floor=baseline_models.FEATURE_SD_FLOOR).predict(features)
+    readout = baseline_models.fit_readout(features, ratings)
+    readout.write_into(model.head[-1])
+    expected = readout.predict(features)
     with torch.inference_mode():
         assert np.allclose(model(torch.from_numpy(features)).numpy(), expected, atol=1e-4)
 
@@ -487,7 +489,5 @@ def test_a_feature_that_hardly_varied_does_not_explode():
     features[:, 4] *= 1e-4
     target = features[:, :1] + 1e3 * features[:, 4:]
     new = np.array([[0.0, 0.0, 0.0, 0.0, 1.0]])
-    plain, floored = (
-        abs(baseline_models.fit_ridge(features, target, sd_floor=floor).predict(new)).max() for floor in (0.0, 0.01)
-    )
+    plain, floored = (abs(fit(features, target).predict(new)).max() for fit in (fit_as_sklearn, baseline_models.fit_readout))
     assert plain > 100 and floored < plain / 5

@@ -23,7 +23,7 @@ import common
 from evidence import (
     baseline_models, calibrating, class_judging, class_scores, confounding, plotting, prediction_tables,
     reporting, subject_intervals, verdicts)
-from conftest import class_alarms
+from conftest import class_alarms, fit_as_sklearn
 
 NAMES = ["ear", "none", "tail", "wall"]
 
@@ -479,7 +479,7 @@ def probabilities(model, features):
 @pytest.mark.parametrize("penalty", [0.1, 30.0])
 def test_logistic_equals_sklearn_at_equal_lambda(rows, features, classes, penalty):
     x, z, label = features_of_classes(rows, features, classes)
-    ours = baseline_models.fit_logistic(x, label, classes, lambdas=[penalty])
+    ours = fit_as_sklearn(x, label, penalty, n_classes=classes)
     theirs = LogisticRegression(C=1 / penalty, tol=1e-10, max_iter=20000).fit(z, label)
     np.testing.assert_allclose(probabilities(ours, x), theirs.predict_proba(z), atol=1e-4)
     weights = (ours.weights * x.std(0)[:, None]).T  # of standardised features
@@ -500,8 +500,8 @@ def test_logistic_chooses_lambda_as_a_grid_search_over_the_same_folds(rows, feat
     search = GridSearchCV(LogisticRegression(max_iter=5000), {"C": [1 / v for v in baseline_models.LOGISTIC_LAMBDAS]},
                           cv=PredefinedSplit(fold_of), scoring=lambda m, a, b: -judge.log_loss(
                               b, m.predict_proba(a), labels=[0, 1, 2], normalize=False))
-    ours = baseline_models.fit_logistic(x, label, 3, groups=groups.astype(str))
-    best = baseline_models.fit_logistic(x, label, 3, lambdas=[1 / search.fit(z, label).best_params_["C"]])
+    ours = fit_as_sklearn(x, label, n_classes=3, groups=groups.astype(str))
+    best = fit_as_sklearn(x, label, 1 / search.fit(z, label).best_params_["C"], n_classes=3)
     np.testing.assert_allclose(ours.weights, best.weights, atol=1e-6)
 
 
@@ -509,17 +509,17 @@ def test_logistic_survives_absent_and_lone_classes():
     x, _, label = features_of_classes(80, 5, 3)
     label[label == 1] = 0
     label[3] = 1  # a class with one row, class 3 and 4 unseen
-    predicted = probabilities(baseline_models.fit_logistic(x, label, n_classes=5), x)
+    predicted = probabilities(fit_as_sklearn(x, label, n_classes=5), x)
     assert predicted.shape == (80, 5) and np.isfinite(predicted).all() and (predicted[:, 3:] == 0).all()
     np.testing.assert_allclose(predicted.sum(1), 1.0)
-    lone = baseline_models.fit_logistic(x, np.zeros(80, int), n_classes=2)
+    lone = fit_as_sklearn(x, np.zeros(80, int), n_classes=2)
     assert (probabilities(lone, x)[:, 0] == 1).all()
 
 
 def test_logistic_on_noise_comes_back_to_the_prior():
     generator = np.random.default_rng(0)
     x, label = generator.normal(size=(100, 300)), (generator.random(100) < 0.3).astype(int)
-    predicted = probabilities(baseline_models.fit_logistic(x, label, 2), generator.normal(size=(100, 300)))
+    predicted = probabilities(fit_as_sklearn(x, label, n_classes=2), generator.normal(size=(100, 300)))
     assert predicted[:, 1].std() < 0.15 and abs(predicted[:, 1].mean() - label.mean()) < 0.05
 
 
@@ -711,11 +711,11 @@ def test_prior_correction_undoes_a_balanced_sampler():
     x = (label + generator.normal(size=40000))[:, None]
     positives, others = np.flatnonzero(label == 1), np.flatnonzero(label == 0)
     rows = np.concatenate([generator.choice(positives, 5000), generator.choice(others, 5000)])
-    balanced = probabilities(baseline_models.fit_logistic(x[rows], label[rows], 2, lambdas=[1.0]), x)
+    balanced = probabilities(fit_as_sklearn(x[rows], label[rows], 1.0, n_classes=2), x)
     shift = calibrating.prior_correction(np.array([0.9, 0.1]), np.array([0.5, 0.5]))
     corrected = class_scores.softmax(np.log(balanced) + shift)
     assert balanced[:, 1].mean() > 0.25 and corrected[:, 1].mean() == pytest.approx(label.mean(), abs=0.005)
-    natural = probabilities(baseline_models.fit_logistic(x, label, 2, lambdas=[1.0]), x)
+    natural = probabilities(fit_as_sklearn(x, label, 1.0, n_classes=2), x)
     np.testing.assert_allclose(corrected, natural, atol=0.02)
     loss = [class_scores.classification_metrics(each, label).overall["loss"] for each in (corrected, natural, balanced)]
     assert loss[0] == pytest.approx(loss[1], abs=1e-3) and loss[2] > loss[0] + 0.1

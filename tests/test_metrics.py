@@ -24,7 +24,7 @@ import common
 from evidence import (
     baseline_models, class_judging, confounding, judging, prediction_tables, rater_agreement, score_judging, seen_rows,
     subject_intervals, verdicts)
-from conftest import class_alarms
+from conftest import class_alarms, fit_as_sklearn
 
 
 def noisy_pair(rows=200, targets=3, seed=0, offset=0.0, missing=0.0):
@@ -223,7 +223,7 @@ def test_train_mean_baseline_leaves_missing_labels_out():
 @pytest.mark.parametrize("rows, features", [(120, 20), (60, 200), (40, 40)])
 def test_ridge_equals_sklearn_at_a_given_lambda(rows, features):
     x, y = linear_data(rows, features)
-    ours = baseline_models.fit_ridge(x[:-10], y[:-10], lambdas=[7.0])
+    ours = fit_as_sklearn(x[:-10], y[:-10], 7.0)
     theirs = make_pipeline(StandardScaler(), Ridge(7.0)).fit(x[:-10], y[:-10])
     np.testing.assert_allclose(ours.predict(x[-10:]), theirs.predict(x[-10:]), rtol=1e-7, atol=1e-8)
 
@@ -235,12 +235,12 @@ def test_ridge_chooses_lambda_as_a_refit_of_every_inner_fold_would(rows, feature
     fold_of = np.zeros(rows, int)
     for number, members in enumerate(folds):
         fold_of[members] = number
-    ours = baseline_models.fit_ridge(x, y)
+    ours = fit_as_sklearn(x, y)
     z = StandardScaler().fit_transform(x)
     for k in range(3):
         errors = [_refit_error(z, y[:, k], fold_of, alpha) for alpha in baseline_models.RIDGE_LAMBDAS]
         chosen = baseline_models.RIDGE_LAMBDAS[int(np.argmin(errors))]
-        alone = baseline_models.fit_ridge(x, y[:, [k]], lambdas=[chosen])
+        alone = fit_as_sklearn(x, y[:, [k]], chosen)
         np.testing.assert_allclose(ours.weights[:, [k]], alone.weights, rtol=1e-9, atol=1e-12)
         search = GridSearchCV(Ridge(), {"alpha": baseline_models.RIDGE_LAMBDAS}, cv=PredefinedSplit(fold_of),
                               scoring="neg_mean_squared_error").fit(z, y[:, k])
@@ -282,7 +282,7 @@ def test_a_readout_takes_for_each_target_the_block_with_the_smallest_error_of_th
     readout = baseline_models.fit_readout(x, y, groups, blocks=blocks)
     assert readout.blocks == ["left", "right", "both"]
     for k, name in enumerate(readout.blocks):
-        own = baseline_models.fit_ridge(x[:, blocks[name]], y[:, [k]], groups=groups, sd_floor=0.01)
+        own = baseline_models.fit_readout(x[:, blocks[name]], y[:, [k]], groups)
         np.testing.assert_allclose(readout.predict(x)[:, k], own.predict(x[:, blocks[name]])[:, 0], rtol=1e-7)
         outside = np.setdiff1d(np.arange(30), blocks[name])
         assert (readout.weights[outside, k] == 0).all()
@@ -307,7 +307,7 @@ def test_a_readout_takes_for_each_target_the_block_with_the_smallest_error_of_th
 def test_ridge_with_one_row_per_fold_equals_ridgecv(monkeypatch):
     monkeypatch.setattr(baseline_models, "inner_folds", lambda groups: np.arange(len(groups))[:, None])
     x, y = linear_data(50, 8)
-    ours = baseline_models.fit_ridge(x, y)
+    ours = fit_as_sklearn(x, y)
     z = StandardScaler().fit_transform(x)
     theirs = RidgeCV(baseline_models.RIDGE_LAMBDAS, alpha_per_target=True).fit(z, y)
     np.testing.assert_allclose(ours.predict(x), theirs.predict(z))
@@ -318,7 +318,7 @@ def test_ridge_uses_each_targets_own_labelled_rows():
     y[::3, 0] = np.nan
     y[:, 2] = np.nan
     y[:2, 2] = [4.0, 6.0]
-    ours = baseline_models.fit_ridge(x, y, lambdas=[3.0])
+    ours = fit_as_sklearn(x, y, 3.0)
     z, seen = StandardScaler().fit_transform(x), ~np.isnan(y[:, 0])
     np.testing.assert_allclose(ours.predict(x)[:, 0], Ridge(3.0).fit(z[seen], y[seen, 0]).predict(z), rtol=1e-7)
     np.testing.assert_allclose(ours.predict(x)[:, 2], 5.0)
@@ -327,9 +327,9 @@ def test_ridge_uses_each_targets_own_labelled_rows():
 def test_ridge_survives_constant_features_and_perfect_copies(recwarn):
     x, y = linear_data(60, 5)
     x = np.concatenate([x, x, np.full((60, 2), 0.1)], 1)
-    predicted = baseline_models.fit_ridge(x, y).predict(x)
+    predicted = fit_as_sklearn(x, y).predict(x)
     assert np.isfinite(predicted).all()
-    np.testing.assert_allclose(predicted, baseline_models.fit_ridge(x[:, :10], y).predict(x[:, :10]), rtol=1e-6)
+    np.testing.assert_allclose(predicted, fit_as_sklearn(x[:, :10], y).predict(x[:, :10]), rtol=1e-6)
     for none in (x[:, :0], x[:, -1:]):  # no features, or none that varies
         assert baseline_models.standardisation(none, 0.01)[1].tolist() == [math.hypot(1, 0.01)] * none.shape[1]
         assert not recwarn.list
