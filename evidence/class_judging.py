@@ -26,7 +26,8 @@ def judge_classes(run, table, setting, confounds=(), levels=()):
 
     def describe(result):
         return verdicts.verdict_sentence(result, "roc_auc", setting.worst_seen, auc_label(result.names, name))
-    setting, doubts = judging.judge_without_similar(run, table, setting, result, "roc_auc", describe)
+    setting, doubts = judging.judge_without_similar(
+        run, setting, result, lambda kept: table.take(kept).compare(), describe, "roc_auc")
     stages = calibration_rows(table)
     return judging.close_run(
         run, setting,

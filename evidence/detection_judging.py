@@ -92,7 +92,10 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
     strongest = max(baselines, key=baselines.get)
     state_rates = np.array([prior["states"] for prior in priors])  # (M, P, S)
     judged = detection_scores.Judged(truth, detections, threshold, others[strongest], state_rates)
-    result = judged.result(strongest, len(setting.folds))
+
+    def compare(pictures):
+        return judged.result(strongest, len(setting.folds), pictures)
+    result = compare(judged.every)
     part_rows = per_part_rows(judged, result)
     state_rows = per_state_rows(judged)
     calibration = calibration_rows(judged)
@@ -102,17 +105,20 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
     plotting.plot_per_target(
         [row for row in part_rows if row["boxes"]], run.path("per_part.png"), ("ap", "ap50"))
 
+    def describe(result):
+        return verdicts.verdict_sentence(result, "map", setting.worst_seen)
+    setting, doubts = judging.judge_without_similar(run, setting, result, compare, describe, "map", "ap")
+    doubts += verdicts.baseline_doubts(others, "the same detector with only its heads trained (--baseline heads)")
     setting = dataclasses.replace(
         setting,
         cases=case_blocks(run, judged, detections, picture, threshold),
         limits=[*general_limits(judged), *setting.limits])
     return judging.close_run(
         run, setting,
-        verdict=verdicts.verdict_sentence(result, "map", setting.worst_seen),
+        verdict=describe(result),
         result=result,
         metric="map",
-        doubts=verdicts.baseline_doubts(
-            others, "the same detector with only its heads trained (--baseline heads)") + state_doubts(result),
+        doubts=doubts + state_doubts(result),
         alarms=find_alarms(judged, detections, threshold),
         meanings=criteria_names(truth.parts, judged.has_states),
         figures=key_figures(result),

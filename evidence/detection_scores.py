@@ -263,21 +263,23 @@ class Judged:
             overall |= state_scores(self.baseline_confusions[pictures].sum(0))
         return overall, each
 
-    def result(self, baseline_name="mean box", folds=0):
-        """The subject_intervals.Result over all pictures; resampled are groups, else images; folds: of the run."""
+    def result(self, baseline_name="mean box", folds=0, pictures=None):
+        """The subject_intervals.Result over all pictures, or these; resampled are groups, else images; folds: of the run."""
+        if pictures is None:
+            pictures = self.every
         groups = self.truth.groups
-        units, owners = np.unique(self.every if groups is None else groups, return_inverse=True)
+        units, owners = np.unique(pictures if groups is None else groups[pictures], return_inverse=True)
 
         def over_draws(values):
             def statistic(weights):
-                times = weights.astype(int)[:, owners]  # (draws, M)
-                overall, each = zip(*[values(np.repeat(self.every, drawn)) for drawn in times])
+                times = weights.astype(int)[:, owners]  # (draws, pictures)
+                overall, each = zip(*[values(np.repeat(pictures, drawn)) for drawn in times])
                 return stack_draws(overall), stack_draws(each)
             return statistic
         model = over_draws(self.values)
         support = subject_intervals.support_alone(model, len(units))
-        occurs = self.confusions.any(2)  # (M, S), True = a box found in the picture has that state
-        n_owners = sorted(len(np.unique(owners[pictures])) for pictures in occurs.T)
+        occurs = self.confusions[pictures].any(2)  # (pictures, S), True = a box found in the picture has that state
+        n_owners = sorted(len(np.unique(owners[has])) for has in occurs.T)
         for metric in ("balanced_accuracy", "macro_f1"):
             support["overall", metric] = n_owners[-2]  # a mean over the states needs two; the others may be rare
         return subject_intervals.estimate(
@@ -288,8 +290,8 @@ class Judged:
             draws=N_DRAWS,
             names=self.truth.parts,
             support=support,
-            n=self.counts["truth"].sum(0).astype(int),
-            rows=len(self.every),
+            n=self.counts["truth"][pictures].sum(0).astype(int),
+            rows=len(pictures),
             folds=folds,
             baseline_name=baseline_name)
 

@@ -124,22 +124,24 @@ def similar_blocks(pairs, titles, picture):
             reporting.html_cases(cases)] if pairs else []
 
 
-def judge_without_similar(run, table, setting, result, metric, describe):
+def judge_without_similar(run, setting, result, compare, describe, metric, metric_of_each=None):
     """What is left of a Result without the rows that look like one in another part of the split.
 
-    describe: function of a Result -> its verdict in a sentence. Returns the Setting with that
-    sentence in the section Leakage, and doubts: one where the verdict is then another one, where
-    `metric`, of which more is better, falls below its interval, or where a class or score has none.
+    compare: function of the rows that are left -> their Result; describe: of a Result -> its verdict
+    in a sentence. Returns the Setting with that sentence in the section Leakage, and doubts: one
+    where the verdict is then another one, where `metric`, of which more is better, falls below its
+    interval, or where a class, score or part has no metric_of_each, by default the same metric.
     """
     is_similar = setting.is_similar
     if not np.any(is_similar):
         return setting, []
+    kept = np.flatnonzero(~is_similar)
     sentence = f"{is_similar.sum()} of {len(is_similar)} rows look like one in another part of the split."
     holds = False
-    if not is_similar.all():
-        rest = table.take(~is_similar).compare()
+    if len(kept):
+        rest = compare(kept)
         sentence += f" Without them: {describe(rest)}"
-        had, has = (~np.isnan(found.each.model[metric].value) for found in (result, rest))
+        had, has = (~np.isnan(found.each.model[metric_of_each or metric].value) for found in (result, rest))
         lost = list(itertools.compress(result.names, had & ~has))
         if lost:
             sentence += f" This says nothing of {common.shorten_list(lost)}."

@@ -32,7 +32,8 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
 
     def describe(result):
         return verdicts.verdict_sentence(result, "r2", setting.worst_seen, "mean R2", best_r2, is_same)
-    setting, doubts = judging.judge_without_similar(run, table, setting, result, "r2", describe)
+    setting, doubts = judging.judge_without_similar(
+        run, setting, result, lambda kept: table.take(kept).compare(), describe, "r2")
     doubts += verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds)
     if is_same:
         doubts.append("A model that predicts what its baseline predicts adds nothing to it")

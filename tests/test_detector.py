@@ -525,6 +525,20 @@ def test_states_are_held_against_those_that_their_parts_usually_have():
     assert model["boxes"] == 4 and model["nll"] > prior["nll"], "the model is sure and wrong"
 
 
+def judge_run(tmp_path, truth, found, baseline, similar=()):
+    """(metrics, log and page) of a run that judges these detections beside those of a baseline that was trained.
+
+    similar: the pictures that look like one in another part of the split.
+    """
+    args = train_detector.parse_args(
+        ["--mode", "audit", "--json", "x", "--images_dir", "y", "--output_dir", str(tmp_path)])
+    setting = judging.Setting(seen=np.repeat("new", len(found)), is_similar=np.isin(np.arange(len(found)), similar))
+    with common.start_run(args) as run:
+        priors = [detection_judging.mean_boxes(truth)] * len(found)
+        metrics = detection_judging.judge_detections(run, truth, found, setting, priors, {"heads": baseline})
+    return metrics, run.path("log.txt").read_text() + run.path("report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("called, level", [((0, 1), "good"), ((1, 0), "caution")])
 def test_a_page_is_not_green_where_states_are_told_no_better_than_by_the_usual_ones(tmp_path, called, level):
     """Boxes are found far better than by the baseline; bells are damaged in every other picture, saddles never."""
@@ -532,15 +546,41 @@ def test_a_page_is_not_green_where_states_are_told_no_better_than_by_the_usual_o
     truth = annotated(*[[(0, k % 2, bell), (1, 0, saddle)] for k, (bell, saddle) in enumerate(boxes)])
     found, shifted = ([detections((0, 0.9, called[k % 2], bell), (1, 0.8, 0, saddle))
                        for k, (bell, saddle) in enumerate(places)] for places in (boxes, boxes + 3))
-    setting = judging.Setting(seen=np.repeat("new", 12))
-    args = train_detector.parse_args(
-        ["--mode", "audit", "--json", "x", "--images_dir", "y", "--output_dir", str(tmp_path)])
-    with common.start_run(args) as run:
-        priors = [detection_judging.mean_boxes(truth)] * 12
-        metrics = detection_judging.judge_detections(run, truth, found, setting, priors, {"heads": shifted})
+    metrics, _ = judge_run(tmp_path, truth, found, shifted)
     assert metrics["headline"]["verdict"] == "better" and metrics["headline"]["level"] == level
     said = ["are not told better for certain" in doubt and "0.333 against 0.500" in doubt for doubt in metrics["doubts"]]
     assert said == [True] * (level == "caution") and metrics["alarms"] == []
+
+
+@pytest.mark.parametrize("similar, level, words", [
+    ((10, 11), "good", "2 of 12 rows look like one in another part of the split. Without them: "),
+    (range(8), "caution", "8 of 12 rows look like one in another part of the split. Without them: "),
+    ((0, 1), "caution", "This says nothing of saddle."),
+    (range(12), "caution", "12 of 12 rows look like one in another part of the split. If")])
+def test_the_verdict_is_repeated_without_pictures_that_look_like_train_pictures(tmp_path, similar, level, words):
+    """Eight pictures are right and four as bad as those of the baseline; saddles are in the first two."""
+    boxes = np.array(BOX) + 2 * np.arange(12)[:, None]  # (12, 4)
+    shifts = np.repeat([0, 3], [8, 4])[:, None]
+    pictures = [[(0, UNKNOWN, box)] for box in boxes]
+    for picture in pictures[:2]:
+        picture.append((1, UNKNOWN, FAR))
+    found, baseline = ([detections((0, 0.9, 0, box), (1, 0.9, 0, FAR), states=False) for box in places]
+                       for places in (boxes + shifts, boxes + 3))
+    metrics, said = judge_run(tmp_path, annotated(*pictures), found, baseline, similar)
+    assert metrics["headline"]["verdict"] == "better" and metrics["headline"]["level"] == level
+    assert [words in doubt for doubt in metrics["doubts"]] == [True] * (level == "caution")
+    assert said.count(words) >= 2
+
+
+def test_the_numbers_over_some_pictures_are_those_of_these_pictures_alone():
+    truth, found = random_case(1, 24)
+    groups = np.array([f"g{k % 8}" for k in range(24)])
+    baseline = found[::-1]
+    kept = np.array([2, 3, 5, 7, 11, 13, 17, 19, 20, 22])
+    for own in (truth, dataclasses.replace(truth, groups=groups)):
+        alone = judge(own.take(kept), [found[k] for k in kept], baseline=[baseline[k] for k in kept]).result(folds=3)
+        among = judge(own, found, baseline=baseline).result(folds=3, pictures=kept)
+        assert str(among.record()) == str(alone.record())
 
 
 def test_states_that_are_told_or_that_parts_always_have_leave_no_doubt():
@@ -924,6 +964,7 @@ def test_a_start_from_random_weights_leaves_the_whole_run_folder(trained):
     assert {bar["name"]: bar["verdict"] for bar in metrics["criteria"]}["map"] != "PASS"
     assert content["temperature"] > 0 and [row["states of"] for row in metrics["state_calibration"]][0] == "model"
     assert any("--baseline" in doubt for doubt in metrics["doubts"]) and list(metrics["baselines"]) == ["mean box"]
+    assert "similar_pictures" in json.loads((trained / "leakage_report.json").read_text())["between"]["train-test"]
     page = re.sub("base64,[^\"]+", "", (trained / "report.html").read_text())
     assert "mean precision over recalls" in page and "A clip" not in page and not re.search(r"\bR2\b|\bAUC\b", page)
     skipped = read_csv(trained / "skipped.csv")
