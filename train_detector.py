@@ -982,7 +982,7 @@ def untuned_features(args, study, compute, rows):
     for batch in itertools.chain.from_iterable(make_loader(study, rows, settings, args, compute)):
         with compute.autocast():
             maps = model.features(to_inputs(batch, compute, settings))  # (B, 3, H, W) -> maps
-        found += model.picture_features(maps, batch["sizes"]).numpy()  # (B, F)
+        found += list(model.picture_features(maps, batch["sizes"]).numpy())  # B of (F,)
     found = np.array(compute.processes.gather(found))
     features = np.full((len(study.stored), found.shape[1]), np.nan, np.float32)
     features[rows] = found

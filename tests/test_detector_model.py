@@ -495,12 +495,12 @@ def test_one_picture_can_be_learnt_by_heart():
         optimizer.step()
     with torch.no_grad():
         found = model.eval()(*batch[:2])[0]
-    surest = found["scores"].topk(4).indices
-    overlap = torchvision.ops.box_iou(BOXES, found["boxes"][surest])  # (4, 4)
+    sure = found["scores"] > 0.8
+    overlap = torchvision.ops.box_iou(BOXES, found["boxes"][sure])  # (4, D)
     best = overlap.argmax(1)
-    assert (found["scores"][surest] > 0.8).all() and sorted(best.tolist()) == [0, 1, 2, 3] and (overlap.max(1)[0] > 0.7).all()
-    assert found["labels"][surest][best].tolist() == [1, 2, 3, 1]
-    assert found["states"][surest][best].argmax(1).tolist() == [0, 1, 2, 3]
+    assert len(set(best.tolist())) == 4 and (overlap.max(1)[0] > 0.7).all() and (overlap.max(0)[0] > 0.5).all()
+    assert found["labels"][sure][best].tolist() == [1, 2, 3, 1]
+    assert found["states"][sure][best].argmax(1).tolist() == [0, 1, 2, 3]
 
 
 # --- the validation loss ----------------------------------------------------------------------
