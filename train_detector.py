@@ -481,45 +481,35 @@ class PaddedRoIAlign(MultiScaleRoIAlign):
         pooled = []
         for number, scale in enumerate(self.scales):
             own = level == number
-            pooled.append(align_boxes(maps[number], picture[own], scale * torch.cat(boxes)[own], self.output_size))
+            pooled.append(align_boxes(maps[number], picture[own], scale * torch.cat(boxes)[own], self.output_size[0]))
         order = level.argsort(stable=True).argsort()
         return torch.cat(pooled)[order]
 
 
-def align_boxes(features, picture, boxes, bins):
-    """torchvision.ops.roi_align with sampling_ratio 2, for boxes that begin inside their picture.
+def align_boxes(features, picture, boxes, n_bins):
+    """torchvision.ops.roi_align with 2 x 2 samples a bin, for boxes that begin on the map: (Q, C, bins, bins).
 
-    features: (B, C, H, W); picture: (Q,) of each box; boxes: (Q, 4) in pixels of the map. Each of the
-    bins (rows, columns) is a weighted sum of 16 pixels, whose channels are added as a whole.
+    features: (B, C, H, W); picture: (Q,) index into B; boxes: (Q, 4) in pixels of the map. A sample
+    lies between four pixels, so each bin is a weighted sum of 16, whose channels are added together.
     """
     n_channels, height, width = features.shape[1:]
-    left, top, right, bottom = boxes.T
-    rows, row_weights = pixels_of_bins(top, bottom, height, bins[0])
-    columns, column_weights = pixels_of_bins(left, right, width, bins[1])
-    rows = rows + picture[:, None, None] * height
-    pixels = rows[:, :, None, :, None] * width + columns[:, None, :, None]  # (Q, bins, bins, 4, 4)
-    weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None]
+    low, high = boxes.view(-1, 2, 2, 1).unbind(1)  # (Q, 2, 1) each, x and y
+    ends = torch.tensor([width, height])[:, None]
+    sample = (torch.arange(2 * n_bins) + 0.5) / (2 * n_bins)
+    places = low + (high - low).clamp(min=1) * sample  # (Q, 2, 2 * bins): a box is at least a pixel wide
+    counts = places <= ends  # what lies beyond the map is 0
+    places = places.clamp(max=ends - 1)
+    pixels = torch.stack([places.floor(), places.ceil()], 3).long()
+    share = places.frac()
+    weights = torch.stack([1 - share, share], 3) * counts[..., None] / 2
+    columns, rows = pixels.view(-1, 2, n_bins, 4).unbind(1)  # (Q, bins, 4) each
+    of_columns, of_rows = weights.view(-1, 2, n_bins, 4).unbind(1)
+    rows = (rows + height * picture[:, None, None])[:, :, None, :, None]
     pooled = nn.functional.embedding_bag(
-        pixels.view(-1, 16), features.permute(0, 2, 3, 1).flatten(0, 2), mode="sum",
-        per_sample_weights=weights.view(-1, 16))
-    return pooled.view(-1, *bins, n_channels).permute(0, 3, 1, 2)  # (Q * bins * bins, C) -> (Q, C, bins, bins)
-
-
-def pixels_of_bins(low, high, length, n_bins):
-    """Along one axis: (pixels of each bin of Q boxes, their weights), both (Q, bins, 4); low, high: (Q,) the boxes' ends.
-
-    A bin is the mean of two samples, each of which lies between two pixels. As in torchvision a box
-    is at least a pixel wide, and a sample beyond `length`, the end of the map, counts nothing.
-    """
-    step = (high - low).clamp(min=1) / (2 * n_bins)
-    places = low[:, None] + (torch.arange(2 * n_bins) + 0.5) * step[:, None]  # (Q, 2 * bins)
-    is_inside = places <= length
-    places = places.clamp(max=length - 1)
-    first = places.long()
-    share = places - first
-    pixels = torch.stack([first, (first + 1).clamp(max=length - 1)], 2)
-    weights = torch.stack([1 - share, share], 2) * is_inside[..., None] / 2
-    return pixels.view(-1, n_bins, 4), weights.view(-1, n_bins, 4)
+        (width * rows + columns[:, None, :, None]).view(-1, 16),  # (Q, bins, bins, 4, 4) -> (Q * bins * bins, 16)
+        features.permute(0, 2, 3, 1).flatten(0, 2), mode="sum",
+        per_sample_weights=(of_rows[:, :, None, :, None] * of_columns[:, None, :, None]).view(-1, 16))
+    return pooled.view(-1, n_bins, n_bins, n_channels).permute(0, 3, 1, 2)
 
 
 class PartDetector(nn.Module):
@@ -973,19 +963,12 @@ def finish_best_model(training, val_truth, train_loader, val_loader):
 
 # --- results: detections -> whole-split metric -> run folder ------------------------------
 
-@torch.no_grad()
 def untuned_features(args, study, compute, rows):
-    """(N, F) picture_features of these rows from the detector before it is trained, NaN of all others."""
+    """(N, 256) picture_features of these rows from the detector before it is trained, NaN of all others."""
     settings = model_settings(args, study.truth)
-    model = compute.place(build_model(args, settings, None)).eval()
-    found = []
-    for batch in itertools.chain.from_iterable(make_loader(study, rows, settings, args, compute)):
-        with compute.autocast():
-            maps = model.features(to_inputs(batch, compute, settings))  # (B, 3, H, W) -> maps
-        found += list(model.picture_features(maps, batch["sizes"]).numpy())  # B of (F,)
-    found = np.array(compute.processes.gather(found))
-    features = np.full((len(study.stored), found.shape[1]), np.nan, np.float32)
-    features[rows] = found
+    model = compute.place(build_model(args, settings, None))
+    features = np.full((len(study.stored), 256), np.nan, np.float32)
+    features[rows] = detect(model, make_loader(study, rows, settings, args, compute), compute)["picture_features"]
     return features
 
 
