@@ -1072,3 +1072,17 @@ def test_sample_quirks_are_there_and_both_formats_agree(bicycles, flags):
             assert ("object_state_class" in entry) == (row % 3 == 2 or (row == 11 and part == "chain")), "states as numbers"
             assert ("trust" in entry) == (row % 4 > 0), "missing trust"
 
+
+
+def test_features_for_look_alikes_are_those_of_each_picture_whatever_the_others(bicycles, flags):
+    """By row of the study, NaN where none were asked for; the model is that of the flags, before any training."""
+    folder, _ = bicycles
+    study = coco_study(folder, flags)
+    args = flags("--min_size", "64", "--max_size", "96", "--no_pretrained")
+    compute = common.choose_compute("cpu", "off")
+    found = train_detector.untuned_features(args, study, compute, np.array([5, 2, 9]))
+    assert found.shape == (len(study.stored), 256) and np.flatnonzero(~np.isnan(found[:, 0])).tolist() == [2, 5, 9]
+    for row in (2, 9):
+        alone = train_detector.untuned_features(args, study, compute, np.array([row]))
+        np.testing.assert_allclose(found[row], alone[row], rtol=1e-3, atol=1e-5)
+    assert np.abs(found[2] - found[9]).max() > 1e-3
