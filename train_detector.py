@@ -497,11 +497,11 @@ def align_boxes(features, picture, boxes, n_bins):
     ends = torch.tensor([width, height])[:, None]
     sample = (torch.arange(2 * n_bins) + 0.5) / (2 * n_bins)
     places = low + (high - low).clamp(min=1) * sample  # (Q, 2, 2 * bins): a box is at least a pixel wide
-    counts = places <= ends  # what lies beyond the map is 0
+    is_on_map = places <= ends  # what lies beyond it is 0
     places = places.clamp(max=ends - 1)
     pixels = torch.stack([places.floor(), places.ceil()], 3).long()
     share = places.frac()
-    weights = torch.stack([1 - share, share], 3) * counts[..., None] / 2
+    weights = torch.stack([1 - share, share], 3) * is_on_map[..., None] / 2
     columns, rows = pixels.view(-1, 2, n_bins, 4).unbind(1)  # (Q, bins, 4) each
     of_columns, of_rows = weights.view(-1, 2, n_bins, 4).unbind(1)
     rows = (rows + height * picture[:, None, None])[:, :, None, :, None]
