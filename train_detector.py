@@ -1014,7 +1014,7 @@ def write_detections(path, folder, args, pictures, image_ids, detections, catego
         pixels, size = picture(k)
         drawn = box_pictures.draw_detections(
             pixels, size, detections[k], parts, args.score_threshold)
-        box_pictures.write_picture(folder / f"{k:03d}_{Path(pictures[k]['image']).stem}.jpg", drawn)
+        plotting.write_picture(folder / f"{k:03d}_{Path(pictures[k]['image']).stem}.jpg", drawn)
 
 
 @common.first_process_only

@@ -2,11 +2,8 @@
 
 Letters: H, W height and width in pixels, K boxes.
 """
-import io
-
 import numpy as np
 
-import common
 from evidence import plotting
 from readers import part_boxes
 
@@ -73,13 +70,6 @@ def draw_truth(pixels, truth, row):
         truth.states[row][keep], truth.parts)
 
 
-def write_picture(path, picture):
-    """JPEG of a Pillow picture."""
-    packed = io.BytesIO()
-    picture.save(packed, "JPEG", quality=85)
-    common.write_whole(path, packed.getvalue())
-
-
 def write_sheet(path, truth, detections, picture, rows, threshold):
     """Contact sheet: in each line a picture with its annotated boxes (left) and what was detected (right).
 
@@ -95,4 +85,4 @@ def write_sheet(path, truth, detections, picture, rows, threshold):
         line.paste(left)
         line.paste(right, (left.width + GAP, 0))
         lines.append(line)
-    write_picture(path, Image.fromarray(np.concatenate(lines)))
+    plotting.write_picture(path, Image.fromarray(np.concatenate(lines)))

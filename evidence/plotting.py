@@ -87,8 +87,13 @@ def save_figure(figure, path):
     """
     from PIL import Image
 
+    write_picture(path, draw_figure(figure).quantize(256, Image.Quantize.FASTOCTREE), "PNG")
+
+
+def write_picture(path, picture, kind="JPEG"):
+    """Write a Pillow picture, whole."""
     packed = io.BytesIO()
-    draw_figure(figure).quantize(256, Image.Quantize.FASTOCTREE).save(packed, "PNG")
+    picture.save(packed, kind, quality=85)
     common.write_whole(path, packed.getvalue())
 
 

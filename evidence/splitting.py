@@ -341,21 +341,19 @@ def leakage_report(split, keys, pixels, phash, values, pairs=None):
     for part, rows in split.items():
         for row in rows:
             parts_of[row].append(part)
-    # {what: sets of rows that are alike}
+    # {what: lists of rows that are alike}
     alike = {"exact_duplicates": _rows_by_value(pixels).values(), **(pairs or {})}
     if phash is not None:
         readable = [row for row, held_by in enumerate(parts_of) if held_by and pixels[row]]
         alike["near_duplicates"] = _near_duplicates(readable, pixels, phash)
-
-    def count_parts(rows):
-        return collections.Counter(part for row in rows for part in parts_of[row])
+    # {what: {text: its rows}}
+    rows_of = {what: _rows_by_value(column) for what, column in values.items() if column is not None}
+    for what, lists in alike.items():
+        rows_of[what] = {" = ".join(sorted(keys[row] for row in rows if parts_of[row])): rows for rows in lists}
     # {what: {text: how often it stands in each part}}
-    counts = {what: {text: count_parts(rows) for text, rows in _rows_by_value(column).items()}
-              for what, column in values.items() if column is not None}
-    for what, sets in alike.items():
-        counts[what] = {
-            " = ".join(sorted(keys[row] for row in rows if parts_of[row])): count_parts(rows)
-            for rows in sets}
+    counts = {what: {text: collections.Counter(part for row in rows for part in parts_of[row])
+                     for text, rows in found.items()}
+              for what, found in rows_of.items()}
 
     parts = [part for part in split if len(split[part])]
     between = {}

@@ -28,7 +28,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score,
 import common
 import train_detector
 from conftest import ROOT, only_run, run_fresh, run_here, run_script
-from evidence import box_pictures, detection_judging, detection_scores, detection_tables, judging, verdicts
+from evidence import box_pictures, detection_judging, detection_scores, detection_tables, judging, plotting, verdicts
 from readers import part_boxes
 from readers.part_boxes import ABSENT, UNKNOWN, PartTruth
 
@@ -804,7 +804,7 @@ def test_a_box_says_its_part_its_state_and_its_score_on_its_own_colour(monkeypat
 def test_a_sheet_shows_in_each_line_the_annotated_boxes_left_and_the_detected_ones_right(monkeypatch):
     """Upright pictures, the second one first; neither an ignored box nor a detection under the threshold is drawn."""
     sheets = []
-    monkeypatch.setattr(box_pictures, "write_picture", lambda path, picture: sheets.append(np.asarray(picture)))
+    monkeypatch.setattr(plotting, "write_picture", lambda path, picture: sheets.append(np.asarray(picture)))
     low, small = [10, 40, 30, 60], [5, 5, 9, 9]
     truth = annotated(*[[(0, 0, BOX), (1, 0, small, True)]] * 2, size=(40, 80))
     found = [detections((1, 0.5, 1, low), (0, 0.49, 1, small))] * 2
