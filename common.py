@@ -2450,12 +2450,11 @@ class Training:
         own = len(sampler.own_span(batch))  # 0 in a batch too small for all processes
         step.n_samples = len(sampler.step_span(batch, self.args.accumulate))
         self.exchange.is_open = is_full
-        own_loss = loss.detach()
-        one_or_nan = 1 + 0 * own_loss  # a loss that is not finite makes its gradient NaN
+        values = torch.stack([loss, *parts.values()]).detach()
+        one_or_nan = 1 + 0 * values[0]  # a loss that is not finite makes its gradient NaN
         self.scaler.scale(loss * one_or_nan * (own / step.n_samples)).backward()
-        step.batches.append(StepBatch(batch + 1, self.names, own_loss))
+        step.batches.append(StepBatch(batch + 1, self.names, values[0]))
         step.names = ("loss", *parts)
-        values = torch.stack([own_loss, *(value.detach() for value in parts.values())])
         step.sums += values.to(self.sum_type) * own
         self.n_samples += len(sampler.step_span(batch, 1))
         self.progress.batch += 1
@@ -2693,7 +2692,7 @@ class Training:
             load_state(self.model, content["model"], "last.pth")
             self.optimizer.load_state_dict(content["optimizer"])
             self.scaler.load_state_dict(content["scaler"])
-            self.progress = progress = Progress(**content["progress"])
+            self.progress = progress = Progress(**{name: content["progress"][name] for name in vars(self.progress)})
             for epoch in range(1, progress.epoch + 1):
                 self._count_patience(epoch)
         if progress.best_epoch:
