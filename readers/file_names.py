@@ -30,12 +30,7 @@ def names_picture(name):
 
 def find_images(folder):
     """All image files under `folder`, recursive, in natural order (2 before 10); hidden and '._' ones ignored."""
-    if not folder.is_dir():
-        raise common.UserError(f"{folder}: expected a folder of images, found no such folder. Check the path.")
-    paths = []
-    for inside, folders, files in walk_visible(folder):
-        # a folder that is named like a picture is listed too, so that reading it can say what it is
-        paths += [folder / inside / name for name in filter(names_picture, [*folders, *files])]
+    paths = [folder / file for file in visible_files(folder) if names_picture(file.name)]
     return sorted(paths, key=natural_key)
 
 
@@ -44,8 +39,13 @@ def images_by_name(folder):
     return {clean_name(path.relative_to(folder).as_posix()): path for path in find_images(folder)}
 
 
-def walk_visible(root):
-    """(folder below root, its folders, its files) of each folder, by name; without hidden ones, links followed once."""
+def visible_files(root):
+    """Yield the paths below root of its files, folder by folder, by name; without hidden ones, links followed once.
+
+    UserError where root is no folder.
+    """
+    if not root.is_dir():
+        raise common.UserError(f"{root}: expected a folder, found no such folder. Check the path.")
     seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -54,7 +54,10 @@ def walk_visible(root):
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield Path(folder).relative_to(root), folders, sorted(name for name in files if not name.startswith("."))
+        inside = Path(folder).relative_to(root)
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield inside / name
 
 
 def natural_key(name):
@@ -69,17 +72,14 @@ def find_videos(root):
 
     Pictures, hidden and '._' files are ignored.
     """
-    if not root.is_dir():
-        raise common.UserError(f"--video_root {root}: expected a folder of videos, found no such folder")
     found = {}
     others = {}
-    for inside, _, files in walk_visible(root):
-        for file in map(inside.joinpath, files):
-            suffix = file.suffix.lower()
-            is_picture = suffix in IMAGE_SUFFIXES
-            source = inside if is_picture else file
-            kind = found if is_picture or suffix in VIDEO_SUFFIXES else others
-            kind[source.as_posix()] = root / source
+    for file in visible_files(root):
+        suffix = file.suffix.lower()
+        is_picture = suffix in IMAGE_SUFFIXES
+        source = file.parent if is_picture else file
+        kind = found if is_picture or suffix in VIDEO_SUFFIXES else others
+        kind[source.as_posix()] = root / source
     return found, others
 
 

@@ -183,8 +183,7 @@ def parts_as_coco(content, faults):
             faults.append(f"{clean(name)!r}: expected an object with parts")
             continue
         fields = {key: value for key, value in entry.items() if key not in ("image", "parts")}
-        if isinstance(entry.get("image"), dict):
-            fields |= entry["image"]
+        fields |= read_attributes(entry.get("image"))
         number = len(images)
         images.append({**fields, "id": number, "file_name": name})
         for part, written in parts.items():

@@ -199,7 +199,7 @@ class Transition:
 
 def find_transitions(data_dir, limit, exact_names):
     """-> (Transitions of all sequences below a folder, notes); limit: the first ones of each sequence, 0 for all."""
-    files = sorted(inside / FILE_NAME for inside, _, names in file_names.walk_visible(data_dir) if FILE_NAME in names)
+    files = sorted(file for file in file_names.visible_files(data_dir) if file.name == FILE_NAME)
     if not files:
         raise common.UserError(f"--data_dir {data_dir}: expected folders with a {FILE_NAME}, found none")
     transitions = []

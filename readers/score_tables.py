@@ -48,12 +48,10 @@ def sequence_entries(path):
     return entries
 
 
-def as_list(content, key_name, prefix=""):
-    """A list as it is; of a dict those entries that are dicts and whose keys begin with the prefix, with their keys."""
+def as_list(content, key_name):
+    """A list as it is; of a dict those entries that are dicts, with their keys."""
     if isinstance(content, dict):
-        return [
-            {key_name: key, **entry}
-            for key, entry in content.items() if isinstance(entry, dict) and str(key).startswith(prefix)]
+        return [{key_name: key, **entry} for key, entry in content.items() if isinstance(entry, dict)]
     return content if isinstance(content, list) else []
 
 
@@ -203,7 +201,7 @@ def read_cv_file(path, table):
         content = content.get("cv_folds", content)
     if isinstance(content, str):
         content = as_python(content, path)
-    listed = as_list(content, "fold", prefix="fold")
+    listed = as_list(content, "fold")
     if not listed:
         raise common.UserError(
             f"--cv_file {path}: expected cv_folds as a list or with keys fold_0, fold_1, ...; "

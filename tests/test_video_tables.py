@@ -78,7 +78,7 @@ def test_a_name_that_fits_several_files_is_an_error_that_lists_them(tmp_path):
     assert "Cam 8/a.mp4" in message and "Cam 9/a.mp4" in message and "b.mp4 ->" not in message
     assert file_names.match_videos(["Cam 9/a.mp4"], root)[0]["Cam 9/a.mp4"] == root / "Cam 9/a.mp4"
     for wrong in (root / "gone", root / "Cam 8" / "a.mp4"):
-        assert f"--video_root {wrong}: expected a folder of videos" in fails(file_names.match_videos, ["a.mp4"], wrong)
+        assert f"{wrong}: expected a folder, found no such folder" in fails(file_names.match_videos, ["a.mp4"], wrong)
 
 
 def test_two_folders_of_a_manifest_never_mean_one_file(tmp_path):
