@@ -119,7 +119,7 @@ class PartTruth:
 
     def take(self, rows):
         """The PartTruth of chosen pictures."""
-        lists = ("ids", "boxes", "labels", "states", "ignored", "absent")
+        lists = "ids boxes labels states ignored absent".split()
         return dataclasses.replace(
             self,
             images=self.images[rows],

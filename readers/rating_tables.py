@@ -15,11 +15,8 @@ from readers import csv_tables, file_names
 IMAGE_COLUMNS = "image filename file stimulus path".split()
 # val sd are the words of valsd; price_usd and ptsd end in one word
 WORD_BORDER = re.compile(r"([\W_]+|(?<=[a-z])(?=[A-Z])|(?<=.)(?=SD$)|(?<=[a-z\d]{3})(?=sd$))")
-ROLES = {
-    "mean": "mean", "mn": "mean", "avg": "mean", "m": "mean",
-    "sd": "sd", "std": "sd", "stdev": "sd",
-    "n": "n", "count": "n",
-    "se": "se", "sem": "se"}
+SPELLINGS = {"mean": "mean mn avg m", "sd": "sd std stdev", "n": "n count", "se": "se sem"}
+ROLES = {word: role for role, words in SPELLINGS.items() for word in words.split()}
 ABOUT_RATERS = ("sd", "n", "se")  # roles that say how many raters a mean has and how far they agree
 NO_RATING = set("id index unnamed names rt latency".split())
 # where and when in the experiment a single rating was given
@@ -321,7 +318,7 @@ def _wide_ratings(columns, duplicates):
     chosen = columns.targets()
     sd_columns = [columns.partner(name, "sd") for name in chosen]
     n_columns = [columns.partner(name, "n") for name in chosen]
-    averaged = _note_on_repeated(columns, duplicates, are_means=any(sd_columns))
+    averaged = _note_on_repeated(columns, duplicates)
     used = [*chosen, *sd_columns, *n_columns]
     extra = columns.extra_columns(used)
     unused = [name for name, (role, _) in columns.roles.items() if role in ABOUT_RATERS and name not in used]
@@ -346,7 +343,7 @@ def _wide_ratings(columns, duplicates):
         notes=notes + averaged)
 
 
-def _note_on_repeated(columns, duplicates, are_means):
+def _note_on_repeated(columns, duplicates):
     """[a note on the images of several rows], [] without any.
 
     UserError where --duplicates does not average them.
@@ -360,14 +357,10 @@ def _note_on_repeated(columns, duplicates, are_means):
     counted = f"{repeated.nunique()} images stand in {len(repeated)} rows: {common.shorten_list(examples)}"
     if duplicates == "mean":
         return [f"repeated rows were averaged: {counted}"]
-    question = (
-        "Are these single ratings? Name who rated, --rater_column, or what was asked, "
-        "--attribute_column, or say --duplicates ratings. ")
-    if are_means:
-        question = ("If a column says who rated or what was asked, name it: --rater_column, "
-                    "--attribute_column (the sds are then not used). ")
     raise common.UserError(
-        f"{columns.source} lists images twice: {counted}. {question}Delete rows, or average: --duplicates mean.")
+        f"{columns.source} lists images twice: {counted}. If a column says who rated or what was asked, name it: "
+        "--rater_column, --attribute_column; if each row is a single rating, say --duplicates ratings (sds of means "
+        "are then not used). Delete rows, or average: --duplicates mean.")
 
 
 def _number_columns(columns, names, lowest=-np.inf, are_counts=False):

@@ -280,7 +280,7 @@ def test_duplicates(tmp_path):
     path = written(tmp_path, "image,x_mean,x_sd,x_n,who\ns/a.jpg,1,1,10,p\nb.jpg,5,1,10,q\ns\\a.jpg,3,3,,r\n")
     message = fails(rating_tables.read_ratings, path)
     assert "1 images stand in 2 rows: s/a.jpg (lines 2, 4)" in message and "--duplicates mean" in message
-    assert "single ratings?" not in message, "these are means"
+    assert "single ratings?" not in message and "(sds of means are then not used)" in message
     ratings = rating_tables.read_ratings(path, duplicates="mean")
     assert ratings.images == ["s/a.jpg", "b.jpg"] and ratings.mean[:, 0].tolist() == [2, 5]
     assert ratings.sd[:, 0].tolist() == [2, 1] and ratings.n[:, 0].tolist() == [10, 10]
@@ -293,7 +293,7 @@ def test_duplicates(tmp_path):
     assert any("number of raters: b_sd, b_n" in note
                for note in rating_tables.read_ratings(path, duplicates="mean").notes)
     path = written(tmp_path, "image,x\na.jpg,1\nb.jpg,5\na.jpg,3\n")
-    assert "single ratings?" in fails(rating_tables.read_ratings, path)
+    assert "if each row is a single rating, say --duplicates ratings" in fails(rating_tables.read_ratings, path)
     assert rating_tables.read_ratings(path, duplicates="mean").mean[:, 0].tolist() == [2, 5]
 
 
@@ -600,7 +600,7 @@ def test_what_describes_a_rater_does_not_tell_raters_apart(tmp_path, column):
     assert ratings.names == ["rating"] and ratings.n.tolist() == [[4], [4]]
     assert "--rater_column user_id" in ratings.notes[-1]
     text = f"image,{column},rating\n" + "".join(f"{a},{'old' * (b == 30) or 'young'},{d}\n" for a, b, _, d in rows)
-    assert "Name who rated" in fails(rating_tables.read_ratings, written(tmp_path, text))
+    assert "a column says who rated" in fails(rating_tables.read_ratings, written(tmp_path, text))
     assert rating_tables.read_ratings(tmp_path / "ratings.csv", duplicates="ratings").n.tolist() == [[4], [4]]
 
 
