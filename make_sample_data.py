@@ -91,8 +91,8 @@ def draw_ellipse(draw, x, y, half_width, half_height, colour):
 # ---------------------------------------------------------------------------
 # A face is drawn from its properties alone; position, background and pixel noise are random and carry no signal.
 
-LOOKS = ("face_width", "eye_size", "hair_height", "hue_warmth")
-STATES = ("smile", "brow_anger", "eye_open", "mouth_open", "brightness", "light_warmth")
+LOOKS = "face_width eye_size hair_height hue_warmth".split()
+STATES = "smile brow_anger eye_open mouth_open brightness light_warmth".split()
 PROPERTIES = LOOKS + STATES
 GREY_ROW = 7
 QUIRKS = {  # row: quirk
@@ -630,7 +630,7 @@ def picture_annotation(row, width, height, street, seen, rng):
     name = f"{row}.jpg"
     quirk = ANNOTATION_QUIRKS.get(row)
     if quirk == "no_suffix":
-        name = Path(name).stem
+        name = str(row)
     elif quirk == "untrusted":
         parts["saddle"] |= {**box_entry(2, 2, 11, 11), "trust": 0.2}
     elif quirk == "no_parts":

@@ -51,7 +51,7 @@ WEIGHTS = {
     "detector": "resnet18 fasterrcnn_resnet50_fpn fasterrcnn_resnet50_fpn_v2 fasterrcnn_mobilenet_v3_large_320_fpn",
     "dreamer": "resnet34 resnet18"}
 TASKS = tuple(WEIGHTS)
-OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
+OPENCV = "opencv-python opencv-python-headless opencv-contrib-python opencv-contrib-python-headless".split()
 MODULES = {"pillow": "PIL", "opencv-python": "cv2", "PyYAML": "yaml"}  # packages whose module has another name
 IMPORT_REMEDIES = {
     "cv2": "where system libraries are missing: apt install libgl1 libglib2.0-0, or without root: "

@@ -1,4 +1,4 @@
-"""Any CSV table as people have it -> a pandas table of text, and its columns -> numbers."""
+"""Any CSV table as people have it -> a pandas table of text, and its columns -> numbers; lists and pairs in JSON."""
 import contextlib
 import csv
 import gzip
@@ -234,6 +234,14 @@ def read_pairs(path, flag, columns):
         if found.setdefault(str(key), value) != value:
             raise common.UserError(f"{flag} {path}: {key} is both {found[str(key)]} and {value}. Delete one.")
     return found
+
+
+def read_json_under(path, key):
+    """The content of a JSON file, or, where it is an object with this key, what stands there."""
+    content = common.read_json(path)
+    if isinstance(content, dict):
+        content = content.get(key, content)
+    return content
 
 
 def _fit_header(header, rows, delimiter, notes):

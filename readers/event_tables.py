@@ -140,11 +140,9 @@ def read_label_map(path):
 def classes_of(spelled, label_map, names):
     """(N,) labels as written -> (C names, N class names; '' = blank, None = left out by the map).
 
-    Without a map the spellings that differ in case and outer spaces are one class,
-    named by the most frequent one. Raises UserError that counts the labels that are
+    Without a map the spellings that differ in case are one class, named by the most frequent one. Raises UserError that counts the labels that are
     not in the map, or not among `names`.
     """
-    spelled = list(map(str.strip, spelled))
     counts = collections.Counter(filter(None, spelled))
     is_mapped = label_map is not None
     if not is_mapped:
@@ -275,8 +273,7 @@ def behaviour_columns(table):
 def headless_list(table, root, notes):
     """Lines without a header, path and label, or path, number of frames and label -> DataFrame of path and label.
 
-    None where the first line names no video. notes: of the table, to which one is
-    added that it is a list.
+    None where the first line names no video. notes: to which one is added that it is a list.
     """
     import pandas as pd
     lines = table.to_numpy().tolist()
@@ -289,7 +286,6 @@ def headless_list(table, root, notes):
             continue
         first, *n_frames, _ = rows[0]
         if all(map(str.isdigit, n_frames)) and file_names.match_videos([first], root)[0][first]:
-            notes[:] = [note for note in notes if "is no header" not in note]
             notes.append("no header line: each line is read as a path and, at its end, a label")
             lines_in_file = [1, *table.index][-len(rows):]
             listed = pd.DataFrame(rows, lines_in_file)

@@ -14,13 +14,13 @@ import torch
 import common
 from readers import csv_tables, file_names
 
-AXES = ("x_mm", "y_mm", "z_mm", "roll_deg", "pitch_deg", "yaw_deg")
+AXES = "x_mm y_mm z_mm roll_deg pitch_deg yaw_deg".split()
 FILE_NAME = "transitions_dataset.json"
 FIELDS = {"at1": "at1_6dof", "motion": "action_change_6dof", "at2": "at2_6dof"}
 LARGEST_LABEL = 200.0  # mm or degrees: anything beyond is a fault of the tracker
 LARGE_MASKED = 0.05  # share of the rows that is no accident, such as angles from 0 to 360
 LARGE_RESIDUAL = 1.0  # mm and degrees together
-EULER_ORDERS = ("zyx", "zxy", "yzx", "yxz", "xzy", "xyz")  # of the factors of R; the first is ours
+EULER_ORDERS = "zyx zxy yzx yxz xzy xyz".split()  # of the factors of R; the first is ours
 
 
 # --------------------------------------------------------------------------------------
@@ -220,9 +220,7 @@ def read_transitions(path, sequence, exact_names):
     Pictures lie in the file's folder, and are found as file_names.match_images finds them. Raises
     UserError that lists every row that cannot be read.
     """
-    listed = common.read_json(path)
-    if isinstance(listed, dict):
-        listed = listed.get("transitions")
+    listed = csv_tables.read_json_under(path, "transitions")
     if not isinstance(listed, list) or not listed:
         raise common.UserError(
             f"{path}: expected a list of transitions, or a dict with one under `transitions`, "

@@ -36,9 +36,7 @@ def sequence_rows(path):
 
 def sequence_entries(path):
     """The dicts of a JSON file of sequences, with the key of a dict as their sequence_id."""
-    content = common.read_json(path)
-    if isinstance(content, dict):
-        content = content.get("sequences", content)
+    content = csv_tables.read_json_under(path, "sequences")
     entries = as_list(content, "sequence_id")
     n_dicts = sum(isinstance(entry, dict) for entry in entries)
     if not entries or n_dicts < len(entries):
@@ -196,9 +194,7 @@ def read_cv_file(path, table):
     """
     if table.groups is None:
         raise common.UserError(f"--cv_file {path} names animals: it needs --group_column")
-    content = common.read_json(path)
-    if isinstance(content, dict):
-        content = content.get("cv_folds", content)
+    content = csv_tables.read_json_under(path, "cv_folds")
     if isinstance(content, str):
         content = as_python(content, path)
     listed = as_list(content, "fold")
