@@ -932,7 +932,7 @@ def predictions_table(study, rows, predicted, others, seen):
     return prediction_tables.ScoreTable(
         keys={"name": study.names[rows], "sequence": study.sequences[rows]},
         names=list(probe_poses.AXES),
-        target=target,
+        truth=target,
         predicted=pose_scores.wrapped(predicted, target),
         baselines={name: pose_scores.wrapped(block, target) for name, block in others.items()},
         groups=study.patients[rows],

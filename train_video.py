@@ -1076,15 +1076,15 @@ def predictions_table(study, rows, outputs, baselines, seen):
     shared = {
         "keys": keys,
         "names": table.names,
+        "truth": own.truth,
         "baselines": baselines,
         "groups": table.groups_of(rows),
         "seen": seen,
     }
     if own.target is not None:
-        return prediction_tables.ScoreTable(target=own.target, predicted=outputs, **shared)
+        return prediction_tables.ScoreTable(predicted=outputs, **shared)
     return prediction_tables.ClassTable(
         positive=prediction_tables.choose_positive(study.args.positive_class, table.names, table.label),
-        label=own.label,
         probability=class_scores.softmax(outputs),
         logits=outputs,
         **shared)

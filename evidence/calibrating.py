@@ -169,22 +169,20 @@ def apply_calibration(table, calibration):
         table,
         probability=class_scores.softmax(table.logits / calibration["temperature"]),
         uncalibrated=table.probability,
-        threshold=np.full(len(table.label), calibration["threshold"]))
+        threshold=np.full(len(table.truth), calibration["threshold"]))
 
 
 def calibrate_on(table, others):
     """A ClassTable, its baselines too, with temperature and threshold from the rows of other ones."""
     others = prediction_tables.combine(others, np.concatenate)
-    calibrated = apply_calibration(table, calibrate(others.logits, others.label, table.positive))
-    baselines = {}
-    thresholds = {}
+    calibrated = apply_calibration(table, calibrate(others.logits, others.truth, table.positive))
+    calibrated.baselines = {}
+    calibrated.baseline_thresholds = {}
     for name, probability in table.baselines.items():
-        found = calibrate(class_scores.log_of(others.baselines[name]), others.label, table.positive)
-        baselines[name] = class_scores.softmax(
-            class_scores.log_of(probability) / found["temperature"])
-        thresholds[name] = np.full(len(probability), found["threshold"])
-    return dataclasses.replace(
-        calibrated, baselines=baselines, baseline_thresholds=thresholds)
+        found = calibrate(class_scores.log_of(others.baselines[name]), others.truth, table.positive)
+        calibrated.baselines[name] = class_scores.softmax(class_scores.log_of(probability) / found["temperature"])
+        calibrated.baseline_thresholds[name] = np.full(len(probability), found["threshold"])
+    return calibrated
 
 
 def calibrate_folds(tables):

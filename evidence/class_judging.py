@@ -58,11 +58,11 @@ def judge_classes(run, table, setting, confounds=(), levels=()):
 def fold_alarms(table):
     """A sentence where three folds or more all have one confusion matrix, and one no better than chance; else []."""
     folds = np.asarray(table.keys.get("fold", ()))
-    answers = table.label * len(table.names) + table.chosen  # true x predicted
+    answers = table.truth * len(table.names) + table.chosen  # true x predicted
     matrices = [tuple(np.sort(answers[folds == fold])) for fold in set(folds)]
     if len(matrices) < 3 or len(set(matrices)) > 1:
         return []
-    if table.main_metrics()["balanced_accuracy"] > 1 / len(set(table.label)):
+    if table.main_metrics()["balanced_accuracy"] > 1 / len(set(table.truth)):
         return []
     return ["identical confusion matrices in all folds: do the models tell the rows apart at all? "
             "Compare the folds' splits.json, and train longer (--epochs)"]
@@ -82,10 +82,10 @@ def plot_classes(run, table, confusion):
     shown = [table.positive] if len(table.names) == 2 else range(len(table.names))
     plotting.plot_confusion(confusion, table.names, run.path("confusion.png"))
     plotting.plot_precision_recall(
-        probability, table.label, table.names, run.path("precision_recall.png"), shown)
-    plotting.plot_risk_coverage(confidence, chosen == table.label, run.path("risk_coverage.png"))
+        probability, table.truth, table.names, run.path("precision_recall.png"), shown)
+    plotting.plot_risk_coverage(confidence, chosen == table.truth, run.path("risk_coverage.png"))
     plotting.plot_reliability(
-        probability, table.label, run.path("reliability.png"), table.uncalibrated)
+        probability, table.truth, run.path("reliability.png"), table.uncalibrated)
 
 
 def calibration_rows(table):

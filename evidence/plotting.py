@@ -285,12 +285,12 @@ def plot_batch(run, dataset, labels):
 
 def plot_scatter(table, path):
     """Predicted over true of a ScoreTable as PNG, a panel per score (the first 40) with identity line, r and n."""
-    pearson_r = common.regression_metrics(table.predicted, table.target)["pearson_r"]  # (R,)
+    pearson_r = common.regression_metrics(table.predicted, table.truth)["pearson_r"]  # (R,)
     n_panels = min(len(table.names), MOST_TARGETS)
     figure, axes = new_figure(n_panels, 6, (2.1, 2.1))
     for j, axis in enumerate(axes):
         known = table.is_known[:, j]
-        x = table.target[known, j]  # (n,)
+        x = table.truth[known, j]  # (n,)
         y = table.predicted[known, j]
         axis.plot(x, y, "o", color=BLUE, markersize=3, alpha=0.4, markeredgewidth=0)
         both = [*x, *y] or [0, 1]

@@ -71,10 +71,10 @@ def judge_poses(run, table, setting, *, blocks, label_sd, unit, doubts, compose,
 
 def axis_alarms(table):
     """verdicts.regression_alarms of the axes along which the probe moves; of all where it moves along none."""
-    is_fixed = common.sd_without_nan(table.target) <= 1e-6
+    is_fixed = common.sd_without_nan(table.truth) <= 1e-6
     judged = np.flatnonzero(is_fixed.all() | ~is_fixed)
     names = [table.names[axis] for axis in judged]
-    return verdicts.regression_alarms(table.predicted[:, judged], table.target[:, judged], names)
+    return verdicts.regression_alarms(table.predicted[:, judged], table.truth[:, judged], names)
 
 
 def key_figures(result, predictors):

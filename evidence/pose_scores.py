@@ -72,7 +72,7 @@ def time_blocks(table, sequences, order):
     """
     in_time = np.lexsort((order, sequences))
     predictors = np.stack([table.predicted, *table.baselines.values()], axis=1)  # (M, P, 6)
-    length = 10 * correlation_time(np.abs(predictors - table.target[:, None])[in_time])
+    length = 10 * correlation_time(np.abs(predictors - table.truth[:, None])[in_time])
     n_blocks = max(1, int(len(in_time) / length))
     place = np.argsort(in_time)  # of each row
     return place * n_blocks // len(place)
@@ -90,7 +90,7 @@ def compare(table, blocks, sd, unit="patients"):
         unit = subject_intervals.TIME_BLOCKS
     return {
         name: subject_intervals.bootstrap_regression(
-            table.predicted / sd, table.target / sd, units, baseline / sd, unit,
+            table.predicted / sd, table.truth / sd, units, baseline / sd, unit,
             names=table.names,
             baseline_name=name,
             folds=table.n_folds)
@@ -111,7 +111,7 @@ def axis_rows(result, table):
     """One dict per axis: n, metrics with intervals, and the MAE of every baseline; result: of in_units."""
     axes = subject_intervals.target_table(result)
     for name, baseline in table.baselines.items():
-        axes[f"mae_{name}"] = common.regression_metrics(baseline, table.target)["mae"]
+        axes[f"mae_{name}"] = common.regression_metrics(baseline, table.truth)["mae"]
     return axes.to_dict("records")
 
 
@@ -124,13 +124,13 @@ def predictor_rows(table):
     """One dict per predictor: mean MAE over the translations and over the angles, distance in mm, geodesic angle."""
     rows = []
     for name, values in {"model": table.predicted, **table.baselines}.items():
-        error = np.abs(values - table.target)
+        error = np.abs(values - table.truth)
         rows.append({
             "predictor": name,
             "mae_mm": common.mean_without_nan(error[:, :3].ravel()),
             "mae_deg": common.mean_without_nan(error[:, 3:].ravel()),
             "distance_mm": common.mean_without_nan(np.linalg.norm(error[:, :3], axis=1)),
-            "geodesic_deg": geodesic_error(values, table.target),
+            "geodesic_deg": geodesic_error(values, table.truth),
         })
     return rows
 
@@ -143,16 +143,16 @@ def patient_rows(table, baseline_name, sd):
     rows = []
     for patient in np.unique(table.groups):
         own = table.take(table.groups == patient)
-        model = common.regression_metrics(own.predicted, own.target)["mae"]  # (6,)
-        baseline = common.regression_metrics(own.baselines[baseline_name], own.target)["mae"]
+        model = common.regression_metrics(own.predicted, own.truth)["mae"]  # (6,)
+        baseline = common.regression_metrics(own.baselines[baseline_name], own.truth)["mae"]
         rows.append({
             "patient": patient,
-            "transitions": len(own.target),
+            "transitions": len(own.truth),
             "error": common.mean_without_nan(model / sd),
             "baseline_error": common.mean_without_nan(baseline / sd),
             **{f"mae_{axis}": value for axis, value in zip(table.names, model)},
             **{f"baseline_mae_{axis}": value for axis, value in zip(table.names, baseline)},
-            "geodesic_deg": geodesic_error(own.predicted, own.target),
+            "geodesic_deg": geodesic_error(own.predicted, own.truth),
         })
     return rows
 
@@ -177,10 +177,10 @@ def baseline_rows(results):
 def fold_numbers(table, sd):
     """What the fold table says of one fold: error of the model and of its best baseline in units of sd (6,), and R2."""
     def means(predicted):
-        return common.mean_metrics(predicted / sd, table.target / sd)
+        return common.mean_metrics(predicted / sd, table.truth / sd)
     model = means(table.predicted)
     return {
-        "rows": len(table.target),
+        "rows": len(table.truth),
         "error": model["mae"],
         "baseline_error": min(means(baseline)["mae"] for baseline in table.baselines.values()),
         "r2": model["r2"],

@@ -23,6 +23,7 @@ class Rows:
     """What tables of scores and of classes have in common: M rows, R scores or C classes."""
     keys: dict  # heading -> (M,) text; the first says which row it is
     names: list  # R or C
+    truth: np.ndarray  # (M, R) scores, NaN = missing; or (M,) class indices, -1 = unknown
     baselines: dict  # name -> (M, R) or (M, C)
     groups: np.ndarray | None = None  # (M,) text
     seen: np.ndarray | None = None  # (M,) of seen_rows.WORDS
@@ -87,32 +88,26 @@ class Rows:
 @dataclasses.dataclass(kw_only=True)
 class ScoreTable(Rows):
     """Predicted scores of M rows beside the truth and what the baselines predict."""
-    target: np.ndarray  # (M, R), NaN = missing
     predicted: np.ndarray  # (M, R)
     spread: np.ndarray | None = None  # (M, R) sd over the members of an ensemble
     metric = "r2"  # of the verdict
     positive = None
 
     @property
-    def truth(self):
-        """(M, R) true scores."""
-        return self.target
-
-    @property
     def is_known(self):
         """(M, R) bool, True = there is a true score."""
-        return ~np.isnan(self.target)
+        return ~np.isnan(self.truth)
 
     def quality(self, predicted):
         """Mean R2 of predictions (M, R) where there are any."""
-        target = np.where(np.isnan(predicted), np.nan, self.target)
+        target = np.where(np.isnan(predicted), np.nan, self.truth)
         return common.mean_metrics(predicted, target)["r2"]
 
     def quality_within(self, levels):
         """Mean R2 of how rows of the same level, (M,) of any text, differ."""
         import pandas as pd
         predicted = np.where(self.is_known, self.predicted, np.nan)
-        scores = pd.DataFrame(np.hstack([predicted, self.target]))
+        scores = pd.DataFrame(np.hstack([predicted, self.truth]))
         from_mean = scores - scores.groupby(levels).transform("mean")
         return common.mean_metrics(*np.hsplit(from_mean.to_numpy(), 2))["r2"]
 
@@ -120,7 +115,7 @@ class ScoreTable(Rows):
         """subject_intervals.Result of the model, paired with the best baseline."""
         best = self.best_baseline
         return subject_intervals.bootstrap_regression(
-            self.predicted, self.target, self.groups, self.baselines[best], names=self.names, baseline_name=best,
+            self.predicted, self.truth, self.groups, self.baselines[best], names=self.names, baseline_name=best,
             folds=self.n_folds)
 
     def against(self, other, name):
@@ -129,11 +124,11 @@ class ScoreTable(Rows):
 
     def main_metrics(self):
         """{metric: mean over the scores}."""
-        return common.mean_metrics(self.predicted, self.target)
+        return common.mean_metrics(self.predicted, self.truth)
 
     def write(self, path):
         """The CSV, written whole."""
-        blocks = _known({"true": self.target, "predicted": self.predicted, **self.baselines, "sd": self.spread})
+        blocks = _known({"true": self.truth, "predicted": self.predicted, **self.baselines, "sd": self.spread})
         columns = self.row_columns()
         for r, name in enumerate(self.names):
             columns |= {f"{name}_{kind}": block[:, r] for kind, block in blocks.items()}
@@ -145,11 +140,11 @@ class ScoreTable(Rows):
         The error is the root mean square over the scores that vary, each in units of the sd of its
         truth; rows without truth are left out.
         """
-        sd = common.sd_without_nan(self.target)
-        scaled = (self.predicted - self.target) / np.where(sd > 0, sd, np.nan)  # (M, R)
+        sd = common.sd_without_nan(self.truth)
+        scaled = (self.predicted - self.truth) / np.where(sd > 0, sd, np.nan)  # (M, R)
         error = np.sqrt(common.mean_without_nan(scaled ** 2))
         worst = np.nan_to_num(np.abs(scaled)).argmax(1)  # (M,) scores
-        lines = [[f"rms error {error[row]:.2f} sd", f"largest in {self.names[r]}: true {self.target[row, r]:.2f}, "
+        lines = [[f"rms error {error[row]:.2f} sd", f"largest in {self.names[r]}: true {self.truth[row, r]:.2f}, "
                   f"predicted {self.predicted[row, r]:.2f}"] for row, r in enumerate(worst)]
         order = np.argsort(error, kind="stable")
         return order[:np.isfinite(error).sum()], lines
@@ -159,7 +154,6 @@ class ScoreTable(Rows):
 class ClassTable(Rows):
     """Predicted classes of M rows beside the truth and what the baselines predict."""
     positive: int  # the class whose AUC counts, and that a threshold gives
-    label: np.ndarray  # (M,) class indices, -1 = unknown
     probability: np.ndarray  # (M, C)
     baseline_thresholds: dict = dataclasses.field(default_factory=dict)  # name -> (M,), of those that have one
     threshold: np.ndarray | None = None  # (M,) of the positive class; None = the most probable class is given
@@ -174,18 +168,13 @@ class ClassTable(Rows):
         return class_scores.predicted_class(self.probability, self.threshold, self.positive)
 
     @property
-    def truth(self):
-        """(M,) true class indices."""
-        return self.label
-
-    @property
     def is_known(self):
         """(M, 1) bool, True = there is a true class."""
-        return self.label[:, None] >= 0
+        return self.truth[:, None] >= 0
 
     def scores_of(self, probability, threshold=None):
         """class_scores.ClassMetrics of probabilities (M, C)."""
-        return class_scores.classification_metrics(probability, self.label, threshold, self.positive)
+        return class_scores.classification_metrics(probability, self.truth, threshold, self.positive)
 
     def quality(self, probability):
         """AUC of probabilities (M, C)."""
@@ -198,7 +187,7 @@ class ClassTable(Rows):
         """
         import pandas as pd
         score = pd.Series(self.probability[:, self.positive])
-        is_positive = self.label == self.positive
+        is_positive = self.truth == self.positive
         # a rank among the rows of the level less that among its like: how many others are below, equal ones half
         below = score.groupby(levels).rank() - score.groupby([levels, is_positive]).rank()
         others = pd.Series(~is_positive).groupby(levels).transform("sum")
@@ -209,7 +198,7 @@ class ClassTable(Rows):
         """subject_intervals.Result, paired with the best baseline; each decides by its own threshold, if any."""
         best = self.best_baseline
         return subject_intervals.bootstrap_classification(
-            self.probability, self.label, self.groups, self.baselines[best],
+            self.probability, self.truth, self.groups, self.baselines[best],
             threshold=self.threshold,
             positive=self.positive,
             baseline_threshold=self.baseline_thresholds.get(best),
@@ -230,15 +219,15 @@ class ClassTable(Rows):
 
     def rank_rows(self):
         """(rows from the smallest to the largest error, two lines of text on each row)."""
-        true = self.probability[np.arange(len(self.label)), self.label]
+        true = self.probability[np.arange(len(self.truth)), self.truth]
         lines = [[f"true {self.names[label]}, predicted {self.names[chosen]}", f"p of the true class {p:.2f}"]
-                 for label, chosen, p in zip(self.label, self.chosen, true)]
+                 for label, chosen, p in zip(self.truth, self.chosen, true)]
         return np.argsort(1 - true, kind="stable"), lines
 
     def write(self, path):
         """The CSV, written whole."""
         spelled = np.array([*self.names, ""])  # label -1 = unknown
-        columns = self.row_columns() | {"true_label": spelled[self.label], "pred_label": spelled[self.chosen]}
+        columns = self.row_columns() | {"true_label": spelled[self.truth], "pred_label": spelled[self.chosen]}
         baselines = {f"{name}_prob": block for name, block in self.baselines.items()}
         blocks = _known({"prob": self.probability, "logit": self.logits, **baselines})
         for kind, block in blocks.items():
@@ -368,7 +357,7 @@ def _read_kind(table, path, baseline, positive_class, shared):
             f"true_label with prob_CLASS or score (classes); found {common.shorten_list(table, 40)}")
     if not baseline and "train_prior" not in found.baselines:
         found.baselines["shares_of_these_rows"] = baseline_models.prior_baseline(
-            found.label, len(found.label), len(found.names))
+            found.truth, len(found.truth), len(found.names))
     return found
 
 
@@ -477,7 +466,7 @@ def _read_scores(table, path, names, baseline, shared):
     blocks = _known({kind: _block(table, [f"{name}_{kind}" for name in names], path) for kind in kinds})
     found = ScoreTable(
         names=names,
-        target=blocks.pop("true"),
+        truth=blocks.pop("true"),
         predicted=blocks.pop("predicted"),
         baselines=blocks,
         **shared)
@@ -502,7 +491,7 @@ def _score_baselines(found, table, baseline, path):
     # another program's: a count or an error beside the scores is no prediction of them
     likely = {kind: block for kind, block in blocks.items()
               if kind in metric_names.BASELINES or found.quality(block) > 0}
-    return likely | {"mean_of_these_rows": baseline_models.train_mean_baseline(found.target, len(found.target))}
+    return likely | {"mean_of_these_rows": baseline_models.train_mean_baseline(found.truth, len(found.truth))}
 
 
 def _read_probabilities(table, path, label_column, baseline, positive_class, shared):
@@ -525,7 +514,7 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
     label = pd.Index(names).get_indexer(table[label_column])
     found = ClassTable(
         names=names,
-        label=label,
+        truth=label,
         positive=choose_positive(positive_class or stated, names, label),
         probability=_probabilities(table, "prob_", names, path),
         baselines=blocks,
@@ -584,7 +573,7 @@ def _read_binary(table, path, label_column, baseline, positive_class, shared):
         baselines[name], _ = _from_score(table, name, path, shared["notes"])
     return ClassTable(
         names=names,
-        label=pd.Index(names).get_indexer(table[label_column]),
+        truth=pd.Index(names).get_indexer(table[label_column]),
         positive=1,
         probability=probability,
         score=score,

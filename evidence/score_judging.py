@@ -37,7 +37,7 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
     doubts += verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds)
     if is_same:
         doubts.append("A model that predicts what its baseline predicts adds nothing to it")
-    alarms = verdicts.regression_alarms(table.predicted, table.target, table.names) + slope_alarms(rows)
+    alarms = verdicts.regression_alarms(table.predicted, table.truth, table.names) + slope_alarms(rows)
     return judging.close_run(
         run, setting,
         verdict=describe(result),
@@ -47,7 +47,7 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
         alarms=alarms,
         meanings=criteria_names(table.names, moments),
         further_estimates=estimates_of_moments(table, moments) if run.args.criteria else {},
-        figures=key_figures(result, table.target, best_r2),
+        figures=key_figures(result, table.truth, best_r2),
         blocks=[*metric_blocks(run, setting, result, rows, moment_rows, plot_file),
                 *judging.subject_blocks(table, result)],
         sections=[
@@ -65,18 +65,18 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
 def is_baseline(table, name):
     """True where the predictions are those of a baseline, as of a ridge head on a frozen backbone."""
     difference = np.abs(table.predicted - table.baselines[name])
-    tolerance = 1e-3 * common.sd_without_nan(table.target)  # (R,), NaN for a score that no row has
+    tolerance = 1e-3 * common.sd_without_nan(table.truth)  # (R,), NaN for a score that no row has
     return ((difference <= tolerance) | np.isnan(tolerance)).all()
 
 
 def score_rows(result, table, ceiling):
     """One dict a score: metrics with intervals, baseline, bias and slope, and the share of the ceiling reached."""
     scores = subject_intervals.target_table(result)
-    scores["bias"] = common.mean_without_nan(table.predicted - table.target, axis=0)
+    scores["bias"] = common.mean_without_nan(table.predicted - table.truth, axis=0)
     judged = np.where(table.is_known, table.predicted, np.nan)
     # of target on prediction, 1 = no correction needed; a constant prediction has r 0 and no slope
     r = scores["pearson_r"].replace(0, np.nan)
-    scores["slope"] = r * common.sd_without_nan(table.target) / common.sd_without_nan(judged)
+    scores["slope"] = r * common.sd_without_nan(table.truth) / common.sd_without_nan(judged)
     if ceiling and ceiling.r2 is not None:
         scores = scores.assign(**ceiling.columns(), share_of_ceiling_r2=scores["r2"] / ceiling.r2)
     return scores.to_dict("records")
@@ -94,7 +94,7 @@ def slope_alarms(rows):
 
 def rows_of_scores(table, moments):
     """Dicts of moment, target, n and the model's metrics: of all rows, and of those of each moment."""
-    return rows_of_moments(table, np.full(len(table.target), "all")) + rows_of_moments(table, moments)
+    return rows_of_moments(table, np.full(len(table.truth), "all")) + rows_of_moments(table, moments)
 
 
 def rows_of_moments(table, moments):
@@ -103,7 +103,7 @@ def rows_of_moments(table, moments):
     rows = []
     for level in sorted(set(moments)):
         here = moments == level
-        metrics = common.regression_metrics(table.predicted[here], table.target[here])
+        metrics = common.regression_metrics(table.predicted[here], table.truth[here])
         rows += pd.DataFrame({"moment": level, "target": table.names, **metrics}).to_dict("records")
     return rows
 

@@ -139,9 +139,9 @@ def listed_parts(path):
     UserError without such lists.
     """
     content = common.read_json(path)
-    if not isinstance(content, dict):
-        raise common.UserError(f"{path}: expected lists train, val and test, found {type(content).__name__}")
-    wrong = [part for part in PARTS if not isinstance(content.get(part) or [], list)]
+    wrong = PARTS
+    if isinstance(content, dict):
+        wrong = [part for part in PARTS if not isinstance(content.get(part) or [], list)]
     if wrong:
         raise common.UserError(f"{path}: expected lists train, val and test, found no list in {', '.join(wrong)}")
     return {part: list(map(str, listed)) for part, listed in content.items() if isinstance(listed, list)}
@@ -440,7 +440,7 @@ def record_split(run, split, keys, report, stopping=STOPPING_LEAKS, columns=None
 
 def names_group(name):
     """True for the name of a column that says who, what or where was recorded."""
-    return bool(GROUP_WORDS.search(name.lower()) and not MEASURE_WORDS.search(name.lower()))
+    return GROUP_WORDS.search(name.lower()) and not MEASURE_WORDS.search(name.lower())
 
 
 def unused_groups(columns, split, groups, fault="stand on two sides of the split"):

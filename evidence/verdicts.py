@@ -109,7 +109,7 @@ def classification_alarms(table):
     if len(given) == 1 and not alarms:
         alarms.append(f"one class only: {names[given[0]]} is given to all {rows} rows. Add rows of the others; "
                       "where a network is trained, balance them (--balance sampler) or train longer (--epochs)")
-    of_class = table.label[:, None] == np.arange(len(names))  # (N, C)
+    of_class = table.truth[:, None] == np.arange(len(names))  # (N, C)
     counts = of_class.sum(0)
     flat = probability.std(0) < 0.05 * of_class.std(0)
     if flat.any():

@@ -304,7 +304,7 @@ def class_alarms(probability, label, names):
     """The alarms on (N, C) probabilities of these labels; the second class is the positive one."""
     from evidence import prediction_tables, verdicts
     return verdicts.classification_alarms(prediction_tables.ClassTable(
-        keys={}, names=names, baselines={}, positive=1, label=label, probability=probability))
+        keys={}, names=names, baselines={}, positive=1, truth=label, probability=probability))
 
 
 @pytest.fixture

@@ -640,7 +640,7 @@ def test_a_confound_is_held_against_the_auc_of_the_class_that_it_predicts():
 
 def auc_within(score, label, levels):
     """AUC of class 1 within levels, for scores (N,)."""
-    table = SimpleNamespace(probability=np.stack([-score, score], axis=1), positive=1, label=label)
+    table = SimpleNamespace(probability=np.stack([-score, score], axis=1), positive=1, truth=label)
     return prediction_tables.ClassTable.quality_within(table, levels)
 
 
@@ -840,7 +840,7 @@ def test_risk_over_coverage_ends_at_the_errors_of_the_confusion_matrix(tmp_path,
     label = draw.integers(0, 2, 200)
     p = np.clip(0.2 + 0.3 * label + 0.15 * draw.normal(size=200), 0.01, 0.99)
     table = prediction_tables.ClassTable(
-        keys={"id": np.arange(200)}, names=["ear", "tail"], baselines={}, positive=1, label=label,
+        keys={"id": np.arange(200)}, names=["ear", "tail"], baselines={}, positive=1, truth=label,
         probability=np.stack([1 - p, p], 1), threshold=np.full(200, 0.35))
     confusion = class_scores.confusion_matrix(label, table.chosen, 2)
     drawn = []
@@ -900,7 +900,7 @@ def test_within_level_r2_is_that_of_the_distances_from_the_level_means():
         explained = [values - LinearRegression(fit_intercept=False).fit(by_level, values).predict(by_level)
                      for values in (target[known, r], predicted[known, r])]
         expected.append(judge.r2_score(*explained))
-    table = prediction_tables.ScoreTable(keys={}, names=[], baselines={}, target=target, predicted=predicted)
+    table = prediction_tables.ScoreTable(keys={}, names=[], baselines={}, truth=target, predicted=predicted)
     assert table.quality_within(levels) == pytest.approx(np.mean(expected))
     table.predicted = np.tile(5.0 * levels[:, None], 2)
     assert table.quality_within(levels) == pytest.approx(0)

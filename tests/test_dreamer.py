@@ -734,7 +734,7 @@ def test_latent_numbers_do_not_depend_on_the_batches():
 
 def pose_table(patients, target, predicted, baselines=None):
     return prediction_tables.ScoreTable(
-        keys={"name": np.arange(len(target)).astype(str)}, names=list(AXES), target=target, predicted=predicted,
+        keys={"name": np.arange(len(target)).astype(str)}, names=list(AXES), truth=target, predicted=predicted,
         baselines=baselines or {"zero": np.zeros_like(target)}, groups=patients)
 
 
@@ -788,7 +788,7 @@ def test_an_axis_along_which_the_probe_never_moves_is_no_fault_of_the_model():
     """Users are told to write 0 there; the page said that the model had learnt nothing."""
     table = small_result(gain=0.9)[0]
     assert not pose_judging.axis_alarms(table)
-    table.target[:, 2] = table.predicted[:, 2] = 0.1
+    table.truth[:, 2] = table.predicted[:, 2] = 0.1
     assert not pose_judging.axis_alarms(table)
     table.predicted[:, 0] = 5.0
     alarm, = pose_judging.axis_alarms(table)
@@ -918,21 +918,21 @@ def test_results_are_back_in_mm_and_degrees():
     table, result, sd = small_result()
     result = pose_scores.in_units(result, sd)
     model, baseline = result.each.model["mae"], result.each.baseline["mae"]
-    assert result.unit == "patients" and np.allclose(baseline.value, np.abs(table.target).mean(0))
+    assert result.unit == "patients" and np.allclose(baseline.value, np.abs(table.truth).mean(0))
     assert ((model.low < model.value) & (model.value < model.high)).all()
-    assert np.allclose(result.each.model["mse"].value, ((table.predicted - table.target) ** 2).mean(0))
+    assert np.allclose(result.each.model["mse"].value, ((table.predicted - table.truth) ** 2).mean(0))
     assert np.allclose(result.each.model["rmse"].value, result.each.model["mse"].value ** 0.5)
-    assert np.allclose([row["mae_zero"] for row in pose_scores.axis_rows(result, table)], np.abs(table.target).mean(0))
+    assert np.allclose([row["mae_zero"] for row in pose_scores.axis_rows(result, table)], np.abs(table.truth).mean(0))
 
 
 def test_the_tables_of_predictors_and_baselines_by_numpy_and_scipy():
     table, result, sd = small_result()
-    table.target[3, 4] = np.nan
-    known = ~np.isnan(table.target)
+    table.truth[3, 4] = np.nan
+    known = ~np.isnan(table.truth)
     for row, predicted in zip(pose_scores.predictor_rows(table), (table.predicted, 0 * table.predicted), strict=True):
-        error = np.where(known, predicted - table.target, np.nan)
+        error = np.where(known, predicted - table.truth, np.nan)
         turns = [Rotation.from_euler("ZYX", poses[known.all(1)][:, :2:-1], degrees=True)
-                 for poses in (predicted, table.target)]
+                 for poses in (predicted, table.truth)]
         assert row == {"predictor": row["predictor"], **{name: pytest.approx(value) for name, value in {
             "mae_mm": np.nanmean(np.abs(error[:, :3])), "mae_deg": np.nanmean(np.abs(error[:, 3:])),
             "distance_mm": np.mean((error[:, :3] ** 2).sum(1) ** 0.5),
@@ -941,9 +941,9 @@ def test_the_tables_of_predictors_and_baselines_by_numpy_and_scipy():
     difference = result.overall.difference["mae"]
     assert list(row.values()) == ["zero", result.overall.baseline["mae"].value, difference.value, difference.low,
                                   difference.high, result.sign_flip_p["mae"], "no motion"]
-    table.baselines["far"] = table.target * 0 + 99
+    table.baselines["far"] = table.truth * 0 + 99
     numbers = pose_scores.fold_numbers(table, sd)
-    errors = [np.nanmean(np.abs(each - table.target) / sd, axis=0).mean() for each in (table.predicted, 0)]
+    errors = [np.nanmean(np.abs(each - table.truth) / sd, axis=0).mean() for each in (table.predicted, 0)]
     assert (numbers["rows"], numbers["error"], numbers["baseline_error"]) == (120, *map(pytest.approx, errors))
 
 

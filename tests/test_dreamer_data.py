@@ -502,7 +502,7 @@ def test_the_poses_of_a_predictions_table_subtract(tmp_path):
     study, _, _ = load(tmp_path / "data")
     rows = np.arange(6)
     table = train_dreamer.predictions_table(study, rows, study.at1 + 1.5, {}, NONE_SEEN)
-    assert np.allclose(table.predicted - table.target, 1.5)
+    assert np.allclose(table.predicted - table.truth, 1.5)
 
 
 def test_the_second_frame_is_needed_by_a_world_model_alone(tmp_path):
@@ -778,7 +778,7 @@ def test_time_blocks_cover_every_row_once():
     order = np.r_[np.arange(60), np.arange(30)]
     for error, fewest, most in ((generator.normal(size=(90, 6)), 5, 9), (generator.normal(size=(90, 6)).cumsum(0), 1, 2)):
         table = prediction_tables.ScoreTable(
-            keys={}, names=list("abcdef"), target=np.zeros((90, 6)), predicted=error[rows], baselines={})
+            keys={}, names=list("abcdef"), truth=np.zeros((90, 6)), predicted=error[rows], baselines={})
         blocks = pose_scores.time_blocks(table, sequences[rows], order[rows])
         in_time = blocks[np.argsort(rows)]
         assert (np.diff(in_time) >= 0).all() and fewest <= len(set(blocks)) <= most

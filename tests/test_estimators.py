@@ -419,7 +419,7 @@ def block_coverage(rows, correlation, simulations):
         noise[0] /= math.sqrt(1 - correlation ** 2)
         error = signal.lfilter([1], [1, -correlation], noise, axis=0)
         table = prediction_tables.ScoreTable(
-            keys={}, names=list("abcdef"), target=0 * error, predicted=error, baselines={"zero": error},
+            keys={}, names=list("abcdef"), truth=0 * error, predicted=error, baselines={"zero": error},
             groups=np.zeros(rows))
         blocks = pose_scores.time_blocks(table, np.zeros(rows), np.arange(rows))
         result = pose_scores.compare(table, blocks, np.ones(6))["zero"]
@@ -742,7 +742,7 @@ def test_noise_does_not_beat_the_class_shares_of_twelve_folds(tmp_path):
         noise = draw.random(120)
         tables = [prediction_tables.ClassTable(
             keys={"id": np.flatnonzero(own).astype(str)}, names=["a", "b"], positive=1, groups=owner[own].astype(str),
-            label=label[own], probability=np.stack([1 - noise, noise], 1)[own],
+            truth=label[own], probability=np.stack([1 - noise, noise], 1)[own],
             baselines={"train_prior": np.stack([1 - share, share], 1)[own]}) for own in owner == np.arange(12)[:, None]]
         pooled = prediction_tables.join(tables, range(12))
         assert pooled.quality(pooled.baselines["train_prior"]) == 0.5

@@ -360,7 +360,7 @@ def test_a_threshold_is_of_the_class_that_its_table_names(tmp_path):
     """The positive class of training need not be the rarest of these rows; of another class no threshold is known."""
     p = np.linspace(0.05, 0.95, 10)
     written = prediction_tables.ClassTable(
-        keys={"clip_id": np.arange(10).astype(str)}, names=["a", "b"], positive=1, label=np.repeat([0, 1], [3, 7]),
+        keys={"clip_id": np.arange(10).astype(str)}, names=["a", "b"], positive=1, truth=np.repeat([0, 1], [3, 7]),
         probability=np.stack([1 - p, p], 1), threshold=np.full(10, 0.3),
         baselines={"old": np.full((10, 2), 0.5)}, baseline_thresholds={"old": np.full(10, 0.3)})
     written.write(tmp_path / "t.csv")
@@ -795,11 +795,11 @@ def test_what_one_of_several_tables_lacks_they_all_lack():
         probability = np.array([[1 - score, score]] * 3)
         tables.append(prediction_tables.ClassTable(
             keys={"id": np.array(["a", "b", "c"]), "start_sec": np.full(3, 0.1)}, names=["no", "yes"], positive=1,
-            label=np.array([0, 1, 1]), probability=probability, baselines={"train_prior": probability},
+            truth=np.array([0, 1, 1]), probability=probability, baselines={"train_prior": probability},
             seen=np.full(3, "new"), threshold=np.full(3, threshold)))
     mean = prediction_tables.mean(tables)
     assert mean.threshold == pytest.approx([0.4] * 3) and mean.probability[:, 1] == pytest.approx([0.4] * 3)
-    assert mean.baselines["train_prior"] == pytest.approx(mean.probability) and mean.label.tolist() == [0, 1, 1]
+    assert mean.baselines["train_prior"] == pytest.approx(mean.probability) and mean.truth.tolist() == [0, 1, 1]
     assert prediction_tables.mean(tables[:1] * 3).keys["start_sec"].tolist() == [0.1] * 3, "a mean of .1 is rounded"
     tables[1].threshold = None
     assert prediction_tables.mean(tables).threshold is None

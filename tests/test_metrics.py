@@ -396,7 +396,7 @@ def test_identical_confusion_matrices_over_folds():
         label = np.tile([0, 0, 1], n_folds)
         table = prediction_tables.ClassTable(
             keys={"clip": np.arange(len(label)), "fold": np.arange(n_folds).repeat(3)}, names=["ear", "tail"], baselines={},
-            positive=1, label=label, probability=np.eye(2)[label if chosen is None else chosen])
+            positive=1, truth=label, probability=np.eye(2)[label if chosen is None else chosen])
         return class_judging.fold_alarms(table)
     assert alarms(4, [0] * 12)[0].startswith("identical confusion matrices in all folds")
     assert not alarms(4, [0, 1, 1] * 4), "each with one error, but far better than chance"
@@ -531,7 +531,7 @@ def test_a_score_without_a_label_in_the_rows_is_judged_without_warnings(recwarn)
     target = np.stack([np.arange(6.0), np.full(6, np.nan)], 1)
     predicted = target[:, [0, 0]] + [[0.0], [0.0], [0.0], [0.0], [0.0], [3.0]]
     table = prediction_tables.ScoreTable(
-        keys={"id": np.arange(6)}, names=["pain", "fear"], target=target, predicted=predicted,
+        keys={"id": np.arange(6)}, names=["pain", "fear"], truth=target, predicted=predicted,
         baselines={"ridge": predicted + [1e-6, 5.0], "other": predicted + [0.1, 0.0]})
     order, _ = table.rank_rows()
     assert order.tolist() == [0, 1, 2, 3, 4, 5]
@@ -668,7 +668,7 @@ def test_alarms_name_the_flag_of_train_dreamer_beside_that_of_the_others():
 
 def score_table(predicted, target, ridge):
     return prediction_tables.ScoreTable(
-        keys={}, names=["a", "b", "c"], target=target, predicted=predicted, baselines={"ridge": ridge})
+        keys={}, names=["a", "b", "c"], truth=target, predicted=predicted, baselines={"ridge": ridge})
 
 
 def test_the_table_of_scores_equals_scipy_and_says_what_the_raters_allow():

@@ -309,7 +309,7 @@ def test_plot_scatter(tmp_path, n_targets):
     predicted = target + rng.normal(size=target.shape)
     predicted[3, -1] = np.nan  # where there is a true value, refuse_useless refuses it
     names = [f"$rating^ {i}$" for i in range(n_targets)]
-    table = prediction_tables.ScoreTable(keys={}, names=names, baselines={}, target=target, predicted=predicted)
+    table = prediction_tables.ScoreTable(keys={}, names=names, baselines={}, truth=target, predicted=predicted)
     plotting.plot_scatter(table, tmp_path / "s.png")
     check_png(tmp_path / "s.png", 200)
     with Image.open(tmp_path / "s.png") as picture:
@@ -349,7 +349,7 @@ def test_the_items_of_a_scale_are_told_apart_in_every_plot(figures):
     rng = np.random.default_rng(0)
     plotting.plot_per_target([{"target": name, "r2": 0.5} for name in ITEMS], None, ["r2"])
     values = rng.normal(size=(9, 25))
-    table = prediction_tables.ScoreTable(keys={}, names=ITEMS, baselines={}, target=values, predicted=values)
+    table = prediction_tables.ScoreTable(keys={}, names=ITEMS, baselines={}, truth=values, predicted=values)
     plotting.plot_scatter(table, None)
     plotting.plot_confusion(np.eye(25, dtype=int), ITEMS, None)
     bars, scatter, confusion = figures
@@ -390,7 +390,7 @@ def test_long_facts_leave_the_other_panels_their_place(figures):
 @pytest.mark.parametrize("scale", [1e5, 1e-6])
 def test_long_numbers_below_a_small_panel_stand_apart(figures, scale):
     target = np.linspace(-4.2 * scale, 2.2 * scale, 12).repeat(6).reshape(12, 6)
-    table = prediction_tables.ScoreTable(keys={}, names=list("abcdef"), baselines={}, target=target, predicted=target)
+    table = prediction_tables.ScoreTable(keys={}, names=list("abcdef"), baselines={}, truth=target, predicted=target)
     plotting.plot_scatter(table, None)
     [figure] = figures
     figure.draw_without_rendering()

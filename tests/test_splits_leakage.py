@@ -268,9 +268,9 @@ def test_blocks_of_time_are_cut_in_each_sequence_by_its_order():
 def test_effective_size():
     rows = {"keys": {}, "names": ["a", "b"], "baselines": {}}
     target = np.array([[1, np.nan], [1, np.nan], [1, 2], [2, 2]])
-    scores = prediction_tables.ScoreTable(**rows, target=target, predicted=target, groups=np.array(["p", "p", "q", "q"]))
+    scores = prediction_tables.ScoreTable(**rows, truth=target, predicted=target, groups=np.array(["p", "p", "q", "q"]))
     assert scores.sample == {"rows": 4, "distinct_label_vectors": 3, "subjects": 2, "positives": None}
-    sample = prediction_tables.ClassTable(**rows, label=np.array([0, 1, 1, -1]), probability=np.zeros((4, 2)), positive=1).sample
+    sample = prediction_tables.ClassTable(**rows, truth=np.array([0, 1, 1, -1]), probability=np.zeros((4, 2)), positive=1).sample
     assert sample["distinct_label_vectors"] == 3
     assert sample["positives"] == 2 and ", 2 of the positive class, no groups" in judging.sample_sentence(sample)
 

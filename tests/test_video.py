@@ -829,11 +829,11 @@ def test_columns_of_a_class_are_no_baseline(tmp_path):
     assert found.probability[1] == pytest.approx(np.array([2, 102, 202]) / 306)
     assert found.baselines["train_prior"][1] == pytest.approx(np.array([22, 122, 222]) / 366)
     table = prediction_tables.ScoreTable(
-        keys={"image": ["x", "y"]}, names=["pain", "pain_true"], target=np.ones((2, 2)), predicted=np.zeros((2, 2)),
+        keys={"image": ["x", "y"]}, names=["pain", "pain_true"], truth=np.ones((2, 2)), predicted=np.zeros((2, 2)),
         baselines={})
     table.write(tmp_path / "t.csv")
     scores = prediction_tables.read_predictions(tmp_path / "t.csv")
-    assert scores.names == ["pain", "pain_true"] and scores.target.all() and not scores.predicted.any()
+    assert scores.names == ["pain", "pain_true"] and scores.truth.all() and not scores.predicted.any()
 
 
 def test_frozen_backbone_does_not_change(made, class_folds):
