@@ -1175,6 +1175,11 @@ class Compute:
         return model
 
 
+def in_fp32(tensor):
+    """Context on the device of a tensor in which nothing is in mixed precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def choose_compute(device, use_amp, processes=None, fp32_on_cpu=False):
     """--device and --use_amp -> Compute. Raises UserError for a GPU that is asked for and absent.
 
@@ -2185,9 +2190,7 @@ def checkpoint_files(paths):
     for path in paths:
         found = [path]
         if path.is_dir():
-            of_folds = path.glob("fold_*/best_model.pth")
-            found = list(path.glob("best_model.pth")) or sorted(
-                of_folds, key=lambda file: int(file.parent.name.removeprefix("fold_")))
+            found = list(path.glob("best_model.pth")) or sorted(path.glob("fold_*/best_model.pth"))
         if not found:
             raise UserError(f"--checkpoint {path} holds no best_model.pth and no fold_K/best_model.pth")
         files |= {file.resolve(): file for file in found}

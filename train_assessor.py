@@ -262,7 +262,7 @@ class Assessor(backbones.BackboneModel):
     def forward(self, inputs):
         # features of a frozen backbone (B, F) go straight to the head
         features = inputs if inputs.ndim == 2 else self.backbone(inputs)  # (B, 3, S, S) -> (B, F)
-        with torch.autocast(features.device.type, enabled=False):  # bf16 has steps of 0.25 at a rating of 50
+        with common.in_fp32(features):  # bf16 has steps of 0.25 at a rating of 50
             return self.head(features.float())  # (B, F) -> (B, R)
 
 

@@ -421,7 +421,7 @@ def to_grey(frames):
 class Imagined(NamedTuple):
     """What one pass gives: poses (B, 6) in mm and degrees, and features of t1 and of t2 as imagined.
 
-    Features are maps (B, F, G); of a FrameReadout grids (B, P) at t1 and None at t2.
+    Features are maps (B, F, G); of a FrameReadout grids (B, P, 1) at t1 and None at t2.
     """
     at1: torch.Tensor
     at2: torch.Tensor
@@ -463,7 +463,7 @@ class GridEncoder(GreyEncoder):
 
     def extract(self, frames):
         """(B, 1, S, S) float32, scaled -> (B, P)."""
-        with torch.autocast(frames.device.type, enabled=False):
+        with common.in_fp32(frames):
             return self.scales(frames.expand(-1, 3, -1, -1))
 
 
@@ -497,10 +497,10 @@ class FrameReadout(nn.Module):
     def forward(self, frame_t1, motion):
         # uint8 (B, 1, S, S) or (B, P) of a frame, (B, 6) motion in mm and degrees
         grids = self.encoder(frame_t1)  # (B, P)
-        with torch.autocast(grids.device.type, enabled=False):
+        with common.in_fp32(grids):
             correction = self.correction((grids - self.grid_mean) / self.grid_sd)  # (B, P) -> (B, 6)
             at1 = self.solved(grids) + self.at1_sd * correction
-            return Imagined(at1, self.at2_from(at1, motion), grids)
+            return Imagined(at1, self.at2_from(at1, motion), grids[..., None])
 
 
 class Encoder(GreyEncoder):
@@ -609,7 +609,7 @@ class Dreamer(nn.Module):
         """(B, F, G), (B, 6) that is imagined from, (B, 6) that at1 is composed with: the true one -> Imagined."""
         entering = probe_poses.pose_error(motion, self.motion_mean) / self.motion_sd  # (B, 6)
         imagined = self.imagination(features, entering).float()  # (B, F, G)
-        with torch.autocast(features.device.type, enabled=False):  # bf16 has steps of half a degree at 100 degrees
+        with common.in_fp32(features):  # bf16 has steps of half a degree at 100 degrees
             at2 = self.at2_mean + self.at2_sd * self.readout(imagined.mean(2))  # (B, F, G) -> (B, F) -> (B, 6)
             at1 = self.at1_from(known_motion, at2)  # (B, 6)
         return Imagined(at1, at2, features.float(), imagined)
@@ -725,7 +725,7 @@ def evaluate(model, loader, loss_function, compute):
             features_t2 = model.true_features(frame_t2) if model.imagines else None
         batches.append({
             "at1": imagined.at1,
-            "features": imagined.features_t1.mean(2) if model.imagines else imagined.features_t1,
+            "features": imagined.features_t1.mean(2),
             "true_at1": poses["at1"],
             "main_task_loss": loss_function.of_pose("at1", imagined.at1, poses["at1"]),  # (B,)
             "t2_loss": loss_function.of_pose("at2", imagined.at2, poses["at2"])})

@@ -489,7 +489,7 @@ class Head(nn.Module):
         self.linear.bias.data = scaled
 
     def forward(self, features):
-        with torch.autocast(features.device.type, enabled=False):
+        with common.in_fp32(features):
             outputs = self.linear(self.dropout(features.float()))  # (B, F) -> (B, K)
             if self.bounded:
                 outputs = torch.sigmoid(outputs)
@@ -581,7 +581,7 @@ class FrameLstm(backbones.BackboneModel):
     def forward(self, clips, mask):
         # (B, T, 3, S, S) clips, or (B, T, F) features of a frozen backbone
         features = self.extract(clips, mask)
-        with torch.autocast(features.device.type, enabled=False):
+        with common.in_fp32(features):
             states, _ = self.lstm(features)  # (B, T, F) -> (B, T, H)
         last = (mask.sum(1) - 1).to(features.device, non_blocking=True)  # (B,) index of the last real frame
         rows = torch.arange(states.shape[0], device=last.device)

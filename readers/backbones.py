@@ -358,7 +358,7 @@ class MotionFeatures(FeatureMaps):
 
         The first frame has none before it and gets 0. In fp32: bf16 would round changes away.
         """
-        with torch.autocast(clips.device.type, enabled=False):
+        with common.in_fp32(clips):
             maps = self(clips.flatten(0, 1))  # three of (B * T, C, H, W)
         features = []
         for each in maps:
@@ -438,7 +438,7 @@ def pooling_matrix(height, width, grid, device):
 def pool_over_grid(maps, grid):
     """(B, C, H, W) -> float32 (B, C, cells): adaptive_avg_pool2d, whose own gradient varies on GPUs."""
     matrix = pooling_matrix(*maps.shape[2:], grid, maps.device)
-    with torch.autocast(maps.device.type, enabled=False):
+    with common.in_fp32(maps):
         return maps.float().flatten(2) @ matrix  # (B, C, H * W) -> (B, C, cells)
 
 
