@@ -282,9 +282,7 @@ def make_assessor(folder, n_images, seed):
     ceiling = variance / (variance + (NOISE_SD**2 / count).mean(axis=0))  # (R,)
     return {
         "formula": FORMULA,
-        "n_subjects": subject.max() + 1,
         "quirks": {names[row]: quirk for row, quirk in QUIRKS.items()},
-        "rater_noise_sd": dict(zip(FORMULA, NOISE_SD.round(4))),
         "ceiling_r2": dict(zip(FORMULA, ceiling.round(4))),
         "true_ratings": dict(zip(names, true.round(4)))}
 
