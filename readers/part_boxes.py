@@ -376,7 +376,7 @@ def read_size(fields, where, reading):
     if None in size or min(size) < 1:
         reading.faults.append(f"{where}: width {written[0]!r}, height {written[1]!r} are no picture size")
         return None
-    return round(size[0]), round(size[1])
+    return tuple(map(round, size))
 
 
 def read_attributes(written):

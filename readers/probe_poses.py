@@ -319,8 +319,9 @@ def unique_names(names):
 def in_degrees(poses, unit):
     """{name: (N, 6)} in a unit -> in degrees, NaN for what is no pose: NaN, infinite, beyond 200."""
     factor = np.repeat([1, 180 / math.pi if unit == "rad" else 1], 3)
-    found = {name: values * factor for name, values in poses.items()}
-    return {name: np.where(np.abs(values) <= LARGEST_LABEL, values, np.nan) for name, values in found.items()}
+    return {
+        name: np.where(np.abs(values * factor) <= LARGEST_LABEL, values * factor, np.nan)
+        for name, values in poses.items()}
 
 
 def best_miss(poses, degree=1.0):
