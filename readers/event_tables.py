@@ -293,7 +293,7 @@ def headless_list(table, root, notes):
     return None
 
 
-def describe_rows(table, path, root, written, part="", min_event_sec=1.0, time_unit=None, notes=None):
+def describe_rows(table, path, root, written, min_event_sec, part="", time_unit=None, notes=None):
     """Rows of one file -> DataFrame: video as written, root, part, row, window (start, end, unit), fault, place.
 
     place: of the row in its file, 0 to 1, as text: a file sorted by class gives itself away.
@@ -368,7 +368,7 @@ def read_manifest(part, path, video_root, min_event_sec, need_labels, asked, tim
     if "video_filename" in table:
         written = written.mask(written == "", table["video_filename"])
     event_times.check_times_are_used(table, path, notes)
-    rows = describe_rows(table, path, root, written, part, min_event_sec, time_unit, notes)
+    rows = describe_rows(table, path, root, written, min_event_sec, part, time_unit, notes)
     rows["label"] = "" if label is None else table[label]
     check_whole_clips(rows, table, path)
     used = {source, label, *(column.name for column in event_times.time_columns(table))}
@@ -448,7 +448,7 @@ def read_events(manifests, video_root=None, label_map=None, min_event_sec=1.0, g
     reasons = {None: "left out by --label_map", "": "no label" if need_labels else ""}
     rows["reason"] = [reasons.get(name, "") for name in classes]
     rows["label"] = pd.Index(names).get_indexer(classes)  # -1 = none
-    return merge_repeats(build_table(rows, extra, names, notes, group, group_column, row_filter=row_filter))
+    return merge_repeats(build_table(rows, extra, names, notes, group, group_column, row_filter))
 
 
 def read_groups(cells, group_column, lines, notes):
@@ -495,7 +495,7 @@ def find_sources(rows, notes, is_open, max_missing=0.05, need_files=True, exact_
     return [found.get(key) for key in zip(rows["root"], rows["video"])]
 
 
-def build_table(rows, extra, names, notes, group, group_column, target=None, row_filter=None):
+def build_table(rows, extra, names, notes, group, group_column, row_filter, target=None):
     """N rows of describe_rows, and what is known of each -> EventTable of those without a reason to skip.
 
     rows: also with source, reason (to skip it) and, for classes, label as int. extra: the other

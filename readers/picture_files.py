@@ -22,7 +22,7 @@ IMAGE_FORMATS = "JPEG PNG GIF BMP TIFF WEBP TGA".split()  # Pillow opens MPO as 
 TIFF_BITS_PER_SAMPLE = 258
 TIFF_PHOTOMETRIC = 262
 TIFF_SAMPLE_FORMAT = 339
-SIGNATURES = {b"ftyphe": ".heic", b"ftypmif1": ".heif", b"ftypavi": ".avif", b"jP  ": ".jp2", b"DICM": ".dcm"}
+SIGNATURES = {b"ftyphe": ".heic", b"ftypmif1": ".heif", b"ftypavi": ".avif"}  # of those that are often called .jpg
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, EOFError, AttributeError,
                  RuntimeError, MemoryError, struct.error, zlib.error)  # what its parsers raise on damaged files
 
@@ -90,7 +90,7 @@ def count_pictures(path):
 def _unread_format(path):
     """What to do with a picture in a format that is not read, known by its first bytes; None where it is none."""
     with open(path, "rb") as handle:
-        head = handle.read(140)
+        head = handle.read(16)
     for signature, suffix in SIGNATURES.items():
         if signature in head:
             return file_names.UNREAD_FORMATS[suffix]

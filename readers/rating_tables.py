@@ -336,8 +336,8 @@ def _wide_ratings(columns, duplicates):
         names=[columns.means.get(name, name) for name in chosen],
         images=list(columns.table[columns.image].unique()),
         mean=_number_columns(columns, chosen),
-        sd=_number_columns(columns, sd_columns, lowest=0),
-        n=_number_columns(columns, n_columns, lowest=0, are_counts=True),
+        sd=_number_columns(columns, sd_columns, "sd"),
+        n=_number_columns(columns, n_columns, "n"),
         single_ratings={},
         extra=extra,
         notes=notes + averaged)
@@ -363,19 +363,20 @@ def _note_on_repeated(columns, duplicates):
         "are then not used). Delete rows, or average: --duplicates mean.")
 
 
-def _number_columns(columns, names, lowest=-np.inf, are_counts=False):
-    """(N, R) of R columns, NaN where one is None; None where all are.
+def _number_columns(columns, names, role="mean"):
+    """(N, R) of R columns of a role, NaN where one is None; None where all are.
 
-    UserError for numbers below the lowest.
+    UserError for an sd or n below 0.
     """
     import pandas as pd
     if not any(names):
         return None
+    are_counts = role == "n"
     found = _without_codes(columns, {name: columns.numbers(name) for name in names if name}, are_counts)
-    faults = [f"{name} in line {common.shorten_list(values.index[values < lowest])}"
-              for name, values in found.items() if values.min() < lowest]
+    faults = [f"{name} in line {common.shorten_list(values.index[values < 0])}"
+              for name, values in found.items() if role != "mean" and values.min() < 0]
     if faults:
-        raise common.UserError(f"{columns.source}: an sd or a number of raters cannot be below {lowest}, found "
+        raise common.UserError(f"{columns.source}: an sd or a number of raters cannot be below 0, found "
                                f"{'; '.join(faults)}. Correct these cells, or leave them blank.")
     of_images = pd.DataFrame(found).groupby(columns.table[columns.image], sort=False)
     merged = of_images.sum(min_count=1) if are_counts else of_images.mean()

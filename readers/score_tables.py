@@ -105,8 +105,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
         raise common.UserError(
             f"{path}: no column of folders; name it with --path_column (found: {common.shorten_list(extra, 40)})")
     timed, unsaid = drop_times_without_unit(extra)
-    rows = event_tables.describe_rows(
-        timed, path, root or path.parent, extra[source], min_event_sec=min_event_sec)
+    rows = event_tables.describe_rows(timed, path, root or path.parent, extra[source], min_event_sec)
     notes = []
     rows["source"] = event_tables.find_sources(rows, notes, root is None, **finding)
     if unsaid:
@@ -117,7 +116,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
         notes.append(f"scores by their names: {common.shorten_list(names, 40)}; other numeric columns: "
                      f"{common.shorten_list(numeric) or 'none'}; --target_columns names the scores")
     rows["reason"] = np.where(np.isnan(target).all(axis=1) & need_labels, "no score", "")
-    table = event_tables.build_table(rows, extra, names, notes, group, group_column, target, row_filter)
+    table = event_tables.build_table(rows, extra, names, notes, group, group_column, row_filter, target)
     table = merge_raters(table)
     *_, note = total_and_parts(names, table.target)
     if note:
