@@ -256,18 +256,16 @@ def time_baselines(values, times, sequences, train, rows):
     if not np.isin(sequences[rows], sequences[train]).any():
         return {}
     found = {name: train_mean_baseline(values[train], len(rows)) for name in ("interpolated", "nearest_in_time")}
+    train = train[np.argsort(times[train])]
     for sequence in np.unique(sequences[rows]):
         own = sequences[rows] == sequence
         asked = times[rows[own]]
-        of_sequence = train[sequences[train] == sequence]
-        of_sequence = of_sequence[np.argsort(times[of_sequence])]
         for k, column in enumerate(values.T):
-            known = of_sequence[~np.isnan(column[of_sequence])]
-            if not len(known):
-                continue
-            nearest = np.abs(asked[:, None] - times[known]).argmin(1)
-            found["interpolated"][own, k] = np.interp(asked, times[known], column[known])
-            found["nearest_in_time"][own, k] = column[known[nearest]]
+            known = train[(sequences[train] == sequence) & ~np.isnan(column[train])]
+            if len(known):
+                nearest = np.abs(asked[:, None] - times[known]).argmin(1)
+                found["interpolated"][own, k] = np.interp(asked, times[known], column[known])
+                found["nearest_in_time"][own, k] = column[known[nearest]]
     return found
 
 

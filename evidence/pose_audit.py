@@ -69,30 +69,17 @@ def check_composition(residuals, chosen):
 
 
 def pose_ranges(poses):
-    """{quantity: (N, 6)} -> {quantity: {axis: {mean, sd, low, high, missing}}}."""
+    """{quantity: (N, 6)} -> {quantity: {axis: {min, max, count}}}; NaN does not count."""
     import pandas as pd
-    ranges = {}
-    for name, values in poses.items():
-        mean, sd = probe_poses.centre_and_spread(values)
-        frame = pd.DataFrame(values, columns=probe_poses.AXES)
-        low = frame.min()
-        high = frame.max()
-        columns = {
-            "mean": mean,
-            "sd": np.where(low < high, sd, 0.0),
-            "low": low,
-            "high": high,
-            "missing": frame.isna().sum(),
-        }
-        ranges[name] = pd.DataFrame(columns).to_dict("index")
-    return ranges
+    return {name: pd.DataFrame(values, columns=probe_poses.AXES).agg(["min", "max", "count"]).to_dict()
+            for name, values in poses.items()}
 
 
 def check_ranges(poses):
     """Range of every quantity in {at1, motion, at2: (N, 6)}, and angles near the wrap."""
     checks = []
     for name, axes in pose_ranges(poses).items():
-        text = ", ".join(f"{axis} {row['low']:.1f} to {row['high']:.1f}" for axis, row in axes.items())
+        text = ", ".join(f"{axis} {row['min']:.1f} to {row['max']:.1f}" for axis, row in axes.items())
         checks.append(check("nan" in text, f"range {name}", text, "no row has a number there"))
     n_far = np.sum(np.abs(poses["at1"][:, 3:]) > 170)
     checks.append(check(n_far, "wrap", f"{n_far} angles of at1 within 10 degrees of the wrap at 180",
