@@ -36,7 +36,7 @@ from torch import nn
 import common
 from evidence import (
     baseline_models, judging, plotting, pose_audit, pose_judging, pose_scores, prediction_tables, reporting,
-    row_warnings, score_judging, seen_rows, splitting, verdicts)
+    row_warnings, seen_rows, splitting, verdicts)
 from readers import backbones, picture_files, probe_poses
 
 GRIDS = (2, 4)  # cells a side over which the readout averages feature maps
@@ -1194,7 +1194,7 @@ def mean_use(folds):
 def train(run, args):
     """--mode train: one run, or one per fold."""
     study = load_study(args, run)
-    verdicts.parse_criteria(args.criteria, score_judging.criteria_names(probe_poses.AXES))
+    verdicts.parse_criteria(args.criteria, pose_judging.criteria_names())
     build_encoder(args, GridEncoder)  # refuses wrong flags before args.json, from which a stopped run goes on
     if args.folds:
         run_folds(run, args, study)

@@ -6,7 +6,7 @@ the axes in label sds.
 import numpy as np
 
 import common
-from evidence import judging, plotting, pose_scores, reporting, score_judging, subject_intervals, verdicts
+from evidence import judging, plotting, pose_scores, reporting, subject_intervals, verdicts
 from readers import probe_poses
 
 USE_MEANINGS = {
@@ -53,7 +53,7 @@ def judge_poses(run, table, setting, *, blocks, label_sd, unit, doubts, compose,
         metric="mae",
         doubts=verdicts.baseline_doubts(results) + doubts,
         alarms=alarms,
-        meanings=score_judging.criteria_names(table.names),
+        meanings=criteria_names(),
         figures=key_figures(result, predictors),
         blocks=metric_blocks(run, setting, result, axes, baselines, predictors, patients),
         sections=[("Does it use the image and the motion?", use_blocks(use))],
@@ -75,6 +75,12 @@ def axis_alarms(table):
     judged = np.flatnonzero(is_fixed.all() | ~is_fixed)
     names = [table.names[axis] for axis in judged]
     return verdicts.regression_alarms(table.predicted[:, judged], table.truth[:, judged], names)
+
+
+def criteria_names():
+    """What --criteria may name: mae_x_mm an axis, mae the mean over axes in label sds."""
+    metrics = common.REGRESSION_METRICS
+    return verdicts.spell_metrics(metrics, metrics, probe_poses.AXES)
 
 
 def key_figures(result, predictors):
