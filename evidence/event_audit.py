@@ -51,14 +51,18 @@ def window_pairs(table, file_keys, gap_sec):
     for places in common.rows_by_key(file_keys[by_start]).values():
         rows = by_start[places]
         for place, i in enumerate(rows):
-            later = rows[place + 1:]
-            is_same = (start[later] == start[i]) & (end[later] == end[i])
-            is_same_unit = (table.unit[later] == table.unit[i]) | is_whole[i]  # whole clips come first
-            later = later[is_same_unit & ~is_same]
-            gap = start[later] - end[i]
-            is_near = (gap >= 0) & (gap < gap_sec) & (table.unit[i] == "sec")
-            overlapping += [(i, j) for j in later[gap < 0]]
-            near += [(i, j) for j in later[is_near]]
+            for j in rows[place + 1:]:
+                gap = start[j] - end[i]
+                if gap >= gap_sec:
+                    break  # those that start later are farther away
+                is_same = start[j] == start[i] and end[j] == end[i]
+                is_same_unit = is_whole[i] or table.unit[j] == table.unit[i]  # whole clips come first
+                if is_same or not is_same_unit:
+                    continue
+                if gap < 0:
+                    overlapping.append((i, j))
+                elif table.unit[i] == "sec":
+                    near.append((i, j))
     return {"overlapping_windows": overlapping, "near_windows": near}
 
 
