@@ -69,10 +69,14 @@ def check_composition(residuals, chosen):
 
 
 def pose_ranges(poses):
-    """{quantity: (N, 6)} -> {quantity: {axis: {min, max, count}}}; NaN does not count."""
+    """{quantity: (N, 6)} -> {quantity: {axis: {min, max, count, mean, sd}}}; NaN does not count."""
     import pandas as pd
-    return {name: pd.DataFrame(values, columns=probe_poses.AXES).agg(["min", "max", "count"]).to_dict()
-            for name, values in poses.items()}
+    ranges = {}
+    for name, values in poses.items():
+        numbers = pd.DataFrame(values, columns=probe_poses.AXES).agg(["min", "max", "count"])
+        numbers.loc["mean"], numbers.loc["sd"] = probe_poses.centre_and_spread(values)
+        ranges[name] = numbers.to_dict()
+    return ranges
 
 
 def check_ranges(poses):

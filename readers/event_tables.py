@@ -140,8 +140,8 @@ def read_label_map(path):
 def classes_of(spelled, label_map, names):
     """(N,) labels as written -> (C names, N class names; '' = blank, None = left out by the map).
 
-    Without a map the spellings that differ in case are one class, named by the most frequent one. Raises UserError that counts the labels that are
-    not in the map, or not among `names`.
+    Without a map the spellings that differ in case are one class, named by the most frequent one.
+    Raises UserError that counts the labels that are not in the map, or not among `names`.
     """
     counts = collections.Counter(filter(None, spelled))
     is_mapped = label_map is not None

@@ -46,10 +46,12 @@ def sequence_entries(path):
     return entries
 
 
-def as_list(content, key_name):
-    """A list as it is; of a dict those entries that are dicts, with their keys."""
+def as_list(content, key_name, prefix=""):
+    """A list as it is; of a dict those entries that are dicts and whose keys begin with the prefix, with their keys."""
     if isinstance(content, dict):
-        return [{key_name: key, **entry} for key, entry in content.items() if isinstance(entry, dict)]
+        return [
+            {key_name: key, **entry}
+            for key, entry in content.items() if isinstance(entry, dict) and str(key).startswith(prefix)]
     return content if isinstance(content, list) else []
 
 
@@ -196,7 +198,7 @@ def read_cv_file(path, table):
     content = csv_tables.read_json_under(path, "cv_folds")
     if isinstance(content, str):
         content = as_python(content, path)
-    listed = as_list(content, "fold")
+    listed = as_list(content, "fold", prefix="fold")
     if not listed:
         raise common.UserError(
             f"--cv_file {path}: expected cv_folds as a list or with keys fold_0, fold_1, ...; "

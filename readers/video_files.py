@@ -692,6 +692,8 @@ def find_recordings(path):
     """{name below the folder: path} of the recordings that --video names, a file or a folder."""
     if path.is_file():
         return {path.name: path}
+    if not path.is_dir():
+        raise common.UserError(f"--video {path}: no such file or folder")
     videos, others = file_names.find_videos(path)
     videos |= {name: file for name, file in others.items() if not claimed(file).error}
     if not videos:

@@ -183,6 +183,9 @@ def test_patients_stand_on_one_side_and_the_report_says_zero(slices, trained):
     stats = json.loads((trained / "dataset_stats.json").read_text())
     assert stats["patients_in_two_parts"] == [] and stats["notes"]
     assert stats["compose"] in {row["convention"] for row in stats["residuals"]}
+    for axis in stats["poses"]["at1"].values():
+        assert set(axis) == {"min", "max", "count", "mean", "sd"} and axis["min"] < axis["mean"] < axis["max"]
+        assert 0 < axis["sd"] < axis["max"] - axis["min"] and axis["count"] > 0
 
 
 def test_too_few_patients_for_an_interval_are_said(trained):

@@ -1072,7 +1072,7 @@ FOLDS = [{"fold": 0, "train_animals": [0, 1], "val_animals": [2]},
 
 @pytest.mark.parametrize("content", [
     {"cv_folds": FOLDS}, FOLDS, {"cv_folds": str(FOLDS)}, {"cv_folds": {f"fold_{k}": f for k, f in enumerate(FOLDS)}},
-    {"fold_1": FOLDS[1], "fold_0": FOLDS[0], "seed": 3},
+    {"fold_1": FOLDS[1], "fold_0": FOLDS[0], "seed": 3, "settings": {"shuffled": True}},
     {"fold_10": {"train": [2], "val": [0]}, "fold_9": {"train": [0, 1], "val": [2]}},
     {"cv_folds": str(FOLDS).replace("[2]", "[tensor(2)]")},
     {"cv_folds": str(FOLDS).replace("[2]", "[tensor(2, device='cuda:0')]")},
