@@ -503,12 +503,13 @@ def align_boxes(features, picture, boxes, n_bins):
     share = places.frac()
     weights = torch.stack([1 - share, share], 3) * is_on_map[..., None] / 2
     columns, rows = pixels.view(-1, 2, n_bins, 4).unbind(1)  # (Q, bins, 4) each
+    rows = rows + height * picture[:, None, None]
+    index = width * rows[:, :, None, :, None] + columns[:, None, :, None]  # (Q, bins, bins, 4, 4)
     of_columns, of_rows = weights.view(-1, 2, n_bins, 4).unbind(1)
-    rows = (rows + height * picture[:, None, None])[:, :, None, :, None]
+    weights = of_rows[:, :, None, :, None] * of_columns[:, None, :, None]
     pooled = nn.functional.embedding_bag(
-        (width * rows + columns[:, None, :, None]).view(-1, 16),  # (Q, bins, bins, 4, 4) -> (Q * bins * bins, 16)
-        features.permute(0, 2, 3, 1).flatten(0, 2), mode="sum",
-        per_sample_weights=(of_rows[:, :, None, :, None] * of_columns[:, None, :, None]).view(-1, 16))
+        index.view(-1, 16), features.permute(0, 2, 3, 1).flatten(0, 2), mode="sum",
+        per_sample_weights=weights.view(-1, 16))
     return pooled.view(-1, n_bins, n_bins, n_channels).permute(0, 3, 1, 2)
 
 
