@@ -247,20 +247,19 @@ def join(tables, folds):
     """The rows of the tables of these folds, by their numbers, as one table."""
     joined = combine(tables, np.concatenate)
     joined.keys["fold"] = np.repeat(folds, [len(table.truth) for table in tables])
-    joined.baselines = _with_one_prior(joined.baselines)
+    _take_one_prior(joined.baselines)
     return joined
 
 
-def _with_one_prior(baselines):
-    """The baselines of pooled folds, train_prior as its mean over the rows.
+def _take_one_prior(baselines):
+    """Set train_prior, of the baselines of pooled folds, to its mean over the rows.
 
     The share among a fold's train rows is high where its held-out rows have few: it
     would rank the folds in reverse.
     """
-    if "train_prior" not in baselines:
-        return baselines
-    prior = baselines["train_prior"]
-    return baselines | {"train_prior": np.where(np.isnan(prior), prior, common.mean_without_nan(prior, 0))}
+    if "train_prior" in baselines:
+        prior = baselines["train_prior"]
+        baselines["train_prior"] = np.where(np.isnan(prior), prior, common.mean_without_nan(prior, 0))
 
 
 def mean(tables):
@@ -509,7 +508,7 @@ def _read_probabilities(table, path, label_column, baseline, positive_class, sha
         kinds = [known_name(baseline, kinds, path)]
     blocks = {kind: _probabilities(table, f"{kind}_prob_", names, path) for kind in kinds}
     if "fold" in table:
-        blocks = _with_one_prior(blocks)
+        _take_one_prior(blocks)
     stated = _stated_class(table, names, path)
     label = pd.Index(names).get_indexer(table[label_column])
     found = ClassTable(

@@ -207,14 +207,14 @@ def ratios_of_flags(args):
     return shares
 
 
-def split_of_flags(args, keys, strata=None, groups=None):
+def split_of_flags(args, keys, strata, groups):
     """{train, val, test: sorted (n,) int rows} by the ratios or from --split_file."""
     if args.split_file:
         return read_split_file(args.split_file, keys)
     return make_split(keys, ratios_of_flags(args), strata, groups, args.seed)
 
 
-def folds_of_flags(args, keys, strata=None, groups=None):
+def folds_of_flags(args, keys, strata, groups):
     """{train, val, test: (n,) int rows} for each of --folds; no row is in a test part."""
     none = np.array([], int)
     return [{"train": np.setdiff1d(np.arange(len(keys)), left_out), "val": left_out, "test": none}
