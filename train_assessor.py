@@ -172,7 +172,8 @@ def read_table(args):
 
 def load_study(args, run, table):
     """Ratings and pictures, matched and checked; what cannot be used is counted, for skipped.csv."""
-    paths, without_row, matching = file_names.match_images(table.images, args.images_dir, args.exact_names)
+    path_of, without_row, matching = file_names.match_images(table.images, args.images_dir, args.exact_names)
+    paths = list(path_of.values())
     found = np.flatnonzero([path is not None for path in paths])
     if not len(found):
         raise common.UserError(

@@ -266,10 +266,10 @@ def check_assessor(args):
     ratings = yield from check_table(path, args)
     paths, without_row, notes = file_names.match_images(ratings.images, images_dir, args.exact_names)
     yield from (Check("WARN" if note.startswith("WARNING") else "OK", "note", note) for note in notes)
-    without_file = [name for name, image in zip(ratings.images, paths) if not image]
+    without_file = [name for name, image in paths.items() if not image]
     yield listing("WARN", "rows without image", without_file, "they will be skipped")
     yield listing("WARN", "images without row", without_row, "they will be skipped")
-    found = list(filter(None, paths))
+    found = list(filter(None, paths.values()))
     if not found:
         raise common.UserError(f"no row of {path} has an image in {images_dir}; check --image_column")
     yield from check_images(found)

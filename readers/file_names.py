@@ -192,7 +192,7 @@ def below_folder(names, folder):
 
 
 def match_images(names, images_dir, exact=False, spelling=str):
-    """Names as a table writes them -> (N paths, None where no file fits; names of files that no row asks for; notes).
+    """Names as a table writes them -> ({name: Path or None}, names of files that no row asks for, notes).
 
     With or without folder and suffix, any case, backslashes, NFC or NFD. Of a name from elsewhere
     (C:\\, /data, ..) the end of the path counts; a folder may differ from the one on disk only
@@ -215,28 +215,27 @@ def match_images(names, images_dir, exact=False, spelling=str):
         raise common.UserError(f"expected one file for one image name in {images_dir}, found "
                                f"{common.shorten_list(unclear)}. Write folder and suffix.")
     unused = [file for file in files if (file,) not in names_of]
-    notes = notes_on_guesses(fits)
+    found, notes = chosen_paths(written, fits, files)
     missing = [name for name, fit in fits.items() if not fit.files]
     if 10 * len(missing) > len(fits):
         notes.append(f"WARNING: {len(missing)} of {len(fits)} names fit no picture "
                      f"({common.shorten_list(missing, 3)}), and {len(unused)} files have no row. Compare the "
                      "spelling; save a table with umlauts as UTF-8; else the folder lacks them")
-    found = chosen_paths(fits, files)
-    return [found.get(written[name]) for name in names], unused, notes
+    return found, unused, notes
 
 
-def chosen_paths(fits, files):
-    """{name: Path} of the names that fit a file; fits: {name: Fit}, files: {clean name: Path}."""
-    return {name: files[fit.files[0]] for name, fit in fits.items() if fit.files}
+def chosen_paths(written, fits, files):
+    """({name as written: Path, None where no file fits}, notes: a line on the names that a guess matched, if any).
 
-
-def notes_on_guesses(fits):
-    """A line on the names of {name: Fit} that were matched by a guess, where there are any."""
-    guessed = [f"{name} -> {fit.files[0]}" for name, fit in fits.items() if fit.files and fit.is_guess]
-    if not guessed:
-        return []
-    return [f"{len(guessed)} of {len(fits)} names are of another folder or spelling; the end of the path, or a base "
-            f"name that is unique, decided (not with --exact_names): {common.shorten_list(guessed, 3)}"]
+    written: of below_folder; fits: {clean name: Fit}; files: {clean name: Path}.
+    """
+    chosen = {name: fit.files[0] for name, fit in fits.items() if fit.files}
+    guessed = [f"{name} -> {file}" for name, file in chosen.items() if fits[name].is_guess]
+    notes = []
+    if guessed:
+        notes.append(f"{len(guessed)} of {len(fits)} names are of another folder or spelling; the end of the path, or "
+                     f"a base name that is unique, decided (not with --exact_names): {common.shorten_list(guessed, 3)}")
+    return {name: files.get(chosen.get(own)) for name, own in written.items()}, notes
 
 
 def match_videos(names, root, exact=False):
@@ -268,10 +267,9 @@ def match_videos(names, root, exact=False):
         raise common.UserError(f"expected one file below --video_root {root} for a name, found "
                                f"{common.shorten_list(unclear)}; write folders into the paths, or "
                                f"keep the folders on disk as the paths have them")
-    path_of = chosen_paths(fits, files)
-    found = {name: path_of.get(own) for name, own in written.items()}
-    notes = notes_on_guesses(fits)
-    used = {root, *path_of.values(), *(path.parent for path in path_of.values())}
+    found, notes = chosen_paths(written, fits, files)
+    paths = list(filter(None, found.values()))
+    used = {root, *paths, *(path.parent for path in paths)}
     unused = sorted(name for name, path in videos.items() if path not in used)
     if unused:
         notes.append(f"{len(unused)} videos or folders of pictures below {root} have no row and "

@@ -634,8 +634,8 @@ def find_pictures(found, folder, exact_names):
     """
     names = [image.name for image in found.images]
     paths, _, notes = file_names.match_images(names, folder, exact_names)
-    for image, path in zip(found.images, paths):
-        image.path = path
+    for image in found.images:
+        image.path = paths[image.name]
     found.notes += notes
     found.skipped += [{"image": image.name, "reason": "no such picture"} for image in found.images if not image.path]
     found.images = [image for image in found.images if image.path]

@@ -244,8 +244,7 @@ def _find_pictures(rows, folder, exact_names):
     if not file_names.find_images(folder):
         return []
     names = [name for row in rows for name in (row.ft1, row.ft2) if name]
-    paths, _, notes = file_names.match_images(names, folder, exact_names, spelling=str.casefold)
-    found = dict(zip(names, paths))
+    found, _, notes = file_names.match_images(names, folder, exact_names, spelling=str.casefold)
     for row in rows:
         row.path_t1 = found.get(row.ft1)
         row.path_t2 = found.get(row.ft2)

@@ -666,6 +666,12 @@ def test_tables_as_excel_and_r_write_them(tmp_path, layout):
 
 # find_images, match_images
 
+def match_images(names, folder, **options):
+    """file_names.match_images, the paths in the order of the names."""
+    found, unmatched, notes = file_names.match_images(names, folder, **options)
+    return [found[name] for name in names], unmatched, notes
+
+
 def touch(folder, *names):
     for name in names:
         path = Path(folder, name)
@@ -674,7 +680,7 @@ def touch(folder, *names):
 
 
 def matched(names, folder):
-    paths, unmatched, _ = file_names.match_images(names, folder)
+    paths, unmatched, _ = match_images(names, folder)
     return [path and path.relative_to(folder).as_posix() for path in paths], unmatched
 
 
@@ -711,18 +717,18 @@ def test_names_as_a_browser_writes_them(tmp_path):
     """As annotation tools export them; a file of the very name goes before, and --exact_names guesses nothing."""
     touch(tmp_path, "day 1/a.jpg", "day 2/a.jpg", "50%25.jpg", "50%.jpg")
     names = ["day%201/a.jpg", "x/day%202/a.jpg", "50%25.jpg", "%2e%2e/etc/passwd"]
-    paths, _, notes = file_names.match_images(names, tmp_path)
+    paths, _, notes = match_images(names, tmp_path)
     found = [path and path.relative_to(tmp_path).as_posix() for path in paths]
     assert found == ["day 1/a.jpg", "day 2/a.jpg", "50%25.jpg", None]
     assert "2 of 4 names are of another folder or spelling" in notes[0] and "day%201/a.jpg -> day 1/a.jpg" in notes[0]
-    assert file_names.match_images(names, tmp_path, exact=True)[0] == [None, None, tmp_path / "50%25.jpg", None]
+    assert match_images(names, tmp_path, exact=True)[0] == [None, None, tmp_path / "50%25.jpg", None]
     touch(tmp_path, "sub/c%20d.jpg")
-    assert file_names.match_images(["other/c%20d.jpg"], tmp_path)[0] == [tmp_path / "sub" / "c%20d.jpg"]
+    assert match_images(["other/c%20d.jpg"], tmp_path)[0] == [tmp_path / "sub" / "c%20d.jpg"]
 
 
 def test_decomposed_names_on_disk(tmp_path):
     touch(tmp_path, unicodedata.normalize("NFD", "grün.jpg"))
-    assert file_names.match_images(["grün.jpg"], tmp_path)[0][0].is_file()
+    assert match_images(["grün.jpg"], tmp_path)[0][0].is_file()
 
 
 def test_exact_names_win_over_near_ones(tmp_path):
@@ -742,7 +748,7 @@ def test_two_names_for_one_file(tmp_path):
                                   "a/../../1.jpg", "..\\secret.jpg", "\\\\server\\share\\1.jpg", "e:1.jpg"])
 def test_names_that_leave_the_folder_mean_a_file_inside_or_none(tmp_path, name):
     touch(tmp_path, "secret.jpg", "images/1.jpg")
-    paths, unmatched, notes = file_names.match_images([name], tmp_path / "images")
+    paths, unmatched, notes = match_images([name], tmp_path / "images")
     is_one = name.endswith("1.jpg")
     assert paths == [tmp_path / "images" / "1.jpg" if is_one else None] and len(unmatched) == 1 - is_one
     assert len(notes) == 1 and ("-> 1.jpg" in notes[0] if is_one else "fit no picture" in notes[0])
@@ -751,21 +757,21 @@ def test_names_that_leave_the_folder_mean_a_file_inside_or_none(tmp_path, name):
 def test_a_base_name_counts_only_where_it_is_unique_on_both_sides(tmp_path):
     touch(tmp_path, "images/a.jpg", "images/b.jpg", "s1/c.jpg", "s1/000.jpg", "s2/d.jpg", "s3/d.jpg", "8.jpg", "008.jpg")
     names = [" images\\1/a.jpg", "images/1/b.jpg", "images/2/b.jpg", " s1/c.jpg ", "s2/c.jpg", "0", "x/d.jpg", "08", "00a", ".."]
-    paths, unmatched, notes = file_names.match_images(names, tmp_path)
+    paths, unmatched, notes = match_images(names, tmp_path)
     found = [path and path.relative_to(tmp_path).as_posix() for path in paths]
     assert found == ["images/a.jpg", None, None, "s1/c.jpg", None, "s1/000.jpg", None, None, None, None]
     assert "2 of 10 names" in notes[0] and "7 of 10 names fit no picture" in notes[1] and "--exact_names" in notes[0]
-    paths, _, notes = file_names.match_images(names, tmp_path, exact=True)
+    paths, _, notes = match_images(names, tmp_path, exact=True)
     assert [name for name, path in zip(names, paths) if path] == [" s1/c.jpg "] and "9 of 10 names fit no" in notes[0]
 
 
 def test_names_that_fit_nothing_are_loud_with_the_likely_reasons(tmp_path):
     touch(tmp_path, *(f"{i}.jpg" for i in range(20)))
-    _, _, notes = file_names.match_images([*map(str, range(18)), "x", "y"], tmp_path)
+    _, _, notes = match_images([*map(str, range(18)), "x", "y"], tmp_path)
     assert notes == []
-    _, _, notes = file_names.match_images([*map(str, range(17)), "x", "y", "z"], tmp_path)
+    _, _, notes = match_images([*map(str, range(17)), "x", "y", "z"], tmp_path)
     assert "3 of 20" in notes[0] and "3 files have no row" in notes[0]
-    assert "UTF-8" in file_names.match_images(["1", "gr\u201en.jpg"], tmp_path)[2][0]
+    assert "UTF-8" in match_images(["1", "gr\u201en.jpg"], tmp_path)[2][0]
 
 
 def test_absolute_names_inside_and_links(tmp_path):
@@ -791,7 +797,7 @@ def test_no_name_ever_resolves_outside(name):
     with tempfile.TemporaryDirectory() as folder:
         touch(folder, "out/a.jpg", "in/b.jpg", "in/a/1.jpg")
         try:
-            path = file_names.match_images([name], Path(folder, "in"))[0][0]
+            path = match_images([name], Path(folder, "in"))[0][0]
         except common.UserError:
             return
         assert path is None or Path(folder, "in").resolve() in path.resolve().parents
@@ -816,7 +822,7 @@ def test_omi_files_agree_with_each_other(tmp_path):
     assert quoted.names == [name.capitalize() for name in fourteen.names] and quoted.sd.shape == (804, 14)
     np.testing.assert_array_equal(every.mean[:, [every.names.index(name) for name in fourteen.names]], fourteen.mean)
     for ratings in (every, fourteen, quoted, raw):
-        paths, unmatched, notes = file_names.match_images(ratings.images, OMI / "images")
+        paths, unmatched, notes = match_images(ratings.images, OMI / "images")
         assert unmatched == notes == []
         assert [path.stem for path in paths] == [Path(name).stem for name in ratings.images]
     with gzip.open(OMI / "raw_ratings_14.csv.gz", "rt") as source:

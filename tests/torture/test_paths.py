@@ -38,15 +38,15 @@ LEAVING = ["../secret.png", "sub/../../secret.png", "..\\secret.png", "/etc/pass
 def test_names_that_leave_mean_a_picture_inside_or_none_and_are_named(images, cases, name):
     with cases.case(GROUP):
         found, _, notes = file_names.match_images([name], images)
-        assert found == [images / "ok.png" if name.endswith("ok.png") else None] and len(notes) == 1
+        assert found == {name: images / "ok.png" if name.endswith("ok.png") else None} and len(notes) == 1
 
 
 @pytest.mark.parametrize("name, file", [("sub/" + NFD, "sub/grün.png"), (".\\sub\\GRÜN", "sub/grün.png"),
                                         ("{images}/ok.png", "ok.png"), ("ok\0.png", None), ("ok.png\n", "ok.png")])
 def test_names_that_mean_one_file(images, cases, name, file):
     with cases.case(GROUP):
-        found = file_names.match_images([name.replace("{images}", str(images))], images)[0][0]
-        assert found == (file and images / file)
+        written = name.replace("{images}", str(images))
+        assert file_names.match_images([written], images)[0] == {written: file and images / file}
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "endless device", "dangling link", "link to itself"])
