@@ -484,7 +484,7 @@ ACTION_UNITS = {  # score: the property of the face that falls as it rises
     "Orbital_tightening": "eye_open", "Brow_tension": "brow_anger",
     "Ears_backward": "hair_height", "Cheek_tension": "smile",
     "Mouth_strain": "mouth_open", "Head_low": "face_width", "Nostril_muzzle": "eye_size"}
-UNSCORED = ("hue_warmth", "brightness", "light_warmth")  # properties that tell animals apart
+UNSCORED = "hue_warmth brightness light_warmth".split()  # properties that tell animals apart
 
 
 def render_sequence(folder, scores, looks, rng):

@@ -16,13 +16,13 @@ import numpy as np
 import common
 from readers import csv_tables, file_names, picture_files
 
-STATES = ("intact", "damaged", "absent", "occluded")
+STATES = "intact damaged absent occluded".split()
 ABSENT = 2
 UNKNOWN = -1
 # what a file may write -> number: "damaged" and "1" are 1
 STATE_NUMBERS = {word: number for number, state in enumerate(STATES) for word in (state, str(number))}
 NO_STATE = ("", "unknown", "none", "undefined", "__undefined__")  # the last is what CVAT writes
-BOX_FORMATS = ("xywh", "xyxy", "cxcywh", "fractions")
+BOX_FORMATS = "xywh xyxy cxcywh fractions".split()
 SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
 SIDE_WORD = re.compile("(?<![a-z])(left|right)(?![a-z])")
 SIDE_LETTER = re.compile("(?<![a-z])(l|r)(?![a-z])")

@@ -276,9 +276,7 @@ def _read_frame(entry, which):
 
 def _read_pose(entry, key):
     """(6,) numbers under a key of an entry; NaN where it, or one of them, is missing or null."""
-    value = entry.get(key)
-    if value is None:
-        return np.full(6, np.nan)
+    value = entry.get(key) or [None] * 6
     if np.shape(value) != (6,):
         raise ValueError(f"expected 6 numbers under {key}, found {str(value)[:60]}")
     return np.array(value, float)  # None: NaN
