@@ -184,7 +184,7 @@ def load_study(args, run, table):
                                      args.pixel_range)
     stored = np.array(picture_files.check_bad_files(store.audit, args.on_bad_file), dtype=int)
 
-    reasons = {name: "no such picture" for name, path in zip(table.images, paths) if path is None}
+    reasons = {name: "no such picture" for name, path in path_of.items() if path is None}
     reasons |= {table.images[row]: audit.error for row, audit in zip(found, store.audit) if audit.error}
     reasons |= dict.fromkeys(without_row, "no row in the ratings file")
 

@@ -767,7 +767,6 @@ class Recording:
         A recording of fewer frames than at_least shows its last one on. BadVideo: it has none.
         """
         step_sec = 1 / self.info.header_fps
-        self.n_shown = 0
         before = -math.inf  # time of the frame before
         convert_before = None
         for time, convert in self.frames():
