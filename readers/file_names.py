@@ -1,7 +1,6 @@
 """The names that a table writes -> the files of a folder."""
 import collections
 import dataclasses
-import itertools
 import os
 import posixpath
 import re
@@ -247,9 +246,8 @@ def match_videos(names, root, exact=False):
     videos, others = find_videos(root)
     files = {clean_name(file): path for file, path in (others | videos).items()}
     written = below_folder(names, root)
+    fits = NameIndex(files, VIDEO_SUFFIXES).match(written.values(), exact)  # other suffixes: only whole names
     pictures = list(filter(names_picture, written.values()))
-    videos_named = itertools.filterfalse(names_picture, written.values())
-    fits = NameIndex(files, VIDEO_SUFFIXES).match(videos_named, exact)  # other suffixes: only whole names
     if pictures:
         images = images_by_name(root)
         fits |= NameIndex(images, IMAGE_SUFFIXES).match(pictures, exact)
