@@ -199,8 +199,7 @@ def read_table(path):
     if wrong:
         raise common.UserError(
             f"{path}: expected {len(header)} fields in every row as in the header, but "
-            f"{common.shorten_list(wrong, 5)}. "
-            f"Put cells that contain {delimiter!r} in quotes.")
+            f"{common.shorten_list(wrong, 5)}. Put cells that contain {delimiter!r} in quotes.")
     names = pd.Index([name.strip() or f"unnamed_{i}" for i, name in enumerate(header)])
     repeated = names[names.duplicated()].unique()
     if len(repeated):
