@@ -125,8 +125,9 @@ def results_as_coco(entries, annotated, reading):
     meant = {name: image_ids[fit.files[0]] for name, fit in fits.items() if len(fit.files) == 1}
     annotations = []
     for number, (entry, name) in enumerate(zip(entries, names)):
-        own = part_boxes.read_id(entry.get("image_id"))
-        is_other = meant.get(name, own) != own
+        given = entry.get("image_id")
+        image_id = meant.get(name, given)
+        is_other = part_boxes.read_id(image_id) != part_boxes.read_id(given)
         reading.counts["results have the image_id of another image than their file_name, which decides"] += is_other
         if meant and name and not fits[name].files:
             reading.counts["results are of pictures that are not annotated, and left out"] += 1
@@ -139,7 +140,7 @@ def results_as_coco(entries, annotated, reading):
             **entry,
             "id": number,
             "entry": f"result {number}",
-            "image_id": meant.get(name, entry.get("image_id")),
+            "image_id": image_id,
             "category_id": category})
     return part_boxes.coco_content([image.fields for image in annotated.images], annotations, ids)
 
