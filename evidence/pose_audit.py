@@ -74,7 +74,8 @@ def pose_ranges(poses):
     ranges = {}
     for name, values in poses.items():
         numbers = pd.DataFrame(values, columns=probe_poses.AXES).agg(["min", "max", "count"])
-        numbers.loc["mean"], numbers.loc["sd"] = probe_poses.centre_and_spread(values)
+        numbers.loc["mean"], sd = probe_poses.centre_and_spread(values)
+        numbers.loc["sd"] = np.where(numbers.loc["min"] < numbers.loc["max"], sd, 0.0)
         ranges[name] = numbers.to_dict()
     return ranges
 

@@ -517,6 +517,14 @@ def test_a_frame_may_have_the_number_0(tmp_path):
     assert load(tmp_path / "data")[0].names[0] == "a_01/0-1"
 
 
+def test_an_axis_that_never_varies_has_an_sd_of_0():
+    poses = np.zeros((3, 6))
+    poses[:, 0] = [1, 2, 3]
+    poses[:, 5] = np.nan
+    ranges = pose_audit.pose_ranges({"at1": poses})["at1"]
+    assert [ranges[axis]["sd"] for axis in ("x_mm", "y_mm", "yaw_deg")] == [pytest.approx((2 / 3) ** 0.5), 0, 0]
+
+
 def test_an_axis_without_a_label_is_named_before_training(tmp_path, recwarn):
     def edit(rows):
         for i, row in enumerate(rows):
