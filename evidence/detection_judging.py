@@ -4,6 +4,7 @@ Letters: M pictures scored, P parts, S states, D detections of one picture.
 """
 import collections
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -92,18 +93,14 @@ def judge_detections(run, truth, detections, setting, priors, trained, picture=N
     strongest = max(baselines, key=baselines.get)
     state_rates = np.array([prior["states"] for prior in priors])  # (M, P, S)
     judged = detection_scores.Judged(truth, detections, threshold, others[strongest], state_rates)
-
-    def compare(pictures):
-        return judged.result(strongest, len(setting.folds), pictures)
-    result = compare(judged.every)
+    compare = functools.partial(judged.result, strongest, len(setting.folds))  # all pictures, or these
+    result = compare()
     part_rows = per_part_rows(judged, result)
     state_rows = per_state_rows(judged)
     calibration = calibration_rows(judged)
     common.write_table(run.path("per_part.csv"), part_rows)
     if state_rows:
         common.write_table(run.path("per_state.csv"), state_rows)
-    plotting.plot_per_target(
-        [row for row in part_rows if row["boxes"]], run.path("per_part.png"), ("ap", "ap50"))
 
     def describe(result):
         return verdicts.verdict_sentence(result, "map", setting.worst_seen)
@@ -299,6 +296,9 @@ def metric_blocks(run, setting, result, part_rows, threshold):
                "ap50": "AP50", "baseline_ap": "baseline", "precision": "precision",
                "recall": "recall", "absent": "absent", "hallucinated": "claimed",
                "hallucination_rate_anywhere_low": "from", "hallucination_rate_anywhere_high": "to"}
+    drawn = [row for row in part_rows if row["boxes"]]
+    plot = run.path("per_part.png")
+    plotting.plot_per_target(drawn, plot, ("ap", "ap50"))
     return [
         reporting.html_table(
             subject_intervals.overall_rows(result),
@@ -310,9 +310,8 @@ def metric_blocks(run, setting, result, part_rows, threshold):
             caption="Each part: n boxes, COCO AP (mean precision over recalls) over IoU .50 to .95 with its interval, "
                     "AP of the baseline; claimed: found, though absent in that picture, and the "
                     "binomial interval of their share"),
-        reporting.html_image(
-            run.path("per_part.png"), "AP and AP50 of each part that has boxes here, and the baseline's"
-            f"{plotting.note_if_cut(sum(row['boxes'] > 0 for row in part_rows), 'parts')}"),
+        reporting.html_image(plot, "AP and AP50 of each part that has boxes here, and the baseline's"
+                                   f"{plotting.note_if_cut(len(drawn), 'parts')}"),
     ]
 
 

@@ -6,7 +6,7 @@
     script      one training pass as the script does it: cached pictures, its precision, flip, colour and size at random
     bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
     reference   a loop in the manner of torchvision's references/detection: fp32, Pillow decoding, flip and colour in
-                torchvision, resize and normalisation inside the model, 2 workers
+                torchvision, resize, normalisation and RoIAlign of torchvision inside the model, 2 workers
 """
 import json
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
 
 from turns import compare, more_flags, parser_of  # it puts the repository on the import path
 
@@ -143,6 +144,9 @@ class ReferenceEpochs:
         truth = SimpleNamespace(parts=[f"part_{k}" for k in range(PARTS)], has_states=lambda: True)
         settings = train_detector.model_settings(args, truth) | {"frozen_norm": True}
         self.model = train_detector.build_model(args, settings, None)
+        pool = self.model.roi_heads.box_roi_pool
+        self.model.roi_heads.box_roi_pool = MultiScaleRoIAlign(pool.featmap_names, pool.output_size,
+                                                               pool.sampling_ratio)
         self.model = self.model.to(self.device).train()
         self.transform = GeneralizedRCNNTransform(size, 2 * size, common.IMAGENET_MEAN, common.IMAGENET_STD)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
