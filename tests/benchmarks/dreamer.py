@@ -3,11 +3,10 @@
     python tests/benchmarks/dreamer.py
     python tests/benchmarks/dreamer.py --transitions 32 --d_model 256 --n_layers 4
 
-    script      one training pass as the script does it: cached frames, its precision, no dropout
-    inside attention bare        forward, backward and optimiser step on batches that already lie in
-    memory, in the same precision reference   a loop as tutorials write it: fp32, frames decoded by
-    Pillow at every access, dropout .1 in attention spatial     the bare loop with 49 spatial tokens
-    instead of 512 channel tokens
+    script      one training pass as the script does it: cached frames, its precision, no dropout inside attention
+    bare        forward, backward and optimiser step on batches that already lie in memory, in the same precision
+    reference   a loop as tutorials write it: fp32, frames decoded by Pillow at every access, dropout .1 in attention
+    spatial     the bare loop with 49 spatial tokens instead of 512 channel tokens
 """
 import json
 
