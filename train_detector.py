@@ -478,10 +478,11 @@ class PaddedRoIAlign(MultiScaleRoIAlign):
         maps = [each for name, each in x.items() if name in self.featmap_names]
         level = self.map_levels(boxes)  # (Q,)
         picture = torch.repeat_interleave(torch.tensor(list(map(len, boxes))))  # (Q,)
+        joined = torch.cat(boxes)
         pooled = []
         for number, scale in enumerate(self.scales):
             own = level == number
-            pooled.append(align_boxes(maps[number], picture[own], scale * torch.cat(boxes)[own], self.output_size[0]))
+            pooled.append(align_boxes(maps[number], picture[own], scale * joined[own], self.output_size[0]))
         order = level.argsort(stable=True).argsort()
         return torch.cat(pooled)[order]
 
