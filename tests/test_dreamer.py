@@ -1193,7 +1193,7 @@ def test_a_trained_readout_lends_its_encoder_to_the_baseline(slices):
 
 LISTS = ["--manual_splits", "--train_patients", "a", "--val_patients", "b"]
 FLAG_MISTAKES = {
-    "no data": (["--data_dir", "nowhere"], ["nowhere", probe_poses.FILE_NAME]),
+    "no data": (["--data_dir", "nowhere"], ["nowhere: expected a folder, found no such folder"]),
     "heads": (["--d_model", 30, "--n_heads", 4], ["--d_model 30"]),
     "folds in time": (["--folds", 3, "--split_by", "time"], ["too short", "--gap 10"]),
     "folds of lists": (["--folds", 3, *LISTS], ["own split"]),
