@@ -502,11 +502,11 @@ def align_boxes(features, picture, boxes, n_bins):
     places = places.clamp(max=ends - 1)
     pixels = torch.stack([places.floor(), places.ceil()], 3).long()
     share = places.frac()
-    weights = torch.stack([1 - share, share], 3) * is_on_map[..., None] / 2
+    of_axes = torch.stack([1 - share, share], 3) * is_on_map[..., None] / 2
     columns, rows = pixels.view(-1, 2, n_bins, 4).unbind(1)  # (Q, bins, 4) each
     rows = rows + height * picture[:, None, None]
     index = width * rows[:, :, None, :, None] + columns[:, None, :, None]  # (Q, bins, bins, 4, 4)
-    of_columns, of_rows = weights.view(-1, 2, n_bins, 4).unbind(1)
+    of_columns, of_rows = of_axes.view(-1, 2, n_bins, 4).unbind(1)
     weights = of_rows[:, :, None, :, None] * of_columns[:, None, :, None]
     pooled = nn.functional.embedding_bag(
         index.view(-1, 16), features.permute(0, 2, 3, 1).flatten(0, 2), mode="sum",
