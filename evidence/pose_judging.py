@@ -74,7 +74,8 @@ def axis_alarms(table):
     is_fixed = common.sd_without_nan(table.truth) <= 1e-6
     judged = np.flatnonzero(is_fixed.all() | ~is_fixed)
     names = [table.names[axis] for axis in judged]
-    return verdicts.regression_alarms(table.predicted[:, judged], table.truth[:, judged], names)
+    return verdicts.regression_alarms(
+        table.predicted[:, judged], table.truth[:, judged], names, table.keys.get("fold"))
 
 
 def criteria_names():

@@ -37,14 +37,14 @@ def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), mom
     doubts += verdicts.baseline_doubts(table.baselines) + confounding.flagged_doubts(confounds)
     if is_same:
         doubts.append("A model that predicts what its baseline predicts adds nothing to it")
-    alarms = verdicts.regression_alarms(table.predicted, table.truth, table.names) + slope_alarms(rows)
+    alarms = verdicts.regression_alarms(table.predicted, table.truth, table.names, table.keys.get("fold"))
     return judging.close_run(
         run, setting,
         verdict=describe(result),
         result=result,
         metric="r2",
         doubts=doubts,
-        alarms=alarms,
+        alarms=alarms + slope_alarms(rows),
         meanings=criteria_names(table.names, moments),
         further_estimates=estimates_of_moments(table, moments) if run.args.criteria else {},
         figures=key_figures(result, table.truth, best_r2),

@@ -23,20 +23,39 @@ REPEATS_REMEDY = ("Look for rows with the same input (the section Leakage), and 
 LABELS_REMEDY = "Add rows with other labels, or leave it out (--target_columns, where a script has them)"
 
 
-def regression_alarms(predicted, target, names):
-    """Sentences on signs of a broken model or of data that cannot judge it, for (N, R), (N, R) and R names; else []."""
+def flat_outputs(predicted, target, folds):
+    """((K,) which predictions (N, K) vary too little beside the targets, the words that say how little).
+
+    folds: (N,) which of several models predicted each row, or None. Models that each give one value
+    give several together, so rows count about the mean of their fold, too.
+    """
+    import pandas as pd
+    rows = pd.DataFrame(np.hstack([predicted, target]))
+    in_folds = rows if folds is None else rows - rows.groupby(folds).transform("mean")
+    sds = [np.split(common.sd_without_nan(each.to_numpy()), 2) for each in (rows, in_folds)]
+    where = "" if folds is None else " within each fold"
+    return np.any([predicted < 0.05 * target for predicted, target in sds], axis=0), f"under 5 % of the labels'{where}"
+
+
+def regression_alarms(predicted, target, names, folds=None):
+    """Sentences on signs of a broken model or of data that cannot judge it, for (N, R), (N, R) and R names; else [].
+
+    folds: of flat_outputs.
+    """
     import pandas as pd
     is_finite = np.isfinite(predicted)
     labelled = ~np.isnan(target)
     finite = np.where(is_finite, predicted, np.nan)
-    spread_p = common.sd_without_nan(np.where(labelled, finite, np.nan))  # (R,)
+    judged = np.where(labelled, finite, np.nan)
+    spread_p = common.sd_without_nan(judged)  # (R,)
     spread_t = common.sd_without_nan(target)
     # (R,) how many rows share the most frequent label; NaN without a label
     modal = pd.DataFrame(target).apply(lambda column: column.value_counts().max())
     is_constant = spread_p <= 1e-9 * spread_t
+    is_flat, share = flat_outputs(judged, target, folds)
     faults = [
         ("not a finite number in the predictions", ~is_finite.all(0), NOT_FINITE_REMEDY),
-        ("constant output (sd under 5 % of the labels')", (spread_p < 0.05 * spread_t) & ~is_constant, CONSTANT_REMEDY),
+        (f"constant output (sd {share})", is_flat & ~is_constant, CONSTANT_REMEDY),
         ("constant prediction, so r has no value and counts as 0", is_constant, CONSTANT_REMEDY),
         ("correlation undefined, the labels do not vary", ~(spread_t > 0), LABELS_REMEDY),
         ("labels almost all equal (95 % or more share one value)", modal >= 0.95 * labelled.sum(0), LABELS_REMEDY),
@@ -111,9 +130,9 @@ def classification_alarms(table):
                       "where a network is trained, balance them (--balance sampler) or train longer (--epochs)")
     of_class = table.truth[:, None] == np.arange(len(names))  # (N, C)
     counts = of_class.sum(0)
-    flat = probability.std(0) < 0.05 * of_class.std(0)
+    flat, share = flat_outputs(probability, of_class, table.keys.get("fold"))
     if flat.any():
-        alarms.append("constant output (sd of the probability under 5 % of the labels'): "
+        alarms.append(f"constant output (sd of the probability {share}): "
                       f"{', '.join(itertools.compress(names, flat))}. {CONSTANT_REMEDY}")
     is_unsure = probability.max(1) < 0.99  # rows that are told apart with ease have nearly 0 and 1
     compared = np.round(probability, 7) if table.score is None else table.score

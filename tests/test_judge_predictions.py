@@ -67,6 +67,22 @@ def test_scores_of_another_program(tmp_path):
     assert sample in page and f"effective sample: {sample}" in log and "rows have a true value" not in log
 
 
+@pytest.mark.parametrize("kind", ["scores", "classes"])
+def test_models_of_folds_that_have_learnt_nothing_are_said_on_the_page_of_all_folds(tmp_path, kind):
+    """Each gives nearly the mean, or the share, of its own train rows."""
+    rows = scores() if kind == "scores" else classes()
+    for i, row in enumerate(rows):
+        row["fold"] = i % 3
+        for name in {"Valence_predicted", "score"} & row.keys():
+            row[name] = 0.5 + 0.2 * (i % 3 - 1) + 1e-3 * row[name]
+    common.write_table(tmp_path / "p.csv", rows)
+    metrics = json.loads((judge(tmp_path, "--predictions", tmp_path / "p.csv") / "metrics.json").read_text())
+    [alarm] = [alarm for alarm in metrics["alarms"] if "constant output" in alarm]
+    named = {"scores": "(sd under 5 % of the labels' within each fold): Valence. ",
+             "classes": "(sd of the probability under 5 % of the labels' within each fold): no, yes. "}
+    assert named[kind] in alarm
+
+
 @pytest.mark.parametrize("n_subjects, shown", [(4, True), (5, False)])
 def test_too_few_subjects_for_an_interval_are_shown_one_by_one(tmp_path, n_subjects, shown):
     """Of scores each subject's n and R2, of classes its AUC."""
