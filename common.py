@@ -880,7 +880,7 @@ def run_folder_of(target):
     if not (folder / "args.json").is_file():
         raise UserError(f"--resume {target} is no run folder or checkpoint inside one "
                         f"(no args.json in {folder})")
-    if not target.exists():
+    if not target.exists() and not has_metrics(folder, epochs=0):  # a finished run keeps no last.pth
         raise UserError(f"--resume {target}: no such file in that run; --resume {folder} takes the newest it has")
     while read_or_warn(folder / "args.json").get("is_part") and (folder.parent / "args.json").is_file():
         folder = folder.parent

@@ -30,18 +30,18 @@ def smoothed_means(codes, target, train, test):
     return means.reindex(codes[test]).fillna(known.mean()).to_numpy()
 
 
-def _level_codes(levels, n_rows, n_train, position):
+def _level_codes(levels, n_rows, train, position):
     """{name: (N,) codes} of the columns that can tell anything, and `row order`.
 
-    Columns have 2 levels or more, up to three for four train rows; row order is cut into 2 to 20
-    blocks of neighbouring rows, one for 10 train rows.
+    Columns have 2 levels or more, up to three for four train rows in these; row order is cut into 2
+    to 20 blocks of neighbouring rows, one for 10 train rows.
     """
     codes = {}
     for name, values in levels.items():
         found, code = np.unique(values, return_inverse=True)
-        if 2 <= len(found) <= max(2, 0.75 * n_train):
+        if len(found) >= 2 and len(set(code[train])) <= max(2, 0.75 * len(train)):
             codes[name] = code
-    blocks = min(20, max(2, n_train // 10))
+    blocks = min(20, max(2, len(train) // 10))
     position = np.arange(n_rows) if position is None else position
     codes["row order"] = position * blocks // (position.max() + 1)
     return codes
@@ -65,7 +65,7 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
     held_out = np.concatenate(test)
     subjects = None if groups is None else groups[held_out]
     found = []
-    for name, codes in _level_codes(levels, len(target), len(train[0]), position).items():
+    for name, codes in _level_codes(levels, len(target), train[0], position).items():
         predicted = []
         for rows, judged in zip(train, test):
             means = smoothed_means(codes, target, rows, judged)

@@ -563,8 +563,9 @@ def test_level_rates_are_smoothed_and_new_levels_get_the_overall_rate():
 
 def test_a_column_has_two_levels_or_more_and_up_to_three_for_four_train_rows():
     levels = {str(n): np.arange(60) % n for n in (1, 2, 30, 31)}
+    levels["30 and new ones"] = np.where(np.arange(60) < 40, levels["30"], np.arange(60))
     rows = confounding.level_priors(levels, np.arange(60) % 2, [np.arange(40)], [np.arange(40, 60)])
-    assert {row["name"] for row in rows} == {"2", "30", "row order"}
+    assert {row["name"] for row in rows} == {"2", "30", "30 and new ones", "row order"}
 
 
 def test_row_order_is_a_predictor_where_the_file_is_sorted():

@@ -139,6 +139,7 @@ def test_a_finished_run_keeps_what_more_epochs_need(whole, sample, tmp_path):
     run_script("train_assessor.py", *small_run(sample, tmp_path / "a", "--epochs", 2))
     folder = only_run(tmp_path / "a")
     assert not list(folder.glob("last.pth*")) and (folder / "best_model.pth").exists()
+    assert "is finished" in run_here("train_assessor.py", "--resume", folder / "last.pth").text
     text = run_here("train_assessor.py", "--resume", folder, "--epochs", 3, "--scheduler", "none", code=2).stderr
     assert "--init_from" in text and "made for 2 epochs" in text and (folder / "metrics.json").exists()
     run_script("train_assessor.py", *small_run(sample, tmp_path / "b", "--epochs", 2, "--keep_last"))

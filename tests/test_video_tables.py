@@ -1364,6 +1364,20 @@ def test_groups_on_two_sides_stop_a_run_that_could_keep_them_apart(tmp_path, mon
     assert ("--group_column pen has one value, a, so" in str(stopping)) == (groups == "aaaa")
 
 
+@pytest.mark.parametrize("val, shared", [([2, 3], 0), ([1, 3], 2)])
+def test_videos_on_two_sides_are_an_alarm(tmp_path, monkeypatch, val, shared):
+    """A split by events is allowed, and says that it tells nothing of new videos."""
+    put(tmp_path, "a.mp4", "b.mp4")
+    path = write(tmp_path / "m.csv", "path,label,start_sec,end_sec\na.mp4,x,0,1\na.mp4,y,5,6\nb.mp4,x,0,1\nb.mp4,y,5,6\n")
+    table = event_tables.read_events({"": path})
+    asked = SimpleNamespace(gap_sec=30, split_by="event", group_column=None)
+    monkeypatch.setattr(splitting, "record_split", lambda *_: [])
+    split = {"train": np.setdiff1d(np.arange(4), val), "val": np.array(val)}
+    alarms = event_audit.record_split(SimpleNamespace(args=asked), table, None, split)
+    assert [alarm[:60] for alarm in alarms] == [
+        "2 of 2 videos stand on two sides of the split, such as a.mp4"] * (shared > 0)
+
+
 def test_scores_are_stratified_by_their_mean_in_sds():
     target = np.array([[0.0, 1], [100, 3], [200, np.nan]])  # their sds: 81.65 and 1
     found = event_tables.strata_of(SimpleNamespace(target=target))
