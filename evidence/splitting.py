@@ -179,7 +179,7 @@ def check_flags(parser, args):
     if args.folds and args.split_file:
         parser.error(f"--folds {args.folds} and --split_file {args.split_file} both make the "
                      "split; give one")
-    if args.folds and args.test_ratio:
+    if args.folds and args.test_ratio and "test_ratio" in args.given:  # that of a configuration gives way
         parser.error(f"--folds {args.folds} scores every row once: "
                      f"--test_ratio {args.test_ratio:g} has none")
     ratios = args.given & {"train_ratio", "val_ratio", "test_ratio"}

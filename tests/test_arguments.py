@@ -117,11 +117,16 @@ def test_shares_that_cannot_be_are_refused_before_any_file_is_read(given, words,
     assert all(word in message for word in words)
 
 
-def test_folds_and_a_split_file_take_no_shares(tmp_path):
+def test_folds_and_a_split_file_take_no_shares(tmp_path, capsys):
     splitting.check_flags(make_parser(), parse("--folds", "3", "--val_ratio", "0"))
     config = tmp_path / "c.yaml"
     config.write_text("val_ratio: 0.5\ntest_ratio: 0.5\n")
     splitting.check_flags(make_parser(), parse("--split_file", "s.json", "--config", str(config)))
+    config.write_text("train_ratio: 0.7\nval_ratio: 0.15\ntest_ratio: 0.15\n")
+    splitting.check_flags(make_parser(), parse("--folds", "3", "--config", str(config)))
+    with pytest.raises(SystemExit):
+        splitting.check_flags(make_parser(), parse("--folds", "3", "--test_ratio", "0.15"))
+    assert "--folds 3 scores every row once: --test_ratio 0.15 has none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, expected", [([], "auto"), (["--use_amp"], "on"), (["--use_amp", "off"], "off")])
