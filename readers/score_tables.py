@@ -121,7 +121,7 @@ def read_sequences(path, root=None, group_column=None, target_columns=None, need
     table = event_tables.build_table(rows, extra, names, notes, group, group_column, row_filter, target)
     table = merge_raters(table)
     *_, note = total_and_parts(names, table.target)
-    if note:
+    if note and need_labels:  # of what is to be trained
         table.notes.append(note)
     return table
 

@@ -934,6 +934,8 @@ def test_a_total_of_something_else_is_named(tmp_path):
     text = "path,total_activity,heart_rate,temperature\n" + "\n".join(rows)
     table = score_tables.read_sequences(write(tmp_path / "s.csv", text))
     assert "total_activity differs from the sum" in table.notes[-1] and "is not tied to it" in table.notes[-1]
+    notes = score_tables.read_sequences(tmp_path / "s.csv", need_labels=False).notes
+    assert not any("tied" in note for note in notes), "a trained model is what it is"
 
 
 def test_columns_that_flags_name_are_no_scores(tmp_path):
