@@ -215,12 +215,12 @@ def read_table(path):
 def read_pairs(path, flag, columns):
     """{key: value} of JSON or YAML, also as {value: [keys]}, or of a CSV table with these two columns.
 
-    All is text, '' where there is none. columns: names of the two, looked for in a table of more or
-    fewer. UserError for a key with two values.
+    All is text, '' where there is none. columns: names of the two, in either order; two columns of
+    other names stand in this one. UserError for a key with two values.
     """
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
         table = read_table(path)
-        if len(table.columns) != 2:
+        if len(table.columns) != 2 or set(map(column_key, table.columns)) == set(columns):
             table = table[pick_columns(columns, table.columns, f"{flag} {path} has no column")]
         pairs = [list(table.columns), *table.to_numpy().tolist()]  # without a header the first line is a pair
     else:

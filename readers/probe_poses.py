@@ -536,7 +536,8 @@ def patients_of(sequences, patient_map, patient_regex):
     folders = sorted(set(sequences))
     patients = dict(zip(folders, folders))
     if patient_map:
-        named = csv_tables.read_pairs(patient_map, "--patient_map", ("folder", "patient"))
+        pairs = csv_tables.read_pairs(patient_map, "--patient_map", ("folder", "patient"))
+        named = {file_names.clean_name(folder).rstrip("/"): patient for folder, patient in pairs.items()}
         patients = {folder: named.get(folder, named.get(Path(folder).name)) for folder in folders}
     elif patient_regex:
         found = {folder: re.search(patient_regex, folder) for folder in folders}

@@ -585,7 +585,8 @@ def test_patients_by_regex_by_json_and_by_csv(clinic, tmp_path):
     owner = {folder: folder[:2] for folder in folders}
     by_patient = {patient: [f for f in folders if f[:2] == patient] for patient in set(owner.values())}
     files = {"a.json": json.dumps(owner), "b.json": json.dumps(by_patient),
-             "c.csv": "folder,patient\n" + "\n".join(f"{f},{p}" for f, p in owner.items())}
+             "c.csv": "folder,patient\n" + "\n".join(f"{f},{p}" for f, p in owner.items()),
+             "d.csv": "Patient;Folder\n" + "\n".join(f"{p};{f}" for f, p in owner.items())}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     ways = [["--patient_regex", r"(.*)_\d+$"], *(["--patient_map", tmp_path / name] for name in files)]
@@ -599,6 +600,12 @@ def test_the_first_group_of_a_regex_is_the_patient_and_without_one_all_that_it_m
     assert probe_poses.patients_of(["site/p1_s2"], None, regex) == {"site/p1_s2": patient}
     with pytest.raises(common.UserError, match="names no patient for q7; every folder needs one"):
         probe_poses.patients_of(["site/p1_s2", "q7"], None, regex)
+
+
+def test_folders_of_a_map_have_any_slashes(tmp_path):
+    (tmp_path / "map.csv").write_text("ward 1\\p1_01,p1\nward 1/p1_02/,p1\np2_01/,p2\n")
+    found = probe_poses.patients_of(["ward 1/p1_01", "ward 1/p1_02", "ward 2/p2_01"], tmp_path / "map.csv", None)
+    assert found == {"ward 1/p1_01": "p1", "ward 1/p1_02": "p1", "ward 2/p2_01": "p2"}
 
 
 def test_without_a_map_folders_are_suspected(clinic):
