@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import scipy.spatial
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import GroupKFold, StratifiedKFold
@@ -336,6 +337,34 @@ def test_similar_pairs_are_the_planted_ones_whatever_the_part_and_unit():
     for scale, shift in ((1, 0), (100, 7)):
         found = splitting.similar_pairs(scale * features + shift, split)
         assert set(found) == {(3, 60), (9, 75), (61, 89)}
+
+
+def test_similar_pairs_are_those_of_the_rule_counted_row_by_row():
+    """A scene of 140, and copies from perfect to none, among rows of no part, which have no features."""
+    rng = np.random.default_rng(7)
+    known = np.flatnonzero(np.arange(900) % 9 > 1)  # 700
+    features = np.full((900, 12), np.nan)
+    features[known] = rng.normal(3, 1, (700, 12))
+    features[known[200:340]] = features[known[200]] + 0.1 * rng.normal(size=(140, 12))
+    features[known[-80:]] = features[known[:80]] + np.linspace(0, 1, 80)[:, None] * rng.normal(size=(80, 12))
+    shares = np.split(rng.permutation(known), [400, 600])
+    split = dict(zip(("train", "val", "test"), shares))
+    part_of = {row: part for part, rows in enumerate(shares) for row in rows}
+    rows = list(part_of)
+    centred = features[rows] - features[rows].mean(0)
+    nearest, near, growth = [], [], []
+    for row, distances in zip(rows, scipy.spatial.distance.cdist(centred, centred, "cosine")):
+        d = np.sort(distances[distances > 1e-6])  # neither itself nor a perfect copy
+        d1, other = min((distance, other) for distance, other in zip(distances, rows) if part_of[other] != part_of[row])
+        nearest.append(other)
+        near.append([d1 / d[k - 1] for k in (10, 20, 40, 80, 160)])
+        growth.append([d[k - 1] / d[2 * k - 1] for k in (10, 20, 40, 80, 160)])
+    dimension = np.log(0.5) / np.log(np.median(growth, axis=0))  # (dk / d2k) ** m has the median 1/2
+    limit = (0.01 / np.array([9, 19, 39, 79, 159])) ** (1 / dimension)  # of d1 / dk
+    share = (near / limit).min(1)
+    expected = [tuple(sorted((rows[k], nearest[k]), key=part_of.get)) for k in share.argsort(kind="stable") if share[k] < 1]
+    found = splitting.similar_pairs(features, split)
+    assert len(found) > 100 and found == list(dict.fromkeys(expected))
 
 
 def test_a_page_of_too_few_rows_does_not_say_that_similar_pictures_were_looked_for(tmp_path):
