@@ -4,6 +4,7 @@
 """
 import errno
 import math
+import operator
 import re
 import os
 import shutil
@@ -442,9 +443,18 @@ def test_a_lost_history_file_is_written_again(tmp_path):
 
 def test_more_epochs_of_what_early_stopping_has_ended_say_what_to_do(tmp_path, capsys):
     assert train(*make_training(tmp_path, False, epochs=9, patience=1)).progress.epoch == 2
+    assert capsys.readouterr().out.count("stopped early") == 1, "not after the first epoch"
     assert make_training(tmp_path, True, epochs=12, patience=1)[0].is_done
     said = capsys.readouterr().out
     assert re.search(r"continuing.*\nstopped early after epoch 2.*--init_from \S*best_model.pth", said)
+
+
+def test_a_run_that_took_all_its_epochs_did_not_stop_early(tmp_path, capsys):
+    """Neither at its end nor where it is resumed, even if its patience has run out in the last one."""
+    assert train(*make_training(tmp_path, False, epochs=2, patience=1)).stopping.bad_epochs == 1
+    assert make_training(tmp_path, True, epochs=2, patience=1)[0].is_done
+    said = capsys.readouterr().out
+    assert "continuing after epoch 2" in said and "stopped early" not in said
 
 
 def test_scores_that_are_never_numbers_end_in_a_sentence(tmp_path, capsys):
@@ -561,12 +571,13 @@ def test_where_the_system_does_not_tell_the_memory_no_epoch_claims_any(tmp_path,
     assert "(120.00 s, 0.1 samples/s, 8 min left)" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
+@pytest.mark.parametrize("spoil", [operator.mul, operator.add], ids=["nan_gradient", "finite_gradient"])
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, spoil):
     training, loader = make_training(tmp_path, False)
     before = training.model.weight.clone()
     with pytest.raises(common.NotFinite, match="loss is nan in epoch 1, batch 1"):
         for batch in training.batches(loader):
-            training.step(training.model(batch["x"]).mean() * math.nan)
+            training.step(spoil(training.model(batch["x"]).mean(), math.nan))
     assert torch.equal(training.model.weight, before)
 
 

@@ -585,7 +585,7 @@ def test_patients_by_regex_by_json_and_by_csv(clinic, tmp_path):
     owner = {folder: folder[:2] for folder in folders}
     by_patient = {patient: [f for f in folders if f[:2] == patient] for patient in set(owner.values())}
     files = {"a.json": json.dumps(owner), "b.json": json.dumps(by_patient),
-             "c.csv": "folder,patient\n" + "\n".join(f"{f},{p}" for f, p in owner.items()),
+             "C.CSV": "folder,patient\n" + "\n".join(f"{f},{p}" for f, p in owner.items()),
              "d.csv": "Patient;Folder\n" + "\n".join(f"{p};{f}" for f, p in owner.items())}
     for name, text in files.items():
         (tmp_path / name).write_text(text)

@@ -336,7 +336,7 @@ def test_reasons_of_bad_files(tmp_path):
     ("a.heic", b"\0\0\0\x18ftypheic", "HEIC (iPhone): convert to JPEG"),
     ("a.jpg", b"\0\0\0\x18ftypheic", "HEIC (iPhone)"),
     ("a.jpg", b"\0\0\0\x18ftypmif1", "HEIF"), ("b.png", b"\0\0\0\x1cftypavif", "AVIF"),
-    ("c.jp2", b"\0\0\0\x0cjP  \r\n", "JPEG 2000"), ("d.dcm", bytes(128) + b"DICM", "DICOM: export as PNG")])
+    ("c.jp2", b"\0\0\0\x0cjP  \r\n", "JPEG 2000"), ("D.DCM", bytes(128) + b"DICM", "DICOM: export as PNG")])
 def test_formats_that_are_not_read_are_listed_with_the_remedy(tmp_path, name, head, word):
     (tmp_path / name).write_bytes(head + bytes(200))
     assert word in reason(tmp_path / name)

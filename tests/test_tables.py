@@ -774,11 +774,13 @@ def test_names_that_fit_nothing_are_loud_with_the_likely_reasons(tmp_path):
     assert "UTF-8" in match_images(["1", "gr\u201en.jpg"], tmp_path)[2][0]
 
 
-def test_absolute_names_inside_and_links(tmp_path):
+def test_absolute_names_inside_and_links(tmp_path, monkeypatch):
     touch(tmp_path, "images/1.jpg", "elsewhere/2.jpg")
     os.symlink(tmp_path / "elsewhere" / "2.jpg", tmp_path / "images" / "2.jpg")
     names = [str(tmp_path / "images" / "1.jpg"), "2.jpg"]
     assert matched(names, tmp_path / "images") == (["1.jpg", "2.jpg"], [])
+    monkeypatch.chdir(tmp_path)
+    assert match_images(names, Path("images"), exact=True) == ([Path("images/1.jpg"), Path("images/2.jpg")], [], []), "no guess"
 
 
 def test_many_files_of_one_name_in_different_folders(tmp_path):
