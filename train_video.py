@@ -1055,9 +1055,13 @@ def predict_baselines(study, features, train, rows):
 
 
 def moment_levels(args, table, rows=slice(None)):
-    """(M,) levels of --moment_column in these rows; () where the table has no such column."""
+    """(M,) levels of --moment_column in these rows, as most rows spell them; () where the table has no such column."""
     key = csv_tables.column_key(args.moment_column)
-    return table.extra[key].to_numpy(str)[rows] if key in table.extra else ()
+    if key not in table.extra:
+        return ()
+    cells = table.extra[key]
+    same = cells.groupby(cells.map(event_tables.plain_level))
+    return same.transform(lambda spelled: spelled.mode()[0]).to_numpy(str)[rows]
 
 
 def predictions_table(study, rows, outputs, baselines, seen):

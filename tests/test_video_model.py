@@ -881,6 +881,14 @@ def test_consistency_ties_the_total_to_its_parts_without_labels():
     assert torch.allclose(predicted.grad[:, 0], -predicted.grad[:, 2]) and (predicted.grad != 0).all()
 
 
+def test_a_moment_is_one_in_any_spelling():
+    """As in --sample_weight: the table of the moments and their means would part M2 from m2."""
+    table = table_of([0] * 6, moments=["M2", "m2", "M0", "M2", "", "m0"])
+    assert train_video.moment_levels(arguments(), table).tolist() == ["M2", "M2", "M0", "M2", "", "M0"]
+    assert train_video.moment_levels(arguments(), table, [1, 4]).tolist() == ["M2", ""]
+    assert train_video.moment_levels(arguments("--moment_column", "day"), table) == ()
+
+
 def test_a_total_that_sums_nothing_is_tied_to_nothing():
     """Values far apart: by its name it is a total, in its numbers it is not."""
     draws = np.random.default_rng(0)
