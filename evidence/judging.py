@@ -77,6 +77,17 @@ def identical_fold_alarms(folds):
             for (a, own), (b, other) in itertools.combinations(results, 2) if own == other and any(own)]
 
 
+def gap_alarms_of_folds(run, folds):
+    """Sentences on what verdicts.split_gap_alarms say of most folds, which pooled rows do not show.
+
+    In a single one of few rows it may be chance.
+    """
+    alarms = [common.read_json(run.path(f"fold_{fold['fold']}/metrics.json"))["alarms"] for fold in folds]
+    counts = {gap: sum(gap in str(own) for own in alarms) for gap in verdicts.GAPS}
+    return [f"{gap} in {count} of {len(folds)} folds. The pages in their folders say how far, and what helps"
+            for gap, count in counts.items() if 2 * count > len(folds)]
+
+
 def rows_text(table, unit="rows"):
     """HTML: how many rows are judged, how many differ in their labels, what is resampled."""
     return reporting.html_text(sample_sentence(table.sample, unit))
@@ -270,7 +281,8 @@ def close_run(run, setting, *, result, metric, verdict, alarms, meanings, figure
     the result.
     """
     seen = seen_rows.sentences(setting.seen)
-    alarms = [*alarms, *setting.alarms, *identical_fold_alarms(setting.folds)]
+    alarms = [*alarms, *setting.alarms, *gap_alarms_of_folds(run, setting.folds),
+              *identical_fold_alarms(setting.folds)]
     if "train" in seen:
         alarms.append(seen.pop("train"))
     doubts = [*doubts, *verdicts.chance_doubts(result, metric), *seen.values()]

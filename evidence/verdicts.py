@@ -21,6 +21,7 @@ NOT_FINITE_REMEDY = "Lower --lr, or --use_amp off"
 REPEATS_REMEDY = ("Look for rows with the same input (the section Leakage), and keep them "
                   "together: --group_column (probe guidance: --patient_map)")
 LABELS_REMEDY = "Add rows with other labels, or leave it out (--target_columns, where a script has them)"
+GAPS = ("train far below validation", "train far above validation")  # how split_gap_alarms begin
 
 
 def flat_outputs(predicted, target, folds):
@@ -109,10 +110,10 @@ def split_gap_alarms(train_metrics, val_metrics, remedy, metric="pearson_r"):
     val = val_metrics[metric]
     numbers = f"({metric} {train:.3f} and {val:.3f})"
     if train < val - 0.15:
-        return [f"train far below validation {numbers}: a leak, or a fault in evaluation. Look for copies in the "
+        return [f"{GAPS[0]} {numbers}: a leak, or a fault in evaluation. Look for copies in the "
                 "section Leakage, and name who or what repeats: --group_column (probe guidance: --patient_map)"]
     if remedy and train > val + 0.3:
-        return [f"train far above validation {numbers}: overfitting. {remedy}"]
+        return [f"{GAPS[1]} {numbers}: overfitting. {remedy}"]
     return []
 
 

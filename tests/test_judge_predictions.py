@@ -15,7 +15,7 @@ from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
 import common
 import judge_predictions
 from conftest import only_run, run_here, run_script, small_run
-from evidence import class_judging, judging, prediction_tables, reporting, score_judging, table_judging
+from evidence import class_judging, judging, prediction_tables, reporting, score_judging, table_judging, verdicts
 
 
 def scores(rows=60, noise=0.5, seed=0):
@@ -540,6 +540,25 @@ def test_every_alarm_and_doubt_stands_on_the_page_and_in_the_log(tmp_path):
     assert all(doubt in page and f"doubt: {doubt}" in log for doubt in metrics["doubts"])
 
 
+@pytest.mark.parametrize("kind, train, others, number", [("below", 0.2, 0.9, 3), ("below", 0.2, 0.9, 2), ("above", 0.95, 0.3, 3)])
+def test_train_far_from_validation_in_most_folds_is_said_above_them(tmp_path, kind, train, others, number):
+    common.write_table(tmp_path / "p.csv", scores())
+    table = prediction_tables.read_predictions(tmp_path / "p.csv", "subject").labelled()
+    folds = [{"fold": k, "rows": 15, "best_epoch": 3, "r2": 0.25 + k} for k in (0, 1, 3, 10)]
+    setting = judging.Setting(part="folds", seen=np.full(60, "new"), folds=folds)
+    args = judge_predictions.parse_args(
+        ["--predictions", str(tmp_path / "p.csv"), "--output_dir", str(tmp_path / "out")])
+    with common.start_run(args) as run:
+        for place, fold in enumerate(folds):
+            gap = verdicts.split_gap_alarms({"pearson_r": train}, {"pearson_r": others}, "more rows")
+            run.path(f"fold_{fold['fold']}").mkdir()
+            common.write_json(run.path(f"fold_{fold['fold']}/metrics.json"), {"alarms": ["a", *gap * (place < number), "b"]})
+        metrics = score_judging.judge_scores(run, table, setting)
+    said = f"train far {kind} validation in 3 of 4 folds. The pages in their folders say how far, and what helps"
+    assert metrics["alarms"] == ([said] if number == 3 else []), "of half of the folds it may be chance"
+    assert metrics["headline"]["level"] != "good"
+
+
 def test_what_a_run_knows_beside_its_table_joins_its_metrics_and_its_page(tmp_path):
     common.write_table(tmp_path / "p.csv", scores())
     table = prediction_tables.read_predictions(tmp_path / "p.csv", "subject").labelled()
@@ -548,6 +567,9 @@ def test_what_a_run_knows_beside_its_table_joins_its_metrics_and_its_page(tmp_pa
     args = judge_predictions.parse_args(
         ["--predictions", str(tmp_path / "p.csv"), "--output_dir", str(tmp_path / "out")])
     with common.start_run(args) as run:
+        for k in range(2):
+            run.path(f"fold_{k}").mkdir()
+            common.write_json(run.path(f"fold_{k}/metrics.json"), {"alarms": []})
         metrics = score_judging.judge_scores(run, table, setting)
     before, equal = metrics["alarms"]
     assert before == "found before training" and equal.startswith("folds 0 and 1 have identical results")
