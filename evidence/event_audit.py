@@ -140,12 +140,11 @@ def record_split(run, table, audits, split):
         alarms.append(
             f"--group_column {args.group_column} has one value, {groups[0]}, so nothing is known of others "
             "and there is no interval. Where there are several, name the column that tells them apart")
-    n_parts = collections.Counter(video for rows in split.values() for video in set(table.videos[rows]))
-    parted = sorted(video for video, count in n_parts.items() if count > 1)
+    parted = splitting.in_several_parts(table.videos, split)
     if parted:
         alarms.append(
-            f"{len(parted)} of {len(n_parts)} videos stand on two sides of the split, such as {parted[0]}, so nothing "
-            "is known of new ones. --split_by video keeps each on one side")
+            f"{len(parted)} of {len(set(table.videos))} videos stand on two sides of the split, such as {parted[0]}, so "
+            "nothing is known of new ones. --split_by video keeps each on one side")
     return alarms
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 import common
-from evidence import plotting
+from evidence import plotting, splitting
 from readers import probe_poses
 
 STRONG_R = 0.5
@@ -153,12 +153,11 @@ def write_statistics(run, study, split):
     """dataset_stats.json and dataset_statistics.png of a train_dreamer.Study."""
     parts = {part: {"transitions": len(rows), "patients": sorted(set(study.patients[rows]))}
              for part, rows in split.items()}
-    n_parts = collections.Counter(name for part in parts.values() for name in part["patients"])
     stats = {
         "transitions": len(study.patients),
         "parts": parts,
         "transitions_of_patient": collections.Counter(study.patients),
-        "patients_in_two_parts": sorted(name for name, count in n_parts.items() if count > 1),
+        "patients_in_two_parts": splitting.in_several_parts(study.patients, split),
         "left_out": len(study.patients) - sum(map(len, split.values())),
         "sequences": len(set(study.sequences)),
         "patients_known": study.has_patients,

@@ -443,6 +443,12 @@ def names_group(name):
     return GROUP_WORDS.search(name.lower()) and not MEASURE_WORDS.search(name.lower())
 
 
+def in_several_parts(values, split):
+    """Which of N values stand in several parts of a split {part: rows}, sorted."""
+    n_parts = collections.Counter(itertools.chain.from_iterable(set(values[rows]) for rows in split.values()))
+    return sorted(value for value, count in n_parts.items() if count > 1)
+
+
 def unused_groups(columns, split, groups, fault="stand on two sides of the split"):
     """Sentences on columns that repeat as subjects do and of which a split parts the rows; else [].
 
@@ -456,8 +462,7 @@ def unused_groups(columns, split, groups, fault="stand on two sides of the split
         is_coarser = groups is not None and len(set(zip(groups, cells))) == len(set(groups))
         if is_coarser or not names_group(name) or not 5 <= len(levels) <= len(cells) / 2:
             continue
-        n_parts = collections.Counter(itertools.chain.from_iterable(set(cells[rows]) for rows in split.values()))
-        parted = sum(n_parts[level] > 1 for level in levels)
+        parted = len(levels.intersection(in_several_parts(cells, split)))
         if parted:
             sentences.append(
                 f"the column {name} repeats ({len(levels)} values in {len(cells)} rows), and {parted} of its values "
