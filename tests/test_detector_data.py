@@ -1086,3 +1086,35 @@ def test_features_for_look_alikes_are_those_of_each_picture_whatever_the_others(
         alone = train_detector.untuned_features(args, study, compute, np.array([row]))
         np.testing.assert_allclose(found[row], alone[row], rtol=1e-3, atol=1e-5)
     assert np.abs(found[2] - found[9]).max() > 1e-3
+
+
+def test_what_each_fold_found_is_judged_beside_its_pictures_and_those_that_look_alike(bicycles, flags, tmp_path, monkeypatch):
+    """Picture by picture, in the order of the folds: detections of all models, mean boxes, words, look-alikes."""
+    study = coco_study(bicycles[0], flags)
+    found = {name: [detection_scores.Detections(np.full((1, 4), row + shift), np.zeros(1, int), np.ones(1), None)
+                    for row in range(len(study.stored))] for name, shift in (("model", 0.0), ("heads", 0.5))}
+    scored = [train_detector.Scored(np.array(rows), {name: [each[row] for row in rows] for name, each in found.items()},
+                                    prior, np.full(len(rows), word))
+              for rows, prior, word in (([9, 2], "first", "new"), ([7], "second", "chose"))]
+    run = SimpleNamespace(path=lambda name: tmp_path / name, compute=SimpleNamespace(processes=common.Processes()))
+    judged = []
+    monkeypatch.setattr(detection_judging, "judge_detections", lambda *given, **known: judged.append((given, known)))
+    train_detector.judge(run, flags("--visualize", "2"), study, {"fold_0": np.array([9, 2]), "fold_1": np.array([7])}, "folds",
+                         scored, [(2, 5), (7, 1)], limits=["a limit"])
+    [((_, truth, own, setting), known)] = judged
+    rows = [9, 2, 7]
+    assert truth.images.tolist() == study.truth.images[rows].tolist()
+    assert own == [found["model"][row] for row in rows]
+    assert known["trained"] == {"heads": [found["heads"][row] for row in rows]}
+    assert known["priors"] == ["first", "first", "second"]
+    assert (setting.part, setting.seen.tolist(), setting.limits) == ("folds", ["new", "new", "chose"], ["a limit"])
+    assert setting.is_similar.tolist() == [False, True, True]
+    for number, pair in enumerate([(2, 5), (7, 1)], 1):
+        assert all(f"pair {number}: {study.truth.images[row]}" in setting.similar[1] for row in pair)
+    for place, row in enumerate(rows):
+        np.testing.assert_array_equal(known["picture"](place), study.picture(row))
+    written = common.read_json(tmp_path / "detections_folds.json")
+    assert [(each["image_id"], each["bbox"][0], each["seen"]) for each in written] == [
+        (study.truth.ids[row], row, word) for row, word in zip(rows, setting.seen)]
+    drawn = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert drawn == [f"{k:03d}_{Path(study.truth.images[row]).stem}.jpg" for k, row in enumerate(rows[:2])]
