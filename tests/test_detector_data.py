@@ -1099,14 +1099,15 @@ def test_what_each_fold_found_is_judged_beside_its_pictures_and_those_that_look_
     run = SimpleNamespace(path=lambda name: tmp_path / name, compute=SimpleNamespace(processes=common.Processes()))
     judged = []
     monkeypatch.setattr(detection_judging, "judge_detections", lambda *given, **known: judged.append((given, known)))
-    train_detector.judge(run, flags("--visualize", "2"), study, {"fold_0": np.array([9, 2]), "fold_1": np.array([7])}, "folds",
-                         scored, [(2, 5), (7, 1)], limits=["a limit"])
+    folds = {"fold_0": np.array([9, 2]), "fold_1": np.array([7])}
+    train_detector.judge(run, flags("--visualize", "2", "--score_threshold", "0.3"), study, folds, "folds", scored,
+                         [(2, 5), (7, 1)], limits=["a limit"])
     [((_, truth, own, setting), known)] = judged
     rows = [9, 2, 7]
     assert truth.images.tolist() == study.truth.images[rows].tolist()
     assert own == [found["model"][row] for row in rows]
     assert known["trained"] == {"heads": [found["heads"][row] for row in rows]}
-    assert known["priors"] == ["first", "first", "second"]
+    assert known["priors"] == ["first", "first", "second"] and known["threshold"] == 0.3
     assert (setting.part, setting.seen.tolist(), setting.limits) == ("folds", ["new", "new", "chose"], ["a limit"])
     assert setting.is_similar.tolist() == [False, True, True]
     for number, pair in enumerate([(2, 5), (7, 1)], 1):

@@ -435,6 +435,7 @@ def test_similar_pictures_are_counted_and_shown_and_do_not_stop(tmp_path):
     assert "note caution" in block and "2 similar pictures (2.jpg = 30.jpg)" in block
     text, shown = judging.similar_blocks(pairs, keys, lambda row: np.full((8, 8, 3), row, np.uint8))
     assert "--group_column" in text and shown.count("<img") == 4 and "pair 2: " in shown
+    assert judging.similar_blocks(7 * pairs[:1], keys, lambda row: np.zeros((8, 8, 3), np.uint8))[1].count("<img") == 12, "six pairs"
     assert judging.similar_blocks([], keys, None) == []
 
 
