@@ -341,9 +341,19 @@ def test_a_column_that_predicts_nothing_is_no_baseline(tmp_path):
 
 
 def test_rows_are_ranked_by_the_scores_that_vary(tmp_path):
-    rows = [{"A_true": k, "A_predicted": k + k, "B_true": 0, "B_predicted": 9 - k} for k in range(8)]
+    """Too low by k, which is more than the 9 - k of a score that never varies."""
+    rows = [{"A_true": k, "A_predicted": 0, "B_true": 0, "B_predicted": 9 - k} for k in range(8)]
     order, lines = table_of(tmp_path, rows).rank_rows()
-    assert order.tolist() == list(range(8)) and "largest in A: true 7.00, predicted 14.00" in lines[7]
+    assert order.tolist() == list(range(8)) and "largest in A: true 7.00, predicted 0.00" in lines[7]
+
+
+def test_rows_of_classes_are_ranked_by_the_probability_of_the_true_one(tmp_path):
+    shares = [("a", 0.6), ("b", 0.3), ("a", 0.1), ("b", 0.8)]
+    rows = [{"true_label": label, "prob_a": p, "prob_b": 1 - p} for label, p in shares]
+    order, lines = table_of(tmp_path, rows).rank_rows()
+    assert order.tolist() == [1, 0, 3, 2]
+    assert lines == [["true a, predicted a", "p of the true class 0.60"], ["true b, predicted b", "p of the true class 0.70"],
+                     ["true a, predicted b", "p of the true class 0.10"], ["true b, predicted a", "p of the true class 0.20"]]
 
 
 def test_a_baseline_that_lacks_a_class_is_not_found(tmp_path):

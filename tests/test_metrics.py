@@ -551,7 +551,8 @@ def test_a_score_without_a_label_in_the_rows_is_judged_without_warnings(recwarn)
     predicted = target[:, [0, 0]] + [[0.0], [0.0], [0.0], [0.0], [0.0], [3.0]]
     table = prediction_tables.ScoreTable(
         keys={"id": np.arange(6)}, names=["pain", "fear"], truth=target, predicted=predicted,
-        baselines={"ridge": predicted + [1e-6, 5.0], "other": predicted + [0.1, 0.0]})
+        baselines={"without a row": predicted * np.nan, "other": predicted + [0.1, 0.0], "ridge": predicted + [1e-6, 5.0]})
+    assert table.best_baseline == "ridge"
     order, _ = table.rank_rows()
     assert order.tolist() == [0, 1, 2, 3, 4, 5]
     assert score_judging.is_baseline(table, "ridge") and not score_judging.is_baseline(table, "other")

@@ -421,19 +421,20 @@ def test_rows_without_a_copy_are_rarely_similar_whatever_the_dimension_of_the_fe
 
 def test_similar_pictures_are_counted_and_shown_and_do_not_stop(tmp_path):
     features = np.random.default_rng(0).normal(size=(40, 64))
-    features[[30, 35]] = features[[2, 4]] + 0.1
+    features[[30, 31, 35]] = features[[2, 5, 4]] + 0.1
     keys = np.array([f"{i}.jpg" for i in range(40)])
-    split = {"train": np.arange(30), "val": np.arange(30, 40)}
+    split = {"train": np.arange(30), "val": np.arange(30, 35), "test": np.arange(35, 40)}
     said = []
     run = SimpleNamespace(path=lambda name: tmp_path / name, say=said.append,
                           compute=SimpleNamespace(processes=common.Processes()))
     common.write_json(tmp_path / "leakage_report.json", splitting.leakage_report(split, keys, keys, None, {}))
     pairs = splitting.add_similar(run, features, split, keys)
-    assert sorted(pairs) == [(2, 30), (4, 35)] and said == ["leakage train-val: 2 similar pictures (2.jpg = 30.jpg)"]
+    assert sorted(pairs) == [(2, 30), (4, 35), (5, 31)]
+    assert said == ["leakage train-val: 2 similar pictures (2.jpg = 30.jpg)", "leakage train-test: 1 similar picture (35.jpg = 4.jpg)"]
     splitting.check_leakage(common.read_json(tmp_path / "leakage_report.json"))
     block, *_ = reporting.leakage_blocks(run)
     assert "note caution" in block and "2 similar pictures (2.jpg = 30.jpg)" in block
-    text, shown = judging.similar_blocks(pairs, keys, lambda row: np.full((8, 8, 3), row, np.uint8))
+    text, shown = judging.similar_blocks(pairs[:2], keys, lambda row: np.full((8, 8, 3), row, np.uint8))
     assert "--group_column" in text and shown.count("<img") == 4 and "pair 2: " in shown
     assert judging.similar_blocks(7 * pairs[:1], keys, lambda row: np.zeros((8, 8, 3), np.uint8))[1].count("<img") == 12, "six pairs"
     assert judging.similar_blocks([], keys, None) == []
@@ -588,7 +589,7 @@ def test_a_dry_run_tries_rows_with_two_ratings_of_each_and_every_class():
     ("pen", True), ("Street", True), ("farm_no", True), ("home cage", True), ("litter ID", True), ("clinics", True),
     ("video_file", True), ("PatientID", True), ("animal.name", True), ("open", False), ("pencil", False),
     ("herd_size", False), ("n_animals", False), ("personality", False), ("video_length", False), ("opposite", False),
-    ("anatom_site_general", False), ("familiar", False), ("group_mean", False), ("patient_age", False)])
+    ("anatom_site_general", False), ("familiar", False), ("group_mean", False), ("Patient_Age", False)])
 def test_names_of_columns_that_say_who_or_where_and_their_false_friends(name, is_group):
     rows = np.arange(60)
     found = splitting.unused_groups({name: rows % 12}, {"train": rows[:40], "val": rows[40:]}, None)
