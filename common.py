@@ -2181,6 +2181,8 @@ def load_model_file(path, script=None):
     expected = script or script_name()
     if content.get("script") != expected:
         raise UserError(f"{path} was written by {content.get('script')}, expected {expected}")
+    if "seen" not in content:
+        raise CheckpointError(f"{path} was written by an older version of {expected}: use it with that version")
     return content
 
 
@@ -2205,8 +2207,8 @@ def checkpoint_fields(path):
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise CheckpointError(f"{path} lacks what this script stores in a checkpoint ({type(error).__name__}: "
-                              f"{one_line(error)}); best_model.pth is for prediction and "
+        raise CheckpointError(f"{path} lacks what this version of the script stores in a checkpoint "
+                              f"({type(error).__name__}: {one_line(error)}); best_model.pth is for prediction and "
                               "--init_from, last.pth for --resume") from None
 
 

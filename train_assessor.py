@@ -523,7 +523,7 @@ def load_assessor(path, compute):
     settings = common.load_model_file(path, "train_assessor.py")
     with common.checkpoint_fields(path):
         args = argparse.Namespace(
-            **{name: settings[name] for name in NETWORK_FLAGS},
+            **{name: settings[name] for name in CHECKPOINT_FLAGS},
             pretrained=False, weights=None, freeze_stages=0, freeze_norm=False, seed=0)
         model = build_model(args, np.zeros(len(settings["names"])))
     if args.head == "ridge" and "known_data" not in settings:

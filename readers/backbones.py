@@ -197,7 +197,7 @@ def load_weights_file(path):
     with a note. Raises CheckpointError for other values that are not finite: a run could be trained
     with them, and never be continued.
     """
-    if Path(path).suffix != ".safetensors":
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         return _state_dict(common.read_checkpoint(path), path)
     module = common.optional_package("safetensors", "safetensors.torch")
     try:

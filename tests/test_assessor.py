@@ -890,7 +890,8 @@ def test_a_checkpoint_to_continue_is_no_model_to_predict_with(tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["train_assessor.py"])
     path = tmp_path / "last.pth"
     common.save_checkpoint(path, {
-        "format": common.FORMAT, "script": "train_assessor.py", "model": {}, "optimizer": {}, "progress": {}})
+        "format": common.FORMAT, "script": "train_assessor.py", "model": {}, "seen": None, "optimizer": {},
+        "progress": {}})
     message = "best_model.pth is for prediction and --init_from, last.pth for --resume"
     with pytest.raises(common.CheckpointError, match=message):
         train_assessor.load_assessor(path, common.choose_compute("cpu", "off"))
@@ -899,16 +900,23 @@ def test_a_checkpoint_to_continue_is_no_model_to_predict_with(tmp_path, monkeypa
 
 
 def test_further_fields_of_a_checkpoint_are_ignored(tmp_path):
+    """One that lacks a field, as one of an older version may, is refused in a sentence before any picture is read."""
     settings = dict(backbone="shufflenet_v2_x0_5", head="mlp", dropout=0.0, image_size=64, flip_average=False)
     args = SimpleNamespace(
         **settings, pretrained=False, weights=None, freeze_stages=0, freeze_norm=False, seed=0)
     model = train_assessor.build_model(args, np.full(1, 3.5))
     assert (model.eval()(torch.rand(2, 3, 64, 64)) == 3.5).all(), "it begins by predicting the train mean"
-    common.save_checkpoint(tmp_path / "m.pth", {
-        "format": common.FORMAT, "script": "train_assessor.py", "model": model.state_dict(), "names": ["Valence"],
-        "seed": 7, "pretrained": True, **settings})
-    found, content = train_assessor.load_assessor(tmp_path / "m.pth", common.choose_compute("cpu", "off"))
+    content = {
+        "format": common.FORMAT, "script": "train_assessor.py", "model": model.state_dict(), "seen": None,
+        "names": ["Valence"], "seed": 7, "pretrained": True, "freeze_backbone": False, **settings}
+    common.save_checkpoint(tmp_path / "m.pth", content)
+    compute = common.choose_compute("cpu", "off")
+    found, content = train_assessor.load_assessor(tmp_path / "m.pth", compute)
     assert content["seed"] == 7 and not found.training
+    del content["freeze_backbone"]
+    common.save_checkpoint(tmp_path / "older.pth", content)
+    with pytest.raises(common.CheckpointError, match="older.pth lacks what .*'freeze_backbone'"):
+        train_assessor.load_assessor(tmp_path / "older.pth", compute)
 
 
 def test_ratings_that_differ_by_rounding_alone_are_not_blown_up():

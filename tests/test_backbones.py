@@ -3,6 +3,7 @@
     python -m pytest tests/test_backbones.py
 """
 import hashlib
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,10 +86,21 @@ def test_files_from_before_torch_1_6_and_safetensors(tmp_path):
         backbones.load_weights_file(tmp_path / "model.safetensors")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_weights_that_are_no_file_are_refused(tmp_path, monkeypatch, name):
+    """And not handed to the package, which would wait for this pipe for ever, deaf to signals."""
+    monkeypatch.setattr(common, "optional_package", lambda *names: pytest.fail("it would wait"))
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(common.CheckpointError, match=f"{name} .expected a regular file"):
+        backbones.load_weights(None, tmp_path / name)
+
+
 def test_safetensors_without_the_package_say_what_to_install(tmp_path, monkeypatch):
     def missing(name):
         raise ImportError(f"No module named {name!r}")
     monkeypatch.setattr(common.importlib, "import_module", missing)
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(common.UserError, match="pip install safetensors"):
         backbones.load_weights_file(tmp_path / "model.safetensors")
 
@@ -443,7 +455,8 @@ def test_features_of_another_backbone_are_refused(tmp_path, monkeypatch):
     """--freeze_backbone computes features before --init_from gives the model its weights."""
     monkeypatch.setattr(common, "script_name", lambda: "train_assessor.py")
     model = train_assessor.Assessor(torch.nn.Linear(3, 4), 4, 2, "ridge", 0.0)
-    content = {"format": common.FORMAT, "script": "train_assessor.py", "model": model.state_dict(), "names": ["a", "b"]}
+    content = {"format": common.FORMAT, "script": "train_assessor.py", "model": model.state_dict(), "seen": None,
+               "names": ["a", "b"]}
     common.save_checkpoint(tmp_path / "same.pth", content)
     weight = model.backbone.weight.detach().clone()
     content["model"] = {name: value + 1 for name, value in model.state_dict().items()}

@@ -28,6 +28,7 @@ def content(value=1.0):
         "model": {"w": torch.full((64, 64), value)},
         "epoch": 3,
         "list": [1, "a", None],
+        "seen": None,
     }
 
 
@@ -666,6 +667,15 @@ def test_other_scripts_and_other_shapes(tmp_path):
         common.load_state(model, {"weight": torch.full((3, 64), float("nan")), "bias": torch.zeros(3)}, path)
 
 
+def test_a_checkpoint_of_an_older_version_is_called_so(tmp_path):
+    """Whatever it lacks; its script may look at nothing else before pictures or videos are decoded."""
+    older = content()
+    del older["seen"]
+    common.save_checkpoint(tmp_path / "best_model.pth", older)
+    with pytest.raises(common.CheckpointError, match="best_model.pth was written by an older version of train_x.py"):
+        common.load_model_file(tmp_path / "best_model.pth", "train_x.py")
+
+
 def test_the_checkpoint_of_a_run_folder_is_its_best_model(tmp_path, capsys):
     """Of a run of folds none is guessed."""
     parser = common.Parser()
@@ -694,7 +704,7 @@ def test_a_checkpoint_holds_plain_values_alone_each_as_often_as_it_likes(tmp_pat
 
 def test_sizes_that_no_network_can_have_are_a_fault_of_the_checkpoint():
     """But a full memory is none."""
-    with pytest.raises(common.CheckpointError, match="x.pth lacks what this script stores"):
+    with pytest.raises(common.CheckpointError, match="x.pth lacks what this version of the script stores"):
         with common.checkpoint_fields("x.pth"):
             torch.nn.Linear(-4, 2)
     with pytest.raises(torch.OutOfMemoryError):

@@ -814,7 +814,7 @@ def test_a_detector_to_start_from_keeps_its_anchors(tmp_path):
     """Its proposals were learnt for them, whatever the new boxes are."""
     path = tmp_path / "best_model.pth"
     learnt = [16, 24, 40, 56, 90, 130, 190, 260]
-    common.save_checkpoint(path, {"format": common.FORMAT, "script": common.script_name(), "model": {},
+    common.save_checkpoint(path, {"format": common.FORMAT, "script": common.script_name(), "model": {}, "seen": None,
                                   "settings": {"model": train_detector.RESNET18, "anchor_sizes": learnt}})
     flags = SimpleNamespace(model=train_detector.RESNET18, anchor_sizes=None, init_from=path)
     assert train_detector.choose_anchors(flags, drawn_truth(np.full((4, 3), 300.0)), 400, 800) == learnt

@@ -1044,8 +1044,8 @@ def write_model(folder, args):
     settings = {name: getattr(args, name) for name in train_dreamer.MODEL_FLAGS}
     settings |= {"compose": "additive", "angle_unit": "deg", "euler_order": "zyx", "pixel_range": [0.0, 900.0]}
     common.save_checkpoint(folder / "best_model.pth", common.to_plain_types({
-        "format": common.FORMAT, "script": "train_dreamer.py", "model": model.state_dict(), "epoch": 1, "scaler": UNIT,
-        "settings": settings, "pretrained": False}))
+        "format": common.FORMAT, "script": "train_dreamer.py", "model": model.state_dict(), "seen": None, "epoch": 1,
+        "scaler": UNIT, "settings": settings, "pretrained": False}))
     return folder / "best_model.pth"
 
 
@@ -1231,7 +1231,7 @@ def test_mistakes_in_the_flags(slices, tmp_path, name):
 def test_checkpoints_of_others_are_refused(trained, tmp_path):
     content = common.read_checkpoint(trained / "best_model.pth")
     common.save_checkpoint(tmp_path / "other.pth", {**content, "script": "train_video.py"})
-    common.save_checkpoint(tmp_path / "bare.pth", {key: content[key] for key in ("format", "script", "model", "epoch")})
+    common.save_checkpoint(tmp_path / "bare.pth", {key: content[key] for key in ("format", "script", "model", "seen", "epoch")})
     cases = ("other.pth", 2, "train_video.py"), ("bare.pth", 3, "lacks"), ("none.pth", 3, "no checkpoint")
     for name, code, word in cases:
         text = run_script("train_dreamer.py", "--mode", "predict", "--checkpoint", tmp_path / name, "--output_dir",

@@ -21,7 +21,7 @@ def content(value):
     state = {f"layer_{k}.weight": torch.randn(32, 64, generator=generator) for k in range(6)}
     moments = {str(k): {"step": torch.tensor(float(value)), "exp_avg": torch.randn(32, 64, generator=generator)}
                for k in range(6)}
-    return {"format": common.FORMAT, "script": "train_x.py", "epoch": value, "model": state,
+    return {"format": common.FORMAT, "script": "train_x.py", "epoch": value, "model": state, "seen": None,
             "optimizer": {"state": moments}, "history": [{"epoch": 1, "val_loss": 0.25 * value}]}
 
 

@@ -82,7 +82,8 @@ class SimpleFile:
 
 
 def content(value):
-    return {"format": common.FORMAT, "script": "train_x.py", "model": {"w": torch.full((64, 64), float(value))}}
+    model = {"w": torch.full((64, 64), float(value))}
+    return {"format": common.FORMAT, "script": "train_x.py", "model": model, "seen": None}
 
 
 def value_of(path):
