@@ -501,7 +501,7 @@ def split_by_time(sequences, order, ratios, gap):
     if empty:
         raise common.UserError(
             f"the sequences are too short for blocks of time with --gap {gap}; empty: "
-            f"{', '.join(empty)}. Use a smaller --gap")
+            f"{', '.join(empty)}. A smaller --gap, a larger share (--val_ratio) or longer sequences help")
     return split
 
 

@@ -679,7 +679,7 @@ def test_blocks_of_time_keep_their_gap(tmp_path):
     frames = [set(study.frames[rows].ravel().tolist()) for rows in split.values()]
     assert frames[0].isdisjoint(frames[1]) and frames[1].isdisjoint(frames[2])
     _, _, args = load(tmp_path / "data", "--split_by", "time", "--gap", 40)
-    with pytest.raises(common.UserError, match="too short for blocks of time with --gap 40; empty: .*smaller --gap"):
+    with pytest.raises(common.UserError, match="too short for blocks of time with --gap 40; empty: .*smaller --gap, a larger share"):
         train_dreamer.make_split(args, study)
 
 
