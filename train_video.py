@@ -1060,8 +1060,8 @@ def moment_levels(args, table, rows=slice(None)):
     if key not in table.extra:
         return ()
     cells = table.extra[key]
-    same = cells.groupby(cells.map(event_tables.plain_level))
-    return same.transform(lambda spelled: spelled.mode()[0]).to_numpy(str)[rows]
+    levels = cells.map(event_tables.plain_level)
+    return cells.groupby(levels).transform(lambda same: same.mode()[0]).to_numpy(str)[rows]
 
 
 def predictions_table(study, rows, outputs, baselines, seen):
