@@ -588,7 +588,7 @@ def judge(run, args, study, split, table, part, trained_on, similar, **known):
     ceiling = rater_agreement.measure_ceiling(
         study.names, study.ratings, study.sd, study.n, study.single_ratings)
     score_judging.judge_scores(
-        run, table, setting, ceiling, confounds, {name: cells[rows] for name, cells in levels.items()},
+        run, table, setting, ceiling, confounds, rows,
         table_file="best_model_per_dimension_performance.csv",
         plot_file="per_dimension_performance.png")
 

@@ -1104,9 +1104,8 @@ def judge(run, args, study, split, table, part, trained_on, similar, **known):
     manifest = study.table
     rows = table.rows_of(manifest.clip_ids)
     is_classes = manifest.target is None
-    levels = confounding.prior_levels(manifest)
     confounds = confounding.level_priors(
-        levels, manifest.truth, *zip(*trained_on), manifest.groups_of(), table.positive)
+        confounding.prior_levels(manifest), manifest.truth, *zip(*trained_on), manifest.groups_of(), table.positive)
     setting = judging.Setting(
         title="Behaviour in clips" if is_classes else "Scores of frame sequences",
         part=part,
@@ -1118,16 +1117,15 @@ def judge(run, args, study, split, table, part, trained_on, similar, **known):
                *judging.case_blocks(table, lambda i: study.strip(rows[i]))],
         limits=event_splits.limits(args, manifest),
         **known)
-    of_rows = {name: values[rows] for name, values in levels.items()}
     if is_classes:
-        class_judging.judge_classes(run, table, setting, confounds, of_rows)
+        class_judging.judge_classes(run, table, setting, confounds, rows)
         return
     ceiling = None
     if manifest.single_ratings is not None:
         by_target = {name: [each[:, r] for each in manifest.single_ratings] for r, name in enumerate(manifest.names)}
         ceiling = rater_agreement.measure_ceiling(manifest.names, manifest.target, single_ratings=by_target)
     score_judging.judge_scores(
-        run, table, setting, ceiling, confounds, of_rows, moment_levels(args, manifest, rows))
+        run, table, setting, ceiling, confounds, rows, moment_levels(args, manifest, rows))
 
 
 def data_blocks(study, split, rows, table):

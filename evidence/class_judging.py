@@ -10,16 +10,16 @@ from evidence import (
     calibrating, class_scores, confounding, judging, metric_names, plotting, reporting, subject_intervals, verdicts)
 
 
-def judge_classes(run, table, setting, confounds=(), levels=()):
+def judge_classes(run, table, setting, confounds=(), places=None):
     """Judge a prediction_tables.ClassTable; write plots, report.html and metrics.json.
 
-    confounds: of confounding.level_priors; levels: {name of a confound: (M,) its values}.
+    confounds, places: of confounding.flag_confounds.
     Returns the metrics.
     """
     result = table.compare()
     calibrating.take_null(result.overall, table.probability.max(1))
     confounds = confounding.flag_confounds(
-        confounds, result.each.model["roc_auc"].at(table.positive), table, levels)
+        confounds, result.each.model["roc_auc"].at(table.positive), table, places)
     plot_classes(run, table, result.confusion)
 
     name = table.names[table.positive]

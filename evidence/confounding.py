@@ -55,8 +55,8 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
     names for the interval. A column predicts the smoothed train rate of the `positive` class, or
     the smoothed train mean, in the row's level; `row order` does the same with blocks of
     neighbouring rows (position: (N,) row number of each in its own file; None = its index).
-    dict(name, n_levels, auc or r2, low, high, subjects), for scores also mae, mae_low and mae_high;
-    low and high are NaN where there is no interval.
+    dict(name, codes: (N,) levels of all rows, n_levels, auc or r2, low, high, subjects), for scores
+    also mae, mae_low and mae_high; low and high are NaN where there is no interval.
     """
     is_classes = target.ndim == 1
     metric = "auc" if is_classes else "r2"
@@ -86,6 +86,7 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
             further = result.overall.model["mae"].columns("mae")
         found.append({
             "name": name,
+            "codes": codes,
             "n_levels": codes.max() + 1,
             metric: main.value,
             "low": main.low,
@@ -96,20 +97,21 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
     return sorted(found, key=lambda row: -np.nan_to_num(row[metric], nan=-math.inf))
 
 
-def flag_confounds(rows, model, table=None, levels=()):
+def flag_confounds(rows, model, table=None, places=None):
     """The rows of level_priors with red_flag, True where the prior reaches the model's interval.
 
     model: Estimate of its AUC or R2; NaN flags nothing, and neither does a prior that knows nothing
-    (AUC up to .5, R2 up to 0). levels: {name: (M,) values in the rows of the table}, within which
-    the model's AUC or R2 is given too.
+    (AUC up to .5, R2 up to 0). places: (M,) which of the N rows those of the table are; within
+    their levels the model's AUC or R2 is given too.
     """
     bar = model.value if math.isnan(model.low) else model.low
     flagged = []
     for row in rows:
         metric, chance = ("auc", 0.5) if "auc" in row else ("r2", 0.0)
         row = row | {"red_flag": bool(row[metric] > chance and row[metric] >= bar)}
-        if row["name"] in levels:
-            row[f"model_{metric}_within_levels"] = table.quality_within(levels[row["name"]])
+        codes = row.pop("codes", None)
+        if table:
+            row[f"model_{metric}_within_levels"] = table.quality_within(codes[places])
         flagged.append(row)
     return flagged
 
@@ -184,5 +186,7 @@ def no_pixel_priors(table, positive):
         if table.label is not None and len(set(table.label[np.concatenate(judged)] == chosen)) < 2:
             continue
         rows = level_priors(levels, table.truth, train, judged, table.groups, chosen, position)
-        found += [{"what": what, "across": across, **row} for row in rows]
+        for row in rows:
+            del row["codes"]
+            found.append({"what": what, "across": across, **row})
     return found

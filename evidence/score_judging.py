@@ -11,18 +11,18 @@ from evidence import (
     confounding, judging, metric_names, plotting, rater_agreement, reporting, subject_intervals, verdicts)
 
 
-def judge_scores(run, table, setting, ceiling=None, confounds=(), levels=(), moments=(), table_file="scores.csv",
+def judge_scores(run, table, setting, ceiling=None, confounds=(), places=None, moments=(), table_file="scores.csv",
                  plot_file="scores.png"):
     """Judge a prediction_tables.ScoreTable, write tables, plots, report.html and metrics.json; returns the metrics.
 
-    ceiling: rater_agreement.Ceiling, or None; confounds: of confounding.level_priors; levels: {name
-    of a confound: (M,) its values}; moments: (M,) levels whose rows are also judged apart, () for
-    none; table_file, plot_file: names of the table and of the plot of the scores.
+    ceiling: rater_agreement.Ceiling, or None; confounds, places: of confounding.flag_confounds;
+    moments: (M,) levels whose rows are also judged apart, () for none; table_file, plot_file: names
+    of the table and of the plot of the scores.
     """
     result = table.compare()
     rows = score_rows(result, table, ceiling)
     moment_rows = rows_of_moments(table, moments)
-    confounds = confounding.flag_confounds(confounds, result.overall.model["r2"], table, levels)
+    confounds = confounding.flag_confounds(confounds, result.overall.model["r2"], table, places)
     common.write_table(run.path(table_file), rows)
     plotting.plot_per_target(rows, run.path(plot_file))
     plotting.plot_scatter(table, run.path("predicted_against_true.png"))

@@ -105,14 +105,21 @@ def test_columns_of_the_table_predict_without_a_pixel(sample, trained, folds):
         assert "Without a pixel" in (run / "report.html").read_text()
         part = "test" if run == trained else "folds"
         table = read_csv(run / f"predictions_{part}.csv")
+        split = json.loads((run / "splits.json").read_text())
+        n_train = len(split["train"]) if run == trained else len(subject) - len(split["fold_0"])
+        n_blocks = max(2, n_train // 10)
+        block = {image: row * n_blocks // len(subject) for row, image in enumerate(subject)}
         r2 = []
         for name in ("Valence", "Anger"):  # what is known of a subject without a train row is the train mean
             rated = [row for row in table if row[f"{name}_true"]]
             found = pd.DataFrame({kind: [float(row[f"{name}_{kind}"]) for row in rated]
                                   for kind in ("true", "predicted", "train_mean")})
-            within = found - found.groupby([subject[row["image"]] for row in rated]).transform("mean")
-            r2.append([r2_score(found.true, found.train_mean), r2_score(within.true, within.predicted)])
-        known = [rows["subject"]["r2"], rows["subject"]["model_r2_within_levels"]]
+            r2.append([r2_score(found.true, found.train_mean)])
+            for level in subject, block:
+                within = found - found.groupby([level[row["image"]] for row in rated]).transform("mean")
+                r2[-1].append(r2_score(within.true, within.predicted))
+        known = [rows["subject"]["r2"], *(rows[name]["model_r2_within_levels"] for name in ("subject", "row order"))]
+        assert rows["row order"]["n_levels"] == n_blocks
         assert known == pytest.approx(np.mean(r2, axis=0).tolist(), abs=1e-9)
 
 
@@ -260,7 +267,7 @@ def test_dry_run_of_sparse_ratings(sample, tmp_path):
     train(sample, tmp_path / "out", "--ratings_file", table, "--dry_run", "--batch_size", 2)
     metrics = json.loads((only_run(tmp_path / "out") / "metrics.json").read_text())
     assert {target["name"]: target["n"] > 1 for target in metrics["per_target"]} == {"Valence": True, "Anger": True}
-    assert {row["name"] for row in metrics["confounds"]} == {"camera", "session", "row order"}
+    assert {row["name"] for row in metrics["confounds"]} == {"camera", "session", "subject", "row order"}
     assert metrics["headline"]["level"] != "good" and "A dry run" in metrics["doubts"][-1]
 
 
