@@ -749,12 +749,17 @@ def build_model(args, settings, class_weights):
     model = PartDetector(settings, class_weights)
     if args.init_from:
         backbones.start_from(model, args.init_from, is_frozen=False, states=settings["states"])
-    elif args.weights or args.pretrained:
-        source = "resnet18" if settings["model"] == RESNET18 else settings["model"]
-        load_pretrained(model, backbones.load_weights(source, args.weights), args.weights or source)
+    elif starts_trained(args):
+        load_pretrained(model, *weights_to_start_from(args))
     if starts_trained(args):
         freeze_layers(model.backbone.body, args.trainable_layers)
     return model
+
+
+def weights_to_start_from(args):
+    """State dict of --weights, else of the published set; what a message calls it."""
+    source = "resnet18" if args.model == RESNET18 else args.model
+    return backbones.load_weights(source, args.weights), args.weights or source
 
 
 def load_pretrained(model, state, source):
@@ -1242,7 +1247,12 @@ def train(args):
     files = {part: (getattr(args, f"{part}_json"), getattr(args, f"{part}_images"))
              for part in splitting.PARTS if getattr(args, f"{part}_json")}
     with common.start_run(args) as run:
-        study = load_study(args, files, run.say, starting_settings(args)["parts"] if args.init_from else None)
+        parts = None
+        if args.init_from:
+            parts = starting_settings(args)["parts"]
+        elif starts_trained(args):
+            weights_to_start_from(args)  # missing ones are told before pictures are decoded
+        study = load_study(args, files, run.say, parts)
         if args.folds:
             run_folds(run, args, study)
         else:

@@ -1193,9 +1193,9 @@ def mean_use(folds):
 
 def train(run, args):
     """--mode train: one run, or one per fold."""
-    study = load_study(args, run)
     verdicts.parse_criteria(args.criteria, pose_judging.criteria_names())
-    build_encoder(args, GridEncoder)  # refuses wrong flags before args.json, from which a stopped run goes on
+    build_encoder(args, GridEncoder)  # wrong names and weights stop here, before frames are decoded
+    study = load_study(args, run)
     if args.folds:
         run_folds(run, args, study)
     else:

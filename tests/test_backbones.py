@@ -313,7 +313,8 @@ def test_a_published_set_is_taken_by_its_name(tmp_path, monkeypatch):
     torch.save(state, path)
     backbone, _ = backbones.build_backbone("resnet18", weights="IMAGENET1K_V1")
     assert torch.equal(backbone.conv1.weight, state["conv1.weight"])
-    args = SimpleNamespace(seed=0, init_from=None, weights=Path("IMAGENET1K_V1"), pretrained=True, trainable_layers=3)
+    args = SimpleNamespace(seed=0, init_from=None, weights=Path("IMAGENET1K_V1"), pretrained=True, trainable_layers=3,
+                           model="fasterrcnn_resnet18_fpn")
     settings = {"model": "fasterrcnn_resnet18_fpn", "min_size": 64, "max_size": 64, "anchor_sizes": [12, 20, 32, 48], "nms_iou": 0.5,
                 "parts": ["bell"], "states": [], "frozen_norm": False, "pixel_mean": [0.5] * 3, "pixel_sd": [0.5] * 3}
     detector = train_detector.build_model(args, settings, None)

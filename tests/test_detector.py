@@ -1041,6 +1041,14 @@ def test_folds_that_cannot_be_trained_are_refused_before_the_first_one(bicycles,
     assert "has a state, so its detector would name none" in text
 
 
+@pytest.mark.parametrize("more", [[], ["--folds", 3]])
+def test_weights_that_are_not_there_are_missed_before_pictures_are_decoded(bicycles, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(train_detector, "load_study", lambda *_: pytest.fail("the pictures were decoded first"))
+    text = run_here("train_detector.py", "--train_json", bicycles / "annotations.json", "--train_images",
+                    bicycles / "images", "--output_dir", tmp_path, *SMALL, "--weights", "none.pth", *more, code=2).stderr
+    assert text.startswith("error: --weights none.pth: no such file") and not list(tmp_path.glob("run_*"))
+
+
 def forget_states(truth):
     for entry in truth.values():
         for part in entry["parts"].values():

@@ -576,6 +576,7 @@ def test_anchors_are_not_rounded_to_bf16():
 class Flags:
     """The flags that build_model looks at."""
     seed, pretrained, weights, init_from, trainable_layers = 42, False, None, None, 3
+    model = train_detector.RESNET18
 
 
 def test_weights_of_a_classifier_and_of_a_whole_detector(tmp_path):

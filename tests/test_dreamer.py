@@ -1228,6 +1228,12 @@ def test_mistakes_in_the_flags(slices, tmp_path, name):
     assert not list((tmp_path / "out").glob("run_*")), "a mistake leaves no run folder behind"
 
 
+def test_weights_that_are_not_there_are_missed_before_frames_are_decoded(slices, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dreamer, "load_study", lambda *_: pytest.fail("the frames were decoded first"))
+    text = run_here("train_dreamer.py", *flags(slices, tmp_path), "--weights", "none.pth", code=2).stderr
+    assert text.startswith("error: --weights none.pth: no such file") and not list(tmp_path.glob("run_*"))
+
+
 def test_checkpoints_of_others_are_refused(trained, tmp_path):
     content = common.read_checkpoint(trained / "best_model.pth")
     common.save_checkpoint(tmp_path / "other.pth", {**content, "script": "train_video.py"})
