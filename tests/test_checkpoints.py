@@ -306,10 +306,15 @@ def test_plateau_counts_as_torch_does(tmp_path, patience):
 
 
 def test_plateau_without_a_chosen_epoch_follows_the_training_loss(tmp_path):
+    losses = [5.0, 4.0, 4.0, 4.0, 3.0, 3.0]
     training, loader = make_training(
-        tmp_path, False, epochs=12, scheduler="plateau", plateau_patience=1, warmup_epochs=0, select="last", lr=30.0)
-    train(training, loader)
-    assert training.progress.history[-1]["learning_rate"] < 30.0 and training.progress.best_epoch == 12
+        tmp_path, False, epochs=6, scheduler="plateau", plateau_patience=0, warmup_epochs=0, select="last")
+    for epoch in training.epochs():
+        for batch in training.batches(loader):
+            training.step(squared_error(training.model(batch["x"])))
+        training.end_epoch({"train_loss": losses[epoch - 1]})
+    assert [row["learning_rate"] for row in training.progress.history] == [0.1, 0.1, 0.1, 0.05, 0.025, 0.025]
+    assert training.progress.best_epoch == 6
 
 
 def best_and_last(folder):
