@@ -641,6 +641,9 @@ def test_a_result_that_holds_without_rows_that_look_like_others_stays_green(tmp_
     sentence = "20 of 100 rows look like one in another part of the split. Without them: The model beats the baseline"
     assert metrics["doubts"] == [] and "Holds" in page and page.count(sentence) == 1
     assert f"note: {sentence}" in capsys.readouterr().out
+    never_varies = {"w_true": 1, "w_predicted": 1, "w_ridge": 1}
+    metrics, page, _ = judge_similar(tmp_path, [row | never_varies for row in rows], np.arange(20))
+    assert metrics["doubts"] == [] and sentence in page and "This says nothing of" not in page, "nor did all rows of w"
 
 
 def test_classes_without_the_rows_that_look_like_others(tmp_path):
