@@ -2135,10 +2135,10 @@ def _check_archive(path):
     size = path.stat().st_size
     if not zipfile.is_zipfile(path):
         with path.open("rb") as handle:
-            is_legacy = handle.read(64).startswith(LEGACY_TORCH)
-        if is_legacy:
-            raise CheckpointError(f"{path} is from before torch 1.6; write it anew: python -c \"import torch; torch.save("
-                                  f"torch.load('{path}', weights_only=True), '{path}')\"")
+            if handle.read(64).startswith(LEGACY_TORCH):
+                raise CheckpointError(
+                    f"{path} is from before torch 1.6; write it anew: python -c \"import torch; "
+                    f"torch.save(torch.load('{path}', weights_only=True), '{path}')\"")
         raise ValueError(f"it is {size} bytes, no zip archive")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()

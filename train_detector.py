@@ -747,12 +747,13 @@ def build_model(args, settings, class_weights):
     """PartDetector with the weights that the flags ask for; the seed decides the random part."""
     torch.manual_seed(common.hash_seed(args.seed))
     model = PartDetector(settings, class_weights)
+    if not starts_trained(args):
+        return model
     if args.init_from:
         backbones.start_from(model, args.init_from, is_frozen=False, states=settings["states"])
-    elif starts_trained(args):
+    else:
         load_pretrained(model, *weights_to_start_from(args))
-    if starts_trained(args):
-        freeze_layers(model.backbone.body, args.trainable_layers)
+    freeze_layers(model.backbone.body, args.trainable_layers)
     return model
 
 
