@@ -612,6 +612,19 @@ def test_fp16_leaves_out_steps_that_overflow_and_continues_exactly(tmp_path):
     assert again.progress.history == whole.progress.history and torch.equal(again.model.weight, whole.model.weight)
 
 
+def test_losses_are_scaled_in_fp16_alone(tmp_path):
+    """Of a loss of 1e35 in fp32 the scaled one would be infinite, and its step left out."""
+    enabled = [make_training(tmp_path, False, precision=name)[0].scaler.is_enabled() for name in ("fp32", "bf16", "fp16")]
+    assert enabled == [False, False, True]
+
+
+def test_what_is_watched_is_the_row_of_the_epoch_that_has_ended(tmp_path, monkeypatch):
+    watched = []
+    monkeypatch.setattr(common.Run, "watch", lambda run, row: watched.append(dict(row)))
+    training = train(*make_training(tmp_path, False, epochs=3), val_loss=lambda epoch: 1 / epoch)
+    assert watched == training.progress.history and [row["epoch"] for row in watched] == [1, 2, 3]
+
+
 def test_a_gradient_that_no_scale_makes_finite_stops_fp16_too(tmp_path):
     """GradScaler alone leaves out step after step and halves its scale without end, and nothing is learnt."""
     def gradient_is_nan(output):
