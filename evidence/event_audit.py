@@ -2,11 +2,9 @@
 
 Letters: N rows. Units: seconds.
 """
-
-import collections
+import contextlib
 import dataclasses
 import math
-import os
 
 import numpy as np
 
@@ -19,19 +17,11 @@ SAME_EVENT = ("events", "exact_duplicates")  # leaks that stop a run which keeps
 
 
 def content_keys(sources):
-    """(N,) text, equal for sources of equal bytes; a source that is not there is like no other.
-
-    Files of equal size are read once for their SHA-256; of others the size says enough.
-    """
-    keys = {source: f"not there: {source}" for source in sources}
-    files = {source: video_files.files_of(source) for source in keys if os.path.exists(source)}
-    sizes = {source: tuple(map(os.path.getsize, inside)) for source, inside in files.items()}
-    size_of_file = {os.path.realpath(source): size for source, size in sizes.items()}
-    n_files = collections.Counter(size_of_file.values())
-    for source, size in sizes.items():
-        keys[source] = str(size)
-        if n_files[size] > 1:
-            keys[source] += video_files.sha_of(files[source])
+    """(N,) text, equal for sources of equal bytes; a source that cannot be read is like no other."""
+    keys = {source: f"not read: {source}" for source in sources}
+    for source in keys:
+        with contextlib.suppress(OSError):
+            keys[source] = video_files.sha_of(video_files.files_of(source))
     return np.array([keys[source] for source in sources])
 
 
@@ -79,13 +69,16 @@ def audit_table(table, split, audits=None, durations=None, predictions=None, pos
     parts = np.repeat(list(split), [len(own) for own in split.values()])
     table = dataclasses.replace(table.take(rows), parts=parts)
     split = {part: np.flatnonzero(parts == part) for part in split if part in parts}
-    file_keys = content_keys(table.sources)
-    # equal where the same pixels are meant
-    contents = list(map(str, zip(file_keys, np.round(table.windows, 3).tolist(), table.unit)))
-    phash = None
     if audits:
-        contents = [audits[row].pixel_sha for row in rows]
-        phash = [audits[row].phash for row in rows]
+        audits = [audits[row] for row in rows]
+        file_keys = np.array([found.file_sha for found in audits])
+        contents = [found.pixel_sha for found in audits]
+        phash = [found.phash for found in audits]
+    else:
+        file_keys = content_keys(table.sources)
+        # equal where the same pixels are meant
+        contents = list(map(str, zip(file_keys, np.round(table.windows, 3).tolist(), table.unit)))
+        phash = None
     values = {
         "groups": table.groups,
         "events": table.events,

@@ -1224,13 +1224,14 @@ def test_contents_are_compared_by_bytes_and_read_once(tmp_path, monkeypatch):
     for name, content in {"x.mp4": b"123", "y.mp4": b"124", "z.mp4": b"123"}.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "link.mp4").symlink_to(tmp_path / "long name.mp4")
-    names = ["x.mp4", "y.mp4", "z.mp4", "long name.mp4", "f1", "link.mp4"]
+    names = ["x.mp4", "y.mp4", "z.mp4", "long name.mp4", "f1", "link.mp4", "gone.mp4", "lost.mp4"]
     opened, plain = [], open
     monkeypatch.setattr("builtins.open", lambda file, *a, **k: (opened.append(str(file)), plain(file, *a, **k))[1])
     keys = event_audit.content_keys([tmp_path / name for name in [*names, *names]])
-    x, y, z, alone, folder, link = keys[:len(names)]
+    x, y, z, alone, folder, link, gone, lost = keys[:len(names)]
     assert x == z != y and alone == link != x and folder not in (x, y, alone)
-    assert sorted(Path(name).name for name in opened) == ["x.mp4", "y.mp4", "z.mp4"]
+    assert gone != lost and keys[len(names):].tolist() == keys[:len(names)].tolist()
+    assert sorted(Path(name).name for name in opened) == sorted([*names[:4], "link.mp4", *names[6:], "0.jpg", "1.jpg"])
 
 
 def test_a_table_is_audited_without_its_videos(tmp_path):
@@ -1281,16 +1282,21 @@ def paired(tmp_path, n=120):
     return event_tables.read_events({part: tmp_path / f"{part}.csv" for part in ("train", "test")}, root)
 
 
-def test_the_pair_of_animals_tells_the_class_without_pixels(tmp_path):
+def test_the_pair_of_animals_tells_the_class_without_pixels(tmp_path, monkeypatch):
     table = paired(tmp_path)
     report = event_audit.audit_table(table, split_by_parts(table), positive="tail")
     priors = {row["name"]: row for row in report["priors"]}
     assert priors["pair"]["auc"] > 0.85 and priors["pair"]["what"] == "tail"
     assert priors["receiver_id"]["auc"] == priors["pair"]["auc"] and abs(priors["camera_id"]["auc"] - 0.5) < 0.15
     assert {"pair", "hour", "camera_id", "day", "initiator_id"} <= set(priors)
-    audits = [video_files.ClipAudit(name) for name in table.clip_ids]
+    audits = [video_files.ClipAudit(name, file_sha=f"sha {video}") for name, video in zip(table.clip_ids, table.videos)]
+    first, last = (np.flatnonzero(table.parts == part)[0] for part in ("train", "test"))
+    audits[last].file_sha = audits[first].file_sha
+    monkeypatch.setattr(event_audit, "content_keys", None)  # a run has read its files already
     report = event_audit.audit_table(table, split_by_parts(table), audits)
     assert "priors" not in report and "no-pixel" not in splitting.leakage_text(report), "a run judges them on its folds"
+    names = " = ".join(sorted([table.videos[first], table.videos[last]]))
+    assert report["between"]["train-test"]["renamed_copies"] == {"count": 1, "examples": [names]}
 
 
 def test_priors_across_events_and_across_groups(tmp_path):
