@@ -967,11 +967,12 @@ def model_metadata(args, study, objective, model):
     architecture = {name: getattr(args, name) for name in ARCHITECTURE}
     architecture["pixel_mean"], architecture["pixel_sd"] = pixel_statistics(args)
     architecture["pixel_range"] = study.store.pixel_range
-    content = {"architecture": architecture, "names": objective.names}
-    if args.task == "classify":
-        content["positive"] = objective.positive_name
-        content["prior_shift"] = model.head.prior_shift.tolist()
-    return content
+    return {
+        "architecture": architecture,
+        "names": objective.names,
+        "positive": objective.positive_name,
+        "prior_shift": model.head.prior_shift.tolist(),
+    }
 
 
 @torch.no_grad()
@@ -1095,7 +1096,7 @@ def predictions_table(study, rows, outputs, baselines, seen):
 
 
 @common.first_process_only
-def judge(run, args, study, split, table, part, trained_on, similar, **known):
+def judge(run, study, split, table, part, trained_on, similar, **known):
     """Judge a predictions table of held-out rows.
 
     split: {name: rows}; part: val, test or folds; trained_on: a pair (train rows, scored rows) for
@@ -1115,7 +1116,7 @@ def judge(run, args, study, split, table, part, trained_on, similar, **known):
         is_similar=np.isin(rows, similar),
         cases=[reporting.html_text("A clip is shown by five of its frames, evenly from its first to its last."),
                *judging.case_blocks(table, lambda i: study.strip(rows[i]))],
-        limits=event_splits.limits(args, manifest),
+        limits=event_splits.limits(study.args, manifest),
         **known)
     if is_classes:
         class_judging.judge_classes(run, table, setting, confounds, rows)
@@ -1125,7 +1126,7 @@ def judge(run, args, study, split, table, part, trained_on, similar, **known):
         by_target = {name: [each[:, r] for each in manifest.single_ratings] for r, name in enumerate(manifest.names)}
         ceiling = rater_agreement.measure_ceiling(manifest.names, manifest.target, single_ratings=by_target)
     score_judging.judge_scores(
-        run, table, setting, ceiling, confounds, rows, moment_levels(args, manifest, rows))
+        run, table, setting, ceiling, confounds, rows, moment_levels(study.args, manifest, rows))
 
 
 def data_blocks(study, split, rows, table):
@@ -1143,7 +1144,7 @@ def data_blocks(study, split, rows, table):
 
 def run_split(run, args, study, split, features=None):
     """Train on one split and judge its held-out rows: test where there is one, else val."""
-    alarms = event_audit.record_split(run, study.table, study.audits, split)
+    alarms = event_audit.record_split(run, study, split)
     split = splitting.rows_to_try(split, args, study.table.truth)
     run.write_record(study, split)
     if features is None:
@@ -1171,7 +1172,7 @@ def run_split(run, args, study, split, features=None):
         metric = "roc_auc" if args.task == "classify" else "pearson_r"
         alarms += verdicts.split_gap_alarms(train, val, OVERFITTING_REMEDY, metric)
     part = "test" if "test" in tables else "val"
-    judge(run, args, study, split, tables[part], part, [(split["train"], split[part])],
+    judge(run, study, split, tables[part], part, [(split["train"], split[part])],
           alarms=alarms, similar=similar, best_epoch=best_epoch)
 
 
@@ -1183,7 +1184,7 @@ def run_folds(run, args, study):
     parts = {f"fold_{k}": fold["val"] for k, fold in enumerate(folds)}
     if len(test):
         parts["test"] = test
-    alarms = event_audit.record_split(run, manifest, study.audits, parts)
+    alarms = event_audit.record_split(run, study, parts)
     run.write_record(study, parts)
     features = untuned_features(args, study, run, np.arange(len(manifest)))
     similar = splitting.add_similar(run, features.last_resolution, parts, manifest.clip_ids)
@@ -1205,19 +1206,19 @@ def run_folds(run, args, study):
     if len(test):
         members = prediction_tables.read_folds(run, chosen, "test")
         with run.child("test_ensemble") as child:
-            judge_ensemble(child, args, study, features, test, prediction_tables.mean(members))
+            judge_ensemble(child, study, features, test, prediction_tables.mean(members))
     # last: with its metrics the run is finished
-    judge(run, args, study, parts, pooled, "folds", trained_on, alarms=alarms, similar=similar, folds=done)
+    judge(run, study, parts, pooled, "folds", trained_on, alarms=alarms, similar=similar, folds=done)
 
 
-def judge_ensemble(run, args, study, features, test, table):
+def judge_ensemble(run, study, features, test, table):
     """Judge the mean of all folds' models on the test groups, which none of them has seen."""
     train = np.setdiff1d(np.arange(len(study.table)), test)
     split = {"train": train, "test": test}
-    alarms = event_audit.record_split(run, study.table, study.audits, split)
+    alarms = event_audit.record_split(run, study, split)
     similar = splitting.add_similar(run, features.last_resolution, split, study.table.clip_ids)
     table.write(run.path("predictions_test.csv"))
-    judge(run, args, study, split, table, "test", [(train, test)], alarms=alarms, similar=similar)
+    judge(run, study, split, table, "test", [(train, test)], alarms=alarms, similar=similar)
 
 
 def train(args):

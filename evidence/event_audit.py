@@ -114,14 +114,15 @@ def audit_table(table, split, audits=None, durations=None, predictions=None, pos
     return report | {"notes": notes}
 
 
-def record_split(run, table, audits, split):
-    """splitting.record_split of a run whose N rows have these video_files.ClipAudit; returns its alarms.
+def record_split(run, study, split):
+    """splitting.record_split of a run with a train_video.Study; returns its alarms.
 
     Where another column than that of the groups is to be kept whole, what repeats
     stands on both sides on purpose.
     """
     args = run.args
-    report = audit_table(table, split, audits, gap_sec=args.gap_sec)
+    table = study.table
+    report = audit_table(table, split, study.audits, gap_sec=args.gap_sec)
     keeps_groups = args.split_by in (None, "group")
     columns = confounding.prior_levels(table) if keeps_groups else {}
     columns.pop("video", None)  # which is no column of the manifest

@@ -17,9 +17,9 @@ def slide(grid, length, step, batch_size, side, frame_features):
 
     grid: of a video_files.Recording, for windows of this length. length, step: frames of a window,
     and from one window to the next; the last one ends with the recording, and what is shorter is
-    one window, in which the last frame is shown on. names: pixels uint8 (S, S, 3), is_new
-    (GridFrame), and those that frame_features(pixels (n + 1, S, S, 3)) gives for all frames but the
-    first, which it was given before.
+    one window, in which the last frame is shown on. names: pixels uint8 (S, S, 3), is_new of the
+    grid, and those that frame_features(pixels (n + 1, S, S, 3)) gives for all frames but the first,
+    which it was given before.
     """
     kept = {}  # name -> (n, ...) of the latest frames
     n_frames = 0
@@ -27,10 +27,11 @@ def slide(grid, length, step, batch_size, side, frame_features):
     grid = iter(grid)  # which goes on where the last slice ended
     n_at_once = min(step * batch_size, MOST_AT_ONCE)
     while frames := list(itertools.islice(grid, n_at_once)):
-        crops = [common.eval_crop(frame.pixels, side) for frame in frames]
+        shown, is_new = zip(*frames)
+        crops = [common.eval_crop(frame, side) for frame in shown]
         pixels = torch.from_numpy(np.stack(crops))
         last_pixels = kept.get("pixels", pixels[:1])[-1:]
-        new = {"pixels": pixels, "is_new": torch.tensor([frame.is_new for frame in frames])}
+        new = {"pixels": pixels, "is_new": torch.tensor(is_new)}
         new |= frame_features(torch.cat([last_pixels, pixels]))
         for name, values in new.items():
             before = kept.get(name, values[:0])

@@ -707,13 +707,6 @@ def find_recordings(path):
 
 
 @dataclasses.dataclass
-class GridFrame:
-    """What a recording shows at one time of its grid."""
-    pixels: np.ndarray  # uint8 (H, W, 3)
-    is_new: bool  # False: the frame before again, as the source is slower than the grid
-
-
-@dataclasses.dataclass
 class Recording:
     """A source read from its start to its end, or to where it breaks, without keeping a frame.
 
@@ -762,8 +755,9 @@ class Recording:
             yield from source.frames()
 
     def grid(self, at_least=0):
-        """Yield the GridFrame of every 1 / fps s from the first frame on; on_screen says which frame that is.
+        """Yield (pixels, is_new) for every 1 / fps s from the first frame on; on_screen says which frame that is.
 
+        pixels: uint8 (H, W, 3); is_new False: the frame before again, as the source is slower than the grid.
         A recording of fewer frames than at_least shows its last one on. BadVideo: it has none.
         """
         step_sec = 1 / self.info.header_fps
@@ -791,5 +785,5 @@ class Recording:
             is_new = pixels is None
             if is_new:
                 pixels = convert(self.short_side)
-            yield GridFrame(pixels, is_new)
+            yield pixels, is_new
             self.n_shown += 1

@@ -350,7 +350,7 @@ def test_a_network_sees_few_frames_at_once_whatever_the_step(step, monkeypatch):
     join = torch.cat
     monkeypatch.setattr(torch, "cat", lambda parts: n_kept.append(sum(map(len, parts))) or join(parts))
     pixels = np.arange(500).astype(np.uint8)[:, None, None, None] + np.zeros((1, 8, 8, 3), np.uint8)
-    frames = [video_files.GridFrame(picture, is_new=True) for picture in pixels]
+    frames = [(picture, True) for picture in pixels]
     n_seen = []
 
     def frame_features(crops):
@@ -444,7 +444,7 @@ def test_events_in_frames_are_judged_at_the_rate_of_their_recording(made, tmp_pa
 @pytest.mark.parametrize("n_frames, expected", [
     (4, [0]), (5, [0, 1]), (10, [0, 3, 6]), (11, [0, 3, 6, 7]), (12, [0, 3, 6, 8]), (13, [0, 3, 6, 9])])
 def test_windows_slide_by_their_step_and_the_last_one_ends_with_the_recording_once(n_frames, expected):
-    grid = [SimpleNamespace(pixels=np.full((8, 8, 3), k, np.uint8), is_new=k > 0) for k in range(n_frames)]
+    grid = [(np.full((8, 8, 3), k, np.uint8), k > 0) for k in range(n_frames)]
     found = []
     for places, windows in sliding_windows.slide(grid, 4, 3, 2, 8, lambda pixels: {"level": pixels[1:, 0, 0, 0]}):
         assert len(places) <= 2 and windows["pixels"].shape == (len(places), 4, 8, 8, 3)

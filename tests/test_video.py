@@ -1180,8 +1180,11 @@ def test_predictions_that_cannot_be_evaluated(tmp_path):
 def test_a_checkpoint_keeps_the_pixel_range():
     args = train_video.parse_args(["--task", "regress", "--manifest", "m.csv"])
     study = SimpleNamespace(store=SimpleNamespace(pixel_range=(0.0, 1023.0)))
-    content = train_video.model_metadata(args, study, SimpleNamespace(names=["pain"]), None)
+    objective = SimpleNamespace(names=["pain"], positive_name=None)
+    model = SimpleNamespace(head=train_video.Head(4, 1))
+    content = train_video.model_metadata(args, study, objective, model)
     assert content["architecture"]["pixel_range"] == (0, 1023) and "pixel_range" in train_video.READING
+    assert content["positive"] is None and content["prior_shift"] == [0]
 
 
 def test_the_verdict_is_repeated_without_clips_that_look_like_train_clips(tiny_flags, tmp_path, monkeypatch):

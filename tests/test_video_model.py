@@ -918,7 +918,7 @@ def test_the_ensemble_repeats_the_alarms_of_its_split(monkeypatch):
     run = SimpleNamespace(path=lambda name: name)
     features = train_video.Features({"logistic": np.zeros((6, 1))}, None)
     table = SimpleNamespace(write=lambda path: None)
-    train_video.judge_ensemble(run, study.args, study, features, np.array([4, 5]), table)
+    train_video.judge_ensemble(run, study, features, np.array([4, 5]), table)
     assert judged == [["column subject repeats on two sides"]]
 
 

@@ -609,7 +609,7 @@ def test_folders_of_deep_frames_share_one_range(tmp_path, pixel_range, expected,
     for row in range(2):
         np.testing.assert_array_equal(store[row][..., 0], scaled[row])
     recording = video_files.Recording(sources[0], FPS, 16, store.pixel_range)
-    np.testing.assert_array_equal([frame.pixels[..., 0] for frame in recording.grid()], scaled[0])
+    np.testing.assert_array_equal([pixels[..., 0] for pixels, _ in recording.grid()], scaled[0])
     assert f"{low} to {high} became 0 to 255" in store.description
     assert open_store(sources[2:], [WHOLE], grid="even").pixel_range is None
 
@@ -812,15 +812,15 @@ def test_a_recording_shows_what_stands_on_the_grid_of_a_clip(films, name, fps):
     n = min(len(shown), len(plan.indices))
     assert abs(len(shown) - len(plan.indices)) <= 1, "how long the last frame is shown is a guess"
     assert recording.spans(range(n), 1)[:, 0] == pytest.approx(info.times[0] + np.arange(n) / fps)
-    assert numbers_of([frame.pixels for frame in shown[:n]]) == plan.indices[:n]
-    assert [frame.is_new for frame in shown[:n]] == (np.diff(plan.indices[:n], prepend=-1) > 0).tolist()
+    assert numbers_of([pixels for pixels, _ in shown[:n]]) == plan.indices[:n]
+    assert [is_new for _, is_new in shown[:n]] == (np.diff(plan.indices[:n], prepend=-1) > 0).tolist()
     assert recording.read_sec == pytest.approx(info.duration_sec, abs=0.5)
 
 
 def test_a_recording_of_frames_without_a_clock(tmp_path):
     np.save(tmp_path / "clip.npy", np.stack([numbered(i) for i in range(7)]))
     recording = video_files.Recording(tmp_path / "clip.npy", 5, 48)
-    assert numbers_of([frame.pixels for frame in recording.grid()]) == list(range(7))
+    assert numbers_of([pixels for pixels, _ in recording.grid()]) == list(range(7))
     assert recording.read_sec == pytest.approx(7 / 5)
 
 
@@ -832,8 +832,8 @@ def test_a_recording_of_pictures_steps_over_damaged_ones(tmp_path):
     (tmp_path / "4.png").write_bytes((tmp_path / "4.png").read_bytes()[:200])
     recording = video_files.Recording(tmp_path, 5, 48)
     shown = list(recording.grid())
-    assert numbers_of([frame.pixels for frame in shown]) == [0, 1, 2, 2, 2, 5, 6, 7]
-    assert [frame.is_new for frame in shown] == [True] * 3 + [False] * 2 + [True] * 3
+    assert numbers_of([pixels for pixels, _ in shown]) == [0, 1, 2, 2, 2, 5, 6, 7]
+    assert [is_new for _, is_new in shown] == [True] * 3 + [False] * 2 + [True] * 3
     [loss] = recording.losses()
     assert "2 frames are damaged, the first at 0.60 s" in loss
     found = [(round(5 * time), number_of(convert(48))) for time, convert in recording.frames()]
@@ -847,7 +847,7 @@ def test_the_frames_of_a_folder_of_16_bits_share_what_16_bits_can_hold(tmp_path)
     """A model of pictures of 8 bits keeps no range."""
     for i, last in enumerate((60, 60, 60, 200)):
         Image.fromarray(np.array([[60, last]], np.uint16) * np.uint16(257)).save(tmp_path / f"{i}.png")
-    shown = [frame.pixels[0, :, 0].tolist() for frame in video_files.Recording(tmp_path, 5, 1).grid()]
+    shown = [pixels[0, :, 0].tolist() for pixels, _ in video_files.Recording(tmp_path, 5, 1).grid()]
     assert shown == [[60, 60]] * 3 + [[60, 200]]
 
 
@@ -893,7 +893,7 @@ def test_a_recording_that_breaks_is_read_up_to_there(films, tmp_path):
     cut.write_bytes(whole[:len(whole) // 2])
     recording = video_files.Recording(cut, 12, 48)
     shown = list(recording.grid())
-    assert 20 < len(shown) < 60 and numbers_of([shown[10].pixels]) == [13]
+    assert 20 < len(shown) < 60 and numbers_of([shown[10][0]]) == [13]
     assert recording.read_sec < 4.5
     half = tmp_path / "half.avi"
     data = avi_of(tmp_path).read_bytes()

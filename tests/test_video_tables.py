@@ -1367,7 +1367,9 @@ def test_groups_on_two_sides_stop_a_run_that_could_keep_them_apart(tmp_path, mon
     table = event_tables.read_events({"": path}, group_column="pen")
     asked = SimpleNamespace(gap_sec=30, split_by=split_by, group_column="pen")
     monkeypatch.setattr(splitting, "record_split", lambda run, split, keys, report, stopping, *_: list(stopping))
-    stopping = event_audit.record_split(SimpleNamespace(args=asked), table, None, {"train": np.arange(3), "val": np.array([3])})
+    study = SimpleNamespace(table=table, audits=None)
+    split = {"train": np.arange(3), "val": np.array([3])}
+    stopping = event_audit.record_split(SimpleNamespace(args=asked), study, split)
     assert ("groups" in stopping) == stops
     assert ("--group_column pen has one value, a, so" in str(stopping)) == (groups == "aaaa")
 
@@ -1381,7 +1383,7 @@ def test_videos_on_two_sides_are_an_alarm(tmp_path, monkeypatch, val, shared):
     asked = SimpleNamespace(gap_sec=30, split_by="event", group_column=None)
     monkeypatch.setattr(splitting, "record_split", lambda *_: [])
     split = {"train": np.setdiff1d(np.arange(4), val), "val": np.array(val)}
-    alarms = event_audit.record_split(SimpleNamespace(args=asked), table, None, split)
+    alarms = event_audit.record_split(SimpleNamespace(args=asked), SimpleNamespace(table=table, audits=None), split)
     assert [alarm[:60] for alarm in alarms] == [
         "2 of 2 videos stand on two sides of the split, such as a.mp4"] * (shared > 0)
 
