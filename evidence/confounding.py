@@ -97,21 +97,19 @@ def level_priors(levels, target, train, test, groups=None, positive=1, position=
     return sorted(found, key=lambda row: -np.nan_to_num(row[metric], nan=-math.inf))
 
 
-def flag_confounds(rows, model, table=None, places=None):
+def flag_confounds(rows, model, table, places):
     """The rows of level_priors with red_flag, True where the prior reaches the model's interval.
 
     model: Estimate of its AUC or R2; NaN flags nothing, and neither does a prior that knows nothing
-    (AUC up to .5, R2 up to 0). places: (M,) which of the N rows those of the table are; within
-    their levels the model's AUC or R2 is given too.
+    (AUC up to .5, R2 up to 0). places: (M,) which of the N rows those of the model's table are;
+    within their levels its AUC or R2 is given too.
     """
     bar = model.value if math.isnan(model.low) else model.low
     flagged = []
     for row in rows:
         metric, chance = ("auc", 0.5) if "auc" in row else ("r2", 0.0)
         row = row | {"red_flag": bool(row[metric] > chance and row[metric] >= bar)}
-        codes = row.pop("codes", None)
-        if table:
-            row[f"model_{metric}_within_levels"] = table.quality_within(codes[places])
+        row[f"model_{metric}_within_levels"] = table.quality_within(row.pop("codes")[places])
         flagged.append(row)
     return flagged
 

@@ -25,7 +25,7 @@ GAPS = ("train far below validation", "train far above validation")  # how split
 
 
 def flat_outputs(predicted, target, folds):
-    """((K,) which predictions (N, K) vary too little beside the targets, the words that say how little).
+    """(K,) which predictions (N, K) vary too little beside the targets, in all rows or within the folds.
 
     folds: (N,) which of several models predicted each row, or None. Models that each give one value
     give several together, so rows count about the mean of their fold, too.
@@ -34,8 +34,7 @@ def flat_outputs(predicted, target, folds):
     rows = pd.DataFrame(np.hstack([predicted, target]))
     in_folds = rows if folds is None else rows - rows.groupby(folds).transform("mean")
     sds = [np.split(common.sd_without_nan(each.to_numpy()), 2) for each in (rows, in_folds)]
-    where = "" if folds is None else " within each fold"
-    return np.any([predicted < 0.05 * target for predicted, target in sds], axis=0), f"under 5 % of the labels'{where}"
+    return np.any([predicted < 0.05 * target for predicted, target in sds], axis=0)
 
 
 def regression_alarms(predicted, target, names, folds=None):
@@ -53,10 +52,12 @@ def regression_alarms(predicted, target, names, folds=None):
     # (R,) how many rows share the most frequent label; NaN without a label
     modal = pd.DataFrame(target).apply(lambda column: column.value_counts().max())
     is_constant = spread_p <= 1e-9 * spread_t
-    is_flat, share = flat_outputs(judged, target, folds)
+    is_flat = flat_outputs(judged, target, folds)
     faults = [
         ("not a finite number in the predictions", ~is_finite.all(0), NOT_FINITE_REMEDY),
-        (f"constant output (sd {share})", is_flat & ~is_constant, CONSTANT_REMEDY),
+        ("constant output (sd under 5 % of the labels', of all or in each fold)",
+         is_flat & ~is_constant,
+         CONSTANT_REMEDY),
         ("constant prediction, so r has no value and counts as 0", is_constant, CONSTANT_REMEDY),
         ("correlation undefined, the labels do not vary", ~(spread_t > 0), LABELS_REMEDY),
         ("labels almost all equal (95 % or more share one value)", modal >= 0.95 * labelled.sum(0), LABELS_REMEDY),
@@ -131,9 +132,9 @@ def classification_alarms(table):
                       "where a network is trained, balance them (--balance sampler) or train longer (--epochs)")
     of_class = table.truth[:, None] == np.arange(len(names))  # (N, C)
     counts = of_class.sum(0)
-    flat, share = flat_outputs(probability, of_class, table.keys.get("fold"))
+    flat = flat_outputs(probability, of_class, table.keys.get("fold"))
     if flat.any():
-        alarms.append(f"constant output (sd of the probability {share}): "
+        alarms.append("constant output (sd of the probability under 5 % of the labels', of all or in each fold): "
                       f"{', '.join(itertools.compress(names, flat))}. {CONSTANT_REMEDY}")
     is_unsure = probability.max(1) < 0.99  # rows that are told apart with ease have nearly 0 and 1
     compared = np.round(probability, 7) if table.score is None else table.score

@@ -78,8 +78,8 @@ def test_models_of_folds_that_have_learnt_nothing_are_said_on_the_page_of_all_fo
     common.write_table(tmp_path / "p.csv", rows)
     metrics = json.loads((judge(tmp_path, "--predictions", tmp_path / "p.csv") / "metrics.json").read_text())
     [alarm] = [alarm for alarm in metrics["alarms"] if "constant output" in alarm]
-    named = {"scores": "(sd under 5 % of the labels' within each fold): Valence. ",
-             "classes": "(sd of the probability under 5 % of the labels' within each fold): no, yes. "}
+    named = {"scores": "(sd under 5 % of the labels', of all or in each fold): Valence. ",
+             "classes": "(sd of the probability under 5 % of the labels', of all or in each fold): no, yes. "}
     assert named[kind] in alarm
 
 
