@@ -64,14 +64,13 @@ def window_pairs(table, file_keys, gap_sec):
     return {"overlapping_windows": overlapping, "near_windows": near}
 
 
-def audit_table(table, split, audits=None, durations=None, predictions=None, positive=None, gap_sec=30.0):
+def audit_table(table, split, audits=None, positive=None, gap_sec=30.0):
     """The leakage report of events, split {part: rows}, with all that their times and files tell.
 
-    Besides splitting.leakage_report: parts, seen_events, windows_past_the_end and
-    probability_clusters (where they can be judged), priors, and notes that say it in text. audits:
-    N video_files.ClipAudit of a run, which judges the priors itself, on its own folds; without them
-    file and window say which clips are alike. durations: {source: seconds}; predictions:
-    predictions.csv; positive: class whose priors are judged (default: the rarest).
+    Besides splitting.leakage_report: parts, seen_events, priors, and notes that say it in text.
+    audits: N video_files.ClipAudit of a run, which judges the priors itself, on its own folds;
+    without them file and window say which clips are alike. positive: class whose priors are judged
+    (default: the rarest).
     """
     rows = np.concatenate([own[np.argsort(table.clip_ids[own])] for own in split.values()])
     parts = np.repeat(list(split), [len(own) for own in split.values()])
@@ -101,19 +100,6 @@ def audit_table(table, split, audits=None, durations=None, predictions=None, pos
     notes = [_part_note(part, held) for part, held in report["parts"].items()]
     for part, seen in report["seen_events"].items():
         notes.append(f"{seen['count']} of {seen['of']} {part} events are in {seen['in']}")
-    if durations is not None:
-        late = past_the_end(table, durations)
-        report["windows_past_the_end"] = late
-        notes.append(
-            f"windows: {late['past']['count']} start past the end of their file "
-            f"({common.shorten_list(late['past']['examples'], 3) or 'none'}), {late['cut']['count']} are cut by it; "
-            f"{late['unknown_duration']} files of unknown length")
-    if predictions is not None:
-        clusters = probability_clusters(predictions)
-        report["probability_clusters"] = clusters
-        notes.append(
-            f"probabilities: {clusters['rows_in_clusters']} of {clusters['rows']} rows "
-            f"share theirs with two or more others ({clusters['values']} values)")
     if not audits:
         report["priors"] = confounding.no_pixel_priors(table, positive)
         notes += map(prior_note, report["priors"])
@@ -145,24 +131,41 @@ def record_split(run, study, split):
     parted = splitting.in_several_parts(table.videos, split)
     if parted:
         alarms.append(
-            f"{len(parted)} of {len(set(table.videos))} videos stand on two sides of the split, such as {parted[0]}, so "
-            "nothing is known of new ones. --split_by video keeps each on one side")
+            f"{len(parted)} of {len(set(table.videos))} videos stand on two sides of the split, such as {parted[0]}, "
+            "so nothing is known of new ones. --split_by video keeps each on one side")
     return alarms
 
 
-def audit_videos(table, fps, **options):
-    """audit_table of the parts of a table, with what a whole pass over each video finds; options: of audit_table."""
+def audit_videos(table, fps, predictions=None, **options):
+    """audit_table of the parts of a table, with what a whole pass over each video finds, and predictions.csv.
+
+    Besides audit_table: windows_past_the_end, probability_clusters (with predictions), skipped, unreadable,
+    damaged. options: of audit_table.
+    """
     infos = {source: video_files.probe(source, fps) for source in dict.fromkeys(table.sources)}
     split = {part or "all": np.flatnonzero(table.parts == part) for part in (*splitting.PARTS, "")}
+    report = audit_table(table, split, **options)
+    notes = report["notes"]
     durations = {source: info.duration_sec for source, info in infos.items() if not info.error}
-    report = audit_table(table, split, durations=durations, **options)
+    late = past_the_end(table, durations)
+    report["windows_past_the_end"] = late
+    notes.append(
+        f"windows: {late['past']['count']} start past the end of their file "
+        f"({common.shorten_list(late['past']['examples'], 3) or 'none'}), {late['cut']['count']} are cut by it; "
+        f"{late['unknown_duration']} files of unknown length")
+    if predictions:
+        clusters = probability_clusters(predictions)
+        report["probability_clusters"] = clusters
+        notes.append(
+            f"probabilities: {clusters['rows_in_clusters']} of {clusters['rows']} rows "
+            f"share theirs with two or more others ({clusters['values']} values)")
     report["skipped"] = table.skipped
-    report["notes"] += [f"note: {note}" for note in table.notes]
+    notes += [f"note: {note}" for note in table.notes]
     for what, field in (("unreadable", "error"), ("damaged", "damage")):
         report[what] = {str(source): getattr(info, field) for source, info in infos.items() if getattr(info, field)}
         lines = [f"{path}: {reason}" for path, reason in report[what].items()]
         if lines:
-            report["notes"].append(f"{what}, {len(lines)} of {len(infos)} videos: {common.shorten_list(lines)}")
+            notes.append(f"{what}, {len(lines)} of {len(infos)} videos: {common.shorten_list(lines)}")
     return report
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import av
 import numpy as np
@@ -1135,9 +1136,10 @@ def split_by_parts(table):
 
 
 def audit(tmp_path, seed=None):
-    table = planted(tmp_path, seed)
-    durations = {source: 10.0 if source.stem == "g" else 100.0 for source in table.sources}
-    return event_audit.audit_table(table, split_by_parts(table), durations=durations, positive="tail")
+    def probe(source, fps):
+        return SimpleNamespace(duration_sec=10.0 if source.stem == "g" else 100.0, error="", damage="")
+    with mock.patch.object(video_files, "probe", probe):
+        return event_audit.audit_videos(planted(tmp_path, seed), 12, positive="tail")
 
 
 def test_planted_leaks_are_counted_exactly(tmp_path):
@@ -1178,12 +1180,12 @@ def test_the_audit_does_not_depend_on_the_order_of_the_rows(tmp_path, seed):
     assert one == other
 
 
-def test_an_audit_lists_videos_in_the_order_of_the_table(monkeypatch):
-    sources = [Path(f"{letter}.mp4") for letter in "hgfedcba"]
-    table = SimpleNamespace(sources=sources, parts=np.full(8, "train"), skipped=[], notes=[])
-    monkeypatch.setattr(event_audit.video_files, "probe", lambda source, fps: video_files.VideoInfo("no video"))
-    monkeypatch.setattr(event_audit, "audit_table", lambda *_, **__: {"notes": []})
-    assert list(event_audit.audit_videos(table, 25)["unreadable"]) == list(map(str, sources))
+def test_an_audit_lists_videos_in_the_order_of_the_table(tmp_path):
+    put(tmp_path, *(f"{letter}.mp4" for letter in "hgfedcba"))  # which are no videos
+    path = write(tmp_path / "m.csv", "path,label\n" + "".join(f"{letter}.mp4,x\n" for letter in "hgfedcba"))
+    report = event_audit.audit_videos(event_tables.read_events({"train": path}), 25)
+    assert [Path(source).name[0] for source in report["unreadable"]] == list("hgfedcba")
+    assert report["windows_past_the_end"]["unknown_duration"] == 8
 
 
 def test_audit_text_says_it_in_ascii(tmp_path):
