@@ -264,7 +264,10 @@ class Judged:
         return overall, each
 
     def result(self, baseline_name="mean box", folds=0, pictures=None):
-        """The subject_intervals.Result over all pictures, or these; resampled are groups, else images; folds: of the run."""
+        """The subject_intervals.Result over all pictures, or these.
+
+        Groups are resampled, without them images. folds: of the run.
+        """
         if pictures is None:
             pictures = self.every
         groups = self.truth.groups
