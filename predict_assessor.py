@@ -96,7 +96,7 @@ def find_inputs(args):
     inputs = [(str(path), path) for path in args.images]
     if args.image_list:
         names = map(str.strip, csv_tables.read_text(args.image_list).splitlines())
-        inputs += [(name, args.image_list.parent / name) for name in names if name]
+        inputs += [(name, args.image_list.parent / name.replace("\\", "/")) for name in names if name]
     if args.image_dir:
         inputs += [(path.relative_to(args.image_dir).as_posix(), path)
                    for path in file_names.find_images(args.image_dir)]

@@ -826,10 +826,10 @@ def test_an_interval_needs_members_that_are_all_grouped_or_all_not(capsys):
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
 def test_a_list_of_pictures_is_read_as_windows_writes_it(tmp_path, encoding):
-    (tmp_path / "list.txt").write_bytes("K\u00e4fer 1.jpg\r\n\r\nb.png\r\n".encode(encoding))
+    (tmp_path / "list.txt").write_bytes("K\u00e4fer 1.jpg\r\n\r\npen 2\\b.png\r\n".encode(encoding))
     args = predict_assessor.parse_args(["--checkpoint", "m", "--image_list", str(tmp_path / "list.txt")])
-    names = ["K\u00e4fer 1.jpg", "b.png"]
-    assert predict_assessor.find_inputs(args) == [(name, tmp_path / name) for name in names]
+    paths = [tmp_path / "K\u00e4fer 1.jpg", tmp_path / "pen 2" / "b.png"]
+    assert predict_assessor.find_inputs(args) == list(zip(["K\u00e4fer 1.jpg", "pen 2\\b.png"], paths))
 
 
 def test_names_that_are_no_file_keep_their_rows(tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +14,16 @@ import torch
 
 import common
 from conftest import ROOT
+from readers import video_files
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+import assessor  # noqa: E402
 import equality  # noqa: E402
 import plain_training  # noqa: E402
 import scaling  # noqa: E402
 import summary  # noqa: E402
 import turns  # noqa: E402
+import video  # noqa: E402
 
 ROWS = [{"N": n, "cache": cache, "seconds an epoch": base + 0.01 * n, "GB": 1.0}
         for cache, base in (("ram", 1.0), ("none", 3.0)) for n in (100, 200, 400)]
@@ -52,6 +56,15 @@ def test_a_bend_is_told_from_a_line():
     assert "cache ram: 10.0 ms a sample + 1.00 s, off the line by at most 0 %" in scaling.straightness(ROWS)
     bent = [{**row, "seconds an epoch": row["N"] ** 2 / 1e4} for row in ROWS[:3]]
     assert int(scaling.straightness(bent).rsplit(" % ", 1)[0].rsplit(" ", 1)[1]) > 5
+
+
+def test_made_data_are_whole_and_hold_no_copies(tmp_path):
+    """Runs on them, as those of scaling.py, stop at exact duplicates on two sides of a split; clips are whole, too."""
+    assessor.make_data(tmp_path, SimpleNamespace(images=300, side=32))
+    video.make_data(tmp_path, SimpleNamespace(clips=70, side=32))
+    for suffix, count in ((".jpg", 300), (".mp4", 70)):
+        assert len({path.read_bytes() for path in tmp_path.glob(f"*{suffix}")}) == count
+    assert video_files.probe(tmp_path / "0.mp4").n_frames == video.SECONDS * video.RATE
 
 
 @pytest.mark.parametrize("column, shift, agree", [

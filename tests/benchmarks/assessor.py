@@ -37,17 +37,13 @@ def parse_args():
 
 
 def make_data(folder, options):
-    """Smooth random JPEGs and random ratings."""
+    """Smooth random JPEGs, each another one as copies would stop a run, and random ratings."""
     draws = np.random.default_rng(0)
     rows = ["image,first,second"]
     for i in range(options.images):
-        path = folder / f"{i}.jpg"
-        if i < 256:
-            small = draws.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-            picture = cv2.resize(small, (options.side, options.side), interpolation=cv2.INTER_CUBIC)
-            cv2.imwrite(str(path), picture)
-        else:  # copies: it is their number that counts
-            path.write_bytes((folder / f"{i % 256}.jpg").read_bytes())
+        small = draws.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        picture = cv2.resize(small, (options.side, options.side), interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(folder / f"{i}.jpg"), picture)
         rows.append(f"{i}.jpg,{draws.normal():.4f},{draws.normal():.4f}")
     (folder / "ratings.csv").write_text("\n".join(rows) + "\n")
 
