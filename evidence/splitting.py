@@ -253,20 +253,28 @@ def nested_folds(folds, divide):
     return nested
 
 
-def _near_duplicates(rows, pixels, phash):
-    """Pairs (i, j) of the rows with other pixels that differ, or of which one mirrored does, in few bits."""
+def _near_duplicates(split, keys, pixels, phash):
+    """Pairs (i, j): rows of other pixels that differ, or of which one mirrored does, in few bits.
+
+    Of each row the nearest one in every part, so that the clips of one camera, all of
+    which look alike, are as many pairs as clips. Rows and parts: as in leakage_report.
+    """
+    rows = sorted({row for held in split.values() for row in held if pixels[row]}, key=keys.__getitem__)
     hashes = np.array(phash, np.uint64)[rows]
     bits = np.stack([hashes, picture_files.mirrored_hash(hashes)])
     signs, mirrored = 2 * np.unpackbits(bits.view(np.uint8), axis=-1).astype(np.float32) - 1  # (n, 256) each
     least = signs.shape[1] - 2 * NEAR_DUPLICATE_BITS
-    pairs = []
-    for start in range(0, len(signs), 1024):
+    _, content = np.unique(np.array(pixels)[rows], return_inverse=True)  # (n,)
+    places_of = [np.flatnonzero(np.isin(rows, held)) for held in split.values()]
+    pairs = set()
+    for block in np.array_split(np.arange(len(rows)), len(rows) // 1024 + 1):
         # (B, n): number of bits - 2 x Hamming distance
-        block = signs[start:start + 1024]
-        agreement = np.maximum(block @ signs[start:].T, block @ mirrored[start:].T)
-        for i, j in np.argwhere(np.triu(agreement, 1) >= least) + start:
-            if pixels[rows[i]] != pixels[rows[j]]:
-                pairs.append((rows[i], rows[j]))
+        agreement = np.maximum(signs[block] @ signs.T, signs[block] @ mirrored.T)
+        agreement[content[block][:, None] == content] = -np.inf  # itself, and its exact duplicates
+        for places in filter(len, places_of):
+            nearest = places[agreement[:, places].argmax(1)]
+            is_near = agreement[np.arange(len(block)), nearest] >= least
+            pairs.update((rows[min(pair)], rows[max(pair)]) for pair in zip(block[is_near], nearest[is_near]))
     return pairs
 
 
@@ -344,8 +352,7 @@ def leakage_report(split, keys, pixels, phash, values, pairs=None):
     # {what: lists of rows that are alike}
     alike = {"exact_duplicates": _rows_by_value(pixels).values(), **(pairs or {})}
     if phash is not None:
-        readable = [row for row, held_by in enumerate(parts_of) if held_by and pixels[row]]
-        alike["near_duplicates"] = _near_duplicates(readable, pixels, phash)
+        alike["near_duplicates"] = _near_duplicates(split, keys, pixels, phash)
     # {what: {text: its rows}}
     rows_of = {what: _rows_by_value(column) for what, column in values.items() if column is not None}
     for what, lists in alike.items():

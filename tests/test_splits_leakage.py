@@ -542,6 +542,36 @@ def test_pairs_agree_with_counting_bit_by_bit():
     assert found["count"] == expected + 1 == 5 and found["examples"][-1] == "1030 = 1090"
 
 
+def test_of_many_that_look_alike_each_is_named_with_its_nearest_in_every_part():
+    """Clips of one camera: as many pairs as clips, not as pairs of clips; the same ones in any order of the rows."""
+    rng = np.random.default_rng(3)
+    base = rng.integers(0, 2, 256, dtype=np.uint8)
+    bits = np.stack([np.where(rng.random(256) < 0.05, 1 - base, base) for _ in range(60)])
+    bits[7] = bits[3]  # equal hashes of other pixels: a tie of distances
+    pixels = [str(row) for row in range(60)]
+    pixels[9] = pixels[8]
+    names = np.array([f"{row:02d}" for row in range(60)])
+
+    def nearest_pairs(first, second):
+        pairs = set()
+        for own, others in ((first, second), (second, first)):
+            for row in own:
+                allowed = [other for other in others if pixels[other] != pixels[row]]
+                pairs.add(frozenset((row, min(allowed, key=lambda other: ((bits[row] != bits[other]).sum(), other)))))
+        return pairs
+    train, val = range(40), range(40, 60)
+    found = nearest_pairs(train, val)
+    for order in (np.arange(60), rng.permutation(60)):
+        place = order.argsort()
+        report = splitting.leakage_report(
+            {"train": place[:40], "val": place[40:]}, names[order], [pixels[row] for row in order],
+            np.packbits(bits[order], axis=1).view(np.uint64), {})
+        assert report["between"]["train-val"]["near_duplicates"]["count"] == len(found) <= 60
+        assert report["within"]["train"]["near_duplicates"]["count"] == len(nearest_pairs(train, train)) <= 40
+        assert report["between"]["train-val"]["near_duplicates"]["examples"] == sorted(
+            " = ".join(sorted(names[list(pair)])) for pair in found)[:5]
+
+
 @pytest.mark.skipif(not OMI.is_dir(), reason="the OMI faces are not beside the repository")
 def test_aligned_faces_are_told_apart():
     images = [cv2.imread(str(path))[:, :, ::-1] for path in file_names.find_images(OMI / "images")]
