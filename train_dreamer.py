@@ -890,6 +890,7 @@ def predict_baselines(study, train, rows, readout=None, centre=None):
     checkpoint was trained on, for data without train rows. What is fitted is fitted to the
     deviation from the mean.
     """
+    import pandas as pd
     if len(train):
         centre, _ = probe_poses.centre_and_spread(study.at1[train])
     still = np.zeros((len(rows), 6))
@@ -902,17 +903,18 @@ def predict_baselines(study, train, rows, readout=None, centre=None):
         return predicted
     deviation = probe_poses.difference(study.at1, centre)  # (N, 6)
     known = np.nan_to_num(deviation[train])  # a missing label counts as the mean
-    near = baseline_models.place_weights(study.place, study.sequences, train, rows)  # (M, N_train)
     motion_ridge = baseline_models.fit_readout(study.motion[train], deviation[train], study.inner_groups(train))
     found = {
         "train_median": still + np.nanmedian(deviation[train], axis=0),
-        "frame_index": near @ known,
+        "frame_index": baseline_models.means_by_place(known, study.place, study.sequences, train, rows),
         "motion_ridge": motion_ridge.predict(study.motion[rows]),
         **baseline_models.time_baselines(deviation, study.order, study.sequences, train, rows),
     }
-    same = study.patients[rows][:, None] == study.patients[train]  # (M, N_train), one patient
-    if same.any() and not same.all():  # several patients, of whom one without train rows gets the train mean
-        found["patient_mean"] = same / same.sum(1, keepdims=True).clip(1) @ known
+    asked = study.patients[rows]
+    trained = study.patients[train]
+    if np.isin(asked, trained).any() and len({*asked, *trained}) > 1:
+        of_patients = pd.DataFrame(known).groupby(trained).mean()
+        found["patient_mean"] = of_patients.reindex(asked, fill_value=0).to_numpy()  # 0 = the train mean
     predicted |= {name: centre + values for name, values in found.items()}
     if readout:
         predicted["grid_readout"] = readout.predict(study.grids_at_t1(rows))

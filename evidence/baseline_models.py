@@ -130,10 +130,16 @@ def held_out_error(scores, y, projected, damped, folds):
     Allen 1974, for blocks of rows). scores: Z (N, K); projected: Z'y; damped: (K,) of Z'Z + lambda.
     """
     residual = y - scores @ (projected / damped[:, None])
+    damped = np.append(len(y), damped)  # the first one of the constant
     total = np.zeros(y.shape[1])
     for rows in folds:
-        hat = scores[rows] / damped @ scores[rows].T + 1.0 / len(y)
-        left_out = np.linalg.solve(np.eye(len(rows)) - hat, residual[rows])
+        own = np.column_stack([np.ones(len(rows)), scores[rows]])  # (n, K + 1)
+        if len(rows) <= len(damped):
+            hat = own / damped @ own.T
+            left_out = np.linalg.solve(np.eye(len(rows)) - hat, residual[rows])
+        else:  # the same by Woodbury's identity, in a system of K + 1 equations
+            others = np.diag(damped) - own.T @ own
+            left_out = residual[rows] + own @ np.linalg.solve(others, own.T @ residual[rows])
         total += (left_out**2).sum(0)
     return total
 
@@ -269,10 +275,16 @@ def time_baselines(values, times, sequences, train, rows):
     return found
 
 
-def place_weights(place, sequences, train, rows):
-    """(M, N_train) weights, rows adding up to 1, by nearness of place (0 to 1) in a sequence; the own one's, if any."""
-    apart = (place[rows][:, None] - place[train]) / 0.05  # a twentieth of the sequence
-    logits = -0.5 * apart ** 2
-    same = sequences[rows][:, None] == sequences[train]
-    logits[~same & same.any(1, keepdims=True)] = -np.inf
-    return class_scores.softmax(logits)
+def means_by_place(values, place, sequences, train, rows):
+    """(M, K) means of the train rows' values (N_train, K), weighted by nearness of place (0 to 1) in a sequence.
+
+    Those of the row's own sequence count, if there are any, else all.
+    """
+    found = []
+    for block in np.array_split(rows, len(rows) // 1024 + 1):
+        apart = (place[block][:, None] - place[train]) / 0.05  # (B, N_train), a twentieth of the sequence
+        logits = -0.5 * apart ** 2
+        same = sequences[block][:, None] == sequences[train]
+        logits[~same & same.any(1, keepdims=True)] = -np.inf
+        found.append(class_scores.softmax(logits) @ values)
+    return np.concatenate(found)

@@ -782,8 +782,9 @@ def test_augmentation_draws_up_to_its_limits_on_both_sides(preset, turn):
 
 def test_nearest_places_prefer_the_own_sequence():
     sequences, place = np.array(["a", "a", "b", "b", "c"]), np.array([0.0, 1.0, 0.0, 1.0, 1.0])
-    weights = baseline_models.place_weights(place, sequences, np.array([0, 2]), np.array([1, 3, 4]))
-    assert np.allclose(weights, [[1, 0], [0, 1], [0.5, 0.5]])
+    rows = np.resize([1, 3, 4], 3000)  # more than one block of them
+    weights = baseline_models.means_by_place(np.eye(2), place, sequences, np.array([0, 2]), rows)
+    assert np.allclose(weights, np.tile([[1, 0], [0, 1], [0.5, 0.5]], (1000, 1)))
 
 
 def test_time_blocks_cover_every_row_once():
