@@ -112,8 +112,7 @@ def _solve_ridge(x, y, folds):
     # (N, K): orthogonal columns of squared length `power`
     scores = x @ basis if is_primal else basis * np.sqrt(power)
     projected = scores.T @ y  # (K, R)
-    errors = np.array([
-        held_out_error(scores, y, projected, power + penalty, folds) for penalty in RIDGE_LAMBDAS])  # (lambdas, R)
+    errors = held_out_errors(scores, y, projected, power, folds)  # (lambdas, R)
     penalty = RIDGE_LAMBDAS[errors.argmin(0)]
     error = errors.min(0)
     coefficients = projected / (power[:, None] + penalty)  # (K, R)
@@ -123,25 +122,27 @@ def _solve_ridge(x, y, folds):
     return x.T @ (basis @ dual), error
 
 
-def held_out_error(scores, y, projected, damped, folds):
-    """(R,) summed squared errors of the left-out folds of a ridge regression, without refitting.
+def held_out_errors(scores, y, projected, power, folds):
+    """(lambdas, R) summed squared errors of the left-out folds of ridge regressions, without refitting.
 
     residual_g = (I - H_gg)^-1 (y - H y)_g, exact for H = 11'/N + Z (Z'Z + lambda)^-1 Z' (PRESS,
-    Allen 1974, for blocks of rows). scores: Z (N, K); projected: Z'y; damped: (K,) of Z'Z + lambda.
+    Allen 1974, for blocks of rows); where a fold has more rows than Z columns, by Woodbury's identity.
+    scores: Z (N, K); projected: Z'y; power: (K,) of Z'Z.
     """
-    residual = y - scores @ (projected / damped[:, None])
-    damped = np.append(len(y), damped)  # the first one of the constant
-    total = np.zeros(y.shape[1])
+    damped = [np.append(len(y), power + penalty) for penalty in RIDGE_LAMBDAS]  # (K + 1,), the constant first
+    residuals = [y - scores @ (projected / own[1:, None]) for own in damped]
+    totals = np.zeros((len(RIDGE_LAMBDAS), y.shape[1]))
     for rows in folds:
-        own = np.column_stack([np.ones(len(rows)), scores[rows]])  # (n, K + 1)
-        if len(rows) <= len(damped):
-            hat = own / damped @ own.T
-            left_out = np.linalg.solve(np.eye(len(rows)) - hat, residual[rows])
-        else:  # the same by Woodbury's identity, in a system of K + 1 equations
-            others = np.diag(damped) - own.T @ own
-            left_out = residual[rows] + own @ np.linalg.solve(others, own.T @ residual[rows])
-        total += (left_out**2).sum(0)
-    return total
+        z = np.column_stack([np.ones(len(rows)), scores[rows]])  # (n, K + 1)
+        is_tall = len(rows) > z.shape[1]
+        gram = z.T @ z if is_tall else None
+        for total, residual, own in zip(totals, residuals, damped):
+            if is_tall:
+                left_out = residual[rows] + z @ np.linalg.solve(np.diag(own) - gram, z.T @ residual[rows])
+            else:
+                left_out = np.linalg.solve(np.eye(len(rows)) - z / own @ z.T, residual[rows])
+            total += (left_out**2).sum(0)
+    return totals
 
 
 # --- logistic regression -------------------------------------------------------------------------
