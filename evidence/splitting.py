@@ -274,7 +274,8 @@ def _near_duplicates(split, keys, pixels, phash):
         for places in filter(len, places_of):
             nearest = places[agreement[:, places].argmax(1)]
             is_near = agreement[np.arange(len(block)), nearest] >= least
-            pairs.update((rows[min(pair)], rows[max(pair)]) for pair in zip(block[is_near], nearest[is_near]))
+            near = np.stack([block, nearest], 1)[is_near]  # (pairs, 2)
+            pairs.update((rows[i], rows[j]) for i, j in np.sort(near).tolist())
     return pairs
 
 

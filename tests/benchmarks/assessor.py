@@ -37,7 +37,7 @@ def parse_args():
 
 
 def make_data(folder, options):
-    """Smooth random JPEGs, each another one as copies would stop a run, and random ratings."""
+    """Smooth random JPEGs, all different since copies would stop a run, and random ratings."""
     draws = np.random.default_rng(0)
     rows = ["image,first,second"]
     for i in range(options.images):

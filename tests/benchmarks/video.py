@@ -32,7 +32,7 @@ def parse_args():
 
 
 def make_data(folder, options):
-    """MPEG-4 files of drifting colours, half of them of each class; each is another one, as copies would stop a run."""
+    """MPEG-4 files of drifting colours, half of each class, all different since copies would stop a run."""
     draws, rows = np.random.default_rng(0), ["path,label"]
     size = (options.side, options.side * 3 // 4)
     for i in range(options.clips):
